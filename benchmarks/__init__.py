@@ -1,0 +1,1 @@
+"""Latency and quality, measured side by side with what a user would run instead."""

@@ -1,0 +1,147 @@
+"""The manifest: what a bundle holds, where it came from, and how well it matches its original."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Model):
+    """One file of the bundle, checked at opening."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class Source(_Model):
+    """Where the weights came from."""
+
+    checkpoint: str
+    """Hub id or file name as given at export (never a full local path)."""
+    format: Literal["transformers", "sam2-pt"]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 over the weight file's bytes (or over the sorted per-file hashes when sharded)."""
+    architecture: str
+    """For example ``sam2.1-hiera-tiny``."""
+
+
+class Licence(_Model):
+    """Licence of the weights, recorded at export and printed."""
+
+    spdx: str
+    """SPDX identifier, or ``unknown``."""
+    text: str = ""
+    """Where the identifier was read from, or what the user should check."""
+
+
+class GraphVariant(_Model):
+    """One file of one graph."""
+
+    file: str
+    precision: Precision
+    opset: int
+    target: Literal["onnx", "tensorrt"] = "onnx"
+    """``onnx``: any back end that reads ONNX; ``tensorrt``: changed for TensorRT only."""
+    nodes: int
+    parameters: int
+
+
+class Graph(_Model):
+    """One graph of the family's contract, in one or more variants keyed by name (``fp32``, ``fp16``, ...)."""
+
+    variants: dict[str, GraphVariant]
+
+
+class TensorParity(_Model):
+    """One output compared with PyTorch: worst case over the parity inputs."""
+
+    graph: str
+    tensor: str
+    variant: str
+    max_abs: float
+    max_rel: float
+    """max |difference| / max |reference|."""
+
+
+class MaskParity(_Model):
+    """Whole pipeline compared with PyTorch on the parity photos."""
+
+    variant: str
+    prompts: int
+    images: int
+    mean_iou: float
+    min_iou: float
+
+
+class ParityReport(_Model):
+    """Figures taken at export against the PyTorch original on the same weights."""
+
+    reference: str
+    """For example ``transformers 5.23.0 Sam2Model, torch 2.13.0, fp32, cpu``."""
+    inputs: list[str]
+    """What was compared on (names, not paths)."""
+    tensors: list[TensorParity]
+    masks: list[MaskParity]
+    tolerance: dict[str, float]
+    passed: bool
+
+
+class GoldenSample(_Model):
+    """Inputs and PyTorch outputs stored in the bundle, so that a box without torch can check itself."""
+
+    name: str
+    image: str
+    """Image file inside the bundle."""
+    tensors: str
+    """``.npz`` file inside the bundle: prompts and reference outputs (see the family's model file)."""
+
+
+class Preprocess(_Model):
+    """How an image becomes the model input."""
+
+    resize: Literal["antialias-bilinear-square"] = "antialias-bilinear-square"
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    channel_order: Literal["RGB"] = "RGB"
+
+
+class Postprocess(_Model):
+    """How logits become masks."""
+
+    resize: Literal["bilinear"] = "bilinear"
+    mask_threshold: float = 0.0
+
+
+class Manifest(_Model):
+    """Everything a bundle says about itself; stored as ``manifest.json``."""
+
+    schema_version: int
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    family: str
+    created: datetime
+    source: Source
+    licence: Licence
+    tools: dict[str, str]
+    """Versions of the tools that made the bundle."""
+    constants: dict[str, Any]
+    """Checked by the family's contract (`engine/contracts`)."""
+    preprocess: Preprocess
+    postprocess: Postprocess
+    graphs: dict[str, Graph]
+    parity: ParityReport | None
+    golden: list[GoldenSample]
+    files: dict[str, FileEntry]
+    """Every file but the manifest itself, by POSIX path relative to the bundle."""
+    notes: list[str] = []

@@ -1,0 +1,1 @@
+"""One small file per model family; see `base` for the vocabulary."""

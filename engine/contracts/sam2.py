@@ -1,0 +1,153 @@
+"""Contract of SAM 2 / SAM 2.1 image segmentation: two graphs and their constants.
+
+Source of the architecture: Ravi et al., "SAM 2: Segment Anything in Images and Videos" (2024), upstream
+``sam2/modeling/sam2_base.py`` and ``sam2/sam2_image_predictor.py``, and transformers'
+``models/sam2/modeling_sam2.py``. Coordinates inside the graphs are model pixels: ``x * image_size / width``,
+before the half-pixel shift, which the mask decoder graph adds itself as upstream does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import ContractError
+from .base import GraphSpec, TensorSpec
+
+FAMILY = "sam2"
+
+IMAGE_ENCODER = "image_encoder"
+MASK_DECODER = "mask_decoder"
+
+# image_encoder
+PIXEL_VALUES = "pixel_values"
+IMAGE_EMBED = "image_embed"
+HIGH_RES_0 = "high_res_0"
+HIGH_RES_1 = "high_res_1"
+# mask_decoder
+POINT_COORDS = "point_coords"
+POINT_LABELS = "point_labels"
+MASK_INPUT = "mask_input"
+HAS_MASK_INPUT = "has_mask_input"
+MASKS = "masks"
+IOU_SCORES = "iou_scores"
+OBJECT_SCORE_LOGITS = "object_score_logits"
+
+LABEL_PAD = -1
+LABEL_BACKGROUND = 0
+LABEL_FOREGROUND = 1
+LABEL_BOX_TOP_LEFT = 2
+LABEL_BOX_BOTTOM_RIGHT = 3
+
+NUM_MASKS = 4
+"""Masks the decoder returns per prompt: index 0 is the single-mask output, 1..3 the multimask outputs."""
+
+MAX_PROMPTS = 256
+MAX_POINTS = 64
+
+
+@dataclass(frozen=True)
+class Sam2Constants:
+    """Constants of one SAM 2 checkpoint, stored in the manifest.
+
+    Attributes:
+        image_size: Side of the square model input in pixels; a multiple of 32.
+        hidden_dim: Channels of the image embedding.
+        mean: Per-channel RGB mean, on pixels scaled to 0..1.
+        std: Per-channel RGB standard deviation.
+        mask_threshold: Logits above it are foreground.
+        dynamic_multimask_via_stability: Whether a single-mask answer falls back to the best multimask output
+            when the single mask is unstable (upstream ``_dynamic_multimask_via_stability``).
+        stability_delta: Logit margin of the stability score.
+        stability_threshold: Below this stability the fallback is taken.
+    """
+
+    image_size: int = 1024
+    hidden_dim: int = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mask_threshold: float = 0.0
+    dynamic_multimask_via_stability: bool = True
+    stability_delta: float = 0.05
+    stability_threshold: float = 0.98
+
+    def __post_init__(self) -> None:
+        if self.image_size <= 0 or self.image_size % 32 or self.hidden_dim % 8:
+            raise ContractError(
+                f"SAM 2 needs image_size divisible by 32 and hidden_dim by 8, got {self.image_size} "
+                f"and {self.hidden_dim}.",
+                "Check the checkpoint's config.json.",
+            )
+
+    @property
+    def embed_size(self) -> int:
+        """Side of the image embedding grid."""
+        return self.image_size // 16
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the low-resolution mask logits and of the mask input."""
+        return self.image_size // 4
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Sam2Constants:
+        """Rebuilds the constants from the manifest; raises ContractError on unknown or missing keys."""
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise ContractError(
+                f"The SAM 2 constants in the manifest do not fit: {error}.",
+                "Export the bundle again with this version of pixano-edge.",
+            ) from error
+
+
+def image_encoder(c: Sam2Constants) -> GraphSpec:
+    """Normalised pixels to features; batch 1. `image_embed` already holds the no-memory embedding."""
+    d, s = c.hidden_dim, c.image_size
+    return GraphSpec(
+        IMAGE_ENCODER,
+        inputs=(TensorSpec(PIXEL_VALUES, "float32", (1, 3, s, s)),),
+        outputs=_features(d, s),
+    )
+
+
+def mask_decoder(c: Sam2Constants) -> GraphSpec:
+    """P prompts on one image to four masks each.
+
+    `point_coords` holds model pixels, `point_labels` the codes ``LABEL_*``. The caller appends the padding
+    point; a box is two corner points. `mask_input` is used per prompt where `has_mask_input` is 1.
+    `masks` are unthresholded logits at ``mask_size``.
+    """
+    m = c.mask_size
+    return GraphSpec(
+        MASK_DECODER,
+        inputs=(
+            *_features(c.hidden_dim, c.image_size),
+            TensorSpec(POINT_COORDS, "float32", ("P", "N", 2)),
+            TensorSpec(POINT_LABELS, "int32", ("P", "N")),
+            TensorSpec(MASK_INPUT, "float32", ("P", 1, m, m)),
+            TensorSpec(HAS_MASK_INPUT, "float32", ("P",)),
+        ),
+        outputs=(
+            TensorSpec(MASKS, "float32", ("P", NUM_MASKS, m, m)),
+            TensorSpec(IOU_SCORES, "float32", ("P", NUM_MASKS)),
+            TensorSpec(OBJECT_SCORE_LOGITS, "float32", ("P", 1)),
+        ),
+        ranges={"P": (1, 1, MAX_PROMPTS), "N": (1, 2, MAX_POINTS)},
+    )
+
+
+def graphs(c: Sam2Constants) -> dict[str, GraphSpec]:
+    """Every graph of the family, by name."""
+    return {g.name: g for g in (image_encoder(c), mask_decoder(c))}
+
+
+def _features(d: int, s: int) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec(IMAGE_EMBED, "float32", (1, d, s // 16, s // 16)),
+        TensorSpec(HIGH_RES_0, "float32", (1, d // 8, s // 4, s // 4)),
+        TensorSpec(HIGH_RES_1, "float32", (1, d // 4, s // 8, s // 8)),
+    )

@@ -1,0 +1,283 @@
+"""Sessions, bindings, buffers and devices: the part that knows tensors and nothing of models.
+
+`Session` opens one graph once. `Session.prepare` allocates (or borrows) one C-contiguous buffer per input and
+output for a set of shapes and binds them; `Binding.run` then only launches. Back ends implement the ``_impl``
+methods; checks, locking and bookkeeping live here once.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..contracts.base import GraphSpec, TensorSpec
+from ..errors import ContractError
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What a device is, for `doctor`, `info` and server info. Memory in bytes; None where unknown."""
+
+    name: str
+    kind: str
+    index: int = 0
+    compute_capability: str | None = None
+    driver: str | None = None
+    runtime: str | None = None
+    memory_total: int | None = None
+    memory_free: int | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+class Buffer:
+    """C-contiguous memory of one tensor on one device.
+
+    Attributes:
+        array: numpy view of host memory, or None when the memory is on a device only.
+        pointer: Address of the first byte on the device.
+        owned: Whether the device allocated it; borrowed memory is kept alive by `owner`.
+        handle: Back-end object wrapping the same memory, made once (for example an OrtValue).
+    """
+
+    __slots__ = ("array", "device", "dtype", "handle", "nbytes", "owned", "owner", "pointer", "shape")
+
+    def __init__(
+        self,
+        device: Device,
+        shape: Shape,
+        dtype: np.dtype[Any],
+        pointer: int,
+        array: Array | None = None,
+        owned: bool = True,
+        owner: object = None,
+    ) -> None:
+        self.device = device
+        self.shape = shape
+        self.dtype = dtype
+        self.pointer = pointer
+        self.array = array
+        self.owned = owned
+        self.owner = owner
+        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        self.handle: Any = None
+
+    def host(self) -> Array:
+        """The numpy view; raises ContractError for memory that lives on a device only."""
+        if self.array is None:
+            raise ContractError("This buffer has no host memory.", "Copy it with Device.copy first.")
+        return self.array
+
+
+class Device(abc.ABC):
+    """Memory, one stream and copies on one device. One file per implementation."""
+
+    kind: str = "abstract"
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """``cpu`` or ``cuda:0``; what `--device` takes."""
+
+    @property
+    @abc.abstractmethod
+    def stream(self) -> int:
+        """Handle of the device's stream, 0 where there is none (CPU)."""
+
+    @abc.abstractmethod
+    def info(self) -> DeviceInfo:
+        """Current facts; cheap enough to call per request."""
+
+    @abc.abstractmethod
+    def empty(self, shape: Shape, dtype: npt.DTypeLike) -> Buffer:
+        """Allocates uninitialised memory that graphs can read and write (64-byte aligned on CPU)."""
+
+    @abc.abstractmethod
+    def host_empty(self, shape: Shape, dtype: npt.DTypeLike) -> Buffer:
+        """Allocates host memory that copies to this device can use directly (page-locked on CUDA)."""
+
+    @abc.abstractmethod
+    def wrap(self, source: object) -> Buffer:
+        """Borrows a C-contiguous buffer on this device without a copy.
+
+        Args:
+            source: numpy array, memoryview or other buffer-protocol object, DLPack or
+                ``__cuda_array_interface__`` exporter.
+
+        Raises:
+            ContractError: Not C-contiguous, on another device, or of an unsupported kind.
+        """
+
+    @abc.abstractmethod
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Queues a copy of equal shape and dtype on the stream; done at `synchronize`, at once on CPU."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Waits until everything queued on the stream is done."""
+
+    def close(self) -> None:  # noqa: B027 (optional hook)
+        """Frees the stream; buffers free themselves with their last reference."""
+
+
+class Binding:
+    """The buffers of one session for one set of shapes, bound once.
+
+    Outputs are valid until the next `run` that writes them. Not thread-safe on its own: hold
+    `session.lock` from the first `write` to the last `read`.
+    """
+
+    def __init__(self, session: Session, shapes: dict[str, Shape], outputs: dict[str, Shape]) -> None:
+        self.session = session
+        self.shapes = shapes
+        self.inputs: dict[str, Buffer] = {}
+        self.outputs: dict[str, Buffer] = {}
+        self._specs: dict[str, TensorSpec] = {
+            s.name: s for s in (*session.spec.inputs, *session.spec.outputs)
+        }
+        self._expected: dict[str, Shape] = {**shapes, **outputs}
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Binds a borrowed buffer instead of the own one; no copy. The caller keeps it alive and unchanged.
+
+        Raises:
+            ContractError: Unknown name, or shape, dtype or device differ.
+        """
+        spec = self._specs.get(name)
+        if spec is None:
+            raise ContractError(
+                f"Graph '{self.session.spec.name}' has no tensor '{name}'.", f"Known: {list(self._specs)}."
+            )
+        if buffer.shape != self._expected[name] or buffer.dtype != spec.np_dtype:
+            raise ContractError(
+                f"Tensor '{name}' is bound as {spec.dtype}{list(self._expected[name])}, "
+                f"got {buffer.dtype}{list(buffer.shape)}.",
+                "Call prepare() with the new shapes or convert the buffer.",
+            )
+        if buffer.device.name != self.session.device.name:
+            raise ContractError(
+                f"Tensor '{name}' lives on {buffer.device.name}, the session on {self.session.device.name}.",
+                "Copy it with Device.copy first.",
+            )
+        held = self.inputs if name in self.shapes else self.outputs
+        if held.get(name) is buffer:
+            return
+        held[name] = buffer
+        self.session._bind_impl(self, name, buffer)
+
+    def write(self, name: str, source: Array) -> None:
+        """Copies `source` into the bound input buffer: one copy, never a change of dtype.
+
+        Raises:
+            ContractError: Unknown input, or shape or dtype differ.
+        """
+        buffer = self.inputs.get(name)
+        if buffer is None:
+            raise ContractError(
+                f"Graph '{self.session.spec.name}' has no input '{name}'.", f"Known: {list(self.inputs)}."
+            )
+        if source.shape != buffer.shape or source.dtype != buffer.dtype:
+            raise ContractError(
+                f"Input '{name}' is bound as {buffer.dtype}{list(buffer.shape)}, "
+                f"got {source.dtype}{list(source.shape)}.",
+                "Call prepare() with the new shapes or convert the array.",
+            )
+        self.session._write_impl(buffer, source)
+
+    def run(self) -> None:
+        """Launches the graph on the device's stream. On CPU the outputs are ready on return."""
+        with self.session.lock:
+            self.session._run_impl(self)
+            self.session.runs += 1
+
+    def read(self, name: str) -> Array:
+        """Host view of an output, valid until the next run; waits for the device where it must."""
+        return self.session._read_impl(self.outputs[name])
+
+
+class Session(abc.ABC):
+    """One graph on one device, opened once.
+
+    Attributes:
+        spec: The contract of the graph; names, dtypes and ranks were checked against the file at opening.
+        device: Where it runs.
+        lock: Held while a call uses the session's buffers; re-entrant.
+        runs: Number of finished launches.
+    """
+
+    backend: str = "abstract"
+    max_bindings: int = 8
+    """Bindings kept (least recently used go first), so that changing shapes cannot grow memory."""
+
+    def __init__(self, spec: GraphSpec, device: Device) -> None:
+        self.spec = spec
+        self.device = device
+        self.lock = threading.RLock()
+        self.runs = 0
+        self._bindings: dict[tuple[tuple[str, Shape], ...], Binding] = {}
+
+    def prepare(self, sizes: Mapping[str, int] | None = None) -> Binding:
+        """Returns the binding for the given sizes of the dynamic dimensions, made at the first call.
+
+        Args:
+            sizes: Size per dynamic dimension, for example ``{"P": 1, "N": 2}``.
+
+        Raises:
+            ContractError: A size is missing or outside the contract's range.
+        """
+        sizes = dict(sizes or {})
+        for dim, value in sizes.items():
+            low, _, high = self.spec.ranges.get(dim, (1, 1, value))
+            if not low <= value <= high:
+                raise ContractError(
+                    f"Graph '{self.spec.name}' takes {dim} from {low} to {high}, got {value}.",
+                    "Split the call into smaller ones.",
+                )
+        shapes = {s.name: s.shape(sizes) for s in self.spec.inputs}
+        key = tuple(shapes.items())
+        with self.lock:
+            binding = self._bindings.pop(key, None)
+            if binding is None:
+                while len(self._bindings) >= self.max_bindings:
+                    self._bindings.pop(next(iter(self._bindings)))
+                outputs = {s.name: s.shape(sizes) for s in self.spec.outputs}
+                binding = self._prepare_impl(shapes, outputs)
+            self._bindings[key] = binding
+            return binding
+
+    @abc.abstractmethod
+    def _prepare_impl(self, shapes: dict[str, Shape], outputs: dict[str, Shape]) -> Binding:
+        """Allocates and binds every buffer."""
+
+    @abc.abstractmethod
+    def _bind_impl(self, binding: Binding, name: str, buffer: Buffer) -> None:
+        """Points the back end at `buffer`."""
+
+    @abc.abstractmethod
+    def _write_impl(self, buffer: Buffer, source: Array) -> None:
+        """Copies host data into a bound buffer."""
+
+    @abc.abstractmethod
+    def _run_impl(self, binding: Binding) -> None:
+        """Launches."""
+
+    @abc.abstractmethod
+    def _read_impl(self, buffer: Buffer) -> Array:
+        """Host view of a bound output."""
+
+    @abc.abstractmethod
+    def info(self) -> dict[str, Any]:
+        """Back end, provider that really runs, precision, warnings; JSON-ready."""
+
+    def close(self) -> None:
+        """Frees graph and buffers; the session cannot be used afterwards."""
+        with self.lock:
+            self._bindings.clear()

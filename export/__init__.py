@@ -1,0 +1,1 @@
+"""Build time of Pixano Edge: checkpoints to bundles. Needs the extra `pixano-edge[export]`."""
