@@ -124,6 +124,13 @@ class Device(abc.ABC):
     def synchronize(self) -> None:
         """Waits until everything queued on the stream is done."""
 
+    def record(self) -> object:
+        """Marks the point reached on the stream, for `wait` on another device object. None on CPU: all is done."""
+        return None
+
+    def wait(self, event: object) -> None:  # noqa: B027 (nothing to wait for on CPU)
+        """Lets the stream wait for a point that `record` marked; does not block the caller."""
+
     def close(self) -> None:  # noqa: B027 (optional hook)
         """Frees the stream; buffers free themselves with their last reference."""
 
@@ -140,9 +147,7 @@ class Binding:
         self.shapes = shapes
         self.inputs: dict[str, Buffer] = {}
         self.outputs: dict[str, Buffer] = {}
-        self._specs: dict[str, TensorSpec] = {
-            s.name: s for s in (*session.spec.inputs, *session.spec.outputs)
-        }
+        self._specs: dict[str, TensorSpec] = {s.name: s for s in (*session.spec.inputs, *session.spec.outputs)}
         self._expected: dict[str, Shape] = {**shapes, **outputs}
 
     def bind(self, name: str, buffer: Buffer) -> None:
@@ -170,8 +175,8 @@ class Binding:
         held = self.inputs if name in self.shapes else self.outputs
         if held.get(name) is buffer:
             return
+        self.session._bind_impl(self, name, buffer)  # first: a refused buffer must not count as bound
         held[name] = buffer
-        self.session._bind_impl(self, name, buffer)
 
     def write(self, name: str, source: Array) -> None:
         """Copies `source` into the bound input buffer: one copy, never a change of dtype.
