@@ -1,0 +1,222 @@
+"""Image features kept between clicks: a byte budget, least recently used first, one computation per image.
+
+Features are device buffers that the encoder wrote and the decoder binds, so nothing is copied on the way through.
+`Features` owns its buffers through Python's reference count: the cache holds one reference, every `Embedding` in use
+another, and with the last one the buffers return to a small pool for the next image. Buffers in use are therefore
+never written again, whatever the cache evicts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...contracts.base import TensorSpec
+from ...runtime.base import Buffer, Device
+
+DEFAULT_BYTES = 256 << 20
+"""15 images of a SAM 2 at 1024 pixels (16.8 MB each)."""
+
+_PoolKey = tuple[str, tuple[tuple[str, str, tuple[int, ...]], ...]]
+
+
+class EmbeddingKey(NamedTuple):
+    """What features depend on."""
+
+    bundle_hash: str
+    variant: str
+    backend: str
+    """Back end and device, for example ``onnxruntime@cpu``."""
+    digest: bytes
+    """See `pixel_digest`."""
+
+
+def pixel_digest(image: npt.NDArray[np.uint8]) -> bytes:
+    """BLAKE2b of the decoded pixels and their shape, so that equal pictures in different files are one entry."""
+    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=32)
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.digest()
+
+
+class Features:
+    """The encoder's outputs for one image on one device. Made by `BufferPool.take`.
+
+    Attributes:
+        buffers: By tensor name of the contract.
+        nbytes: Size of all buffers.
+    """
+
+    __slots__ = ("__weakref__", "buffers", "nbytes")
+
+    def __init__(self, buffers: dict[str, Buffer]) -> None:
+        self.buffers = buffers
+        self.nbytes = sum(b.nbytes for b in buffers.values())
+
+
+class BufferPool:
+    """Buffers of features that nobody uses any more, kept for the next image.
+
+    Args:
+        spare: Sets of buffers kept per device and shape; more are freed.
+    """
+
+    def __init__(self, spare: int = 2) -> None:
+        self._spare = spare
+        self._free: dict[_PoolKey, deque[dict[str, Buffer]]] = {}
+        self.allocated = 0
+        """Sets allocated so far; stands still in the steady state."""
+
+    def take(self, device: Device, specs: Iterable[TensorSpec]) -> Features:
+        """Features with uninitialised buffers, recycled where possible."""
+        specs = tuple(specs)
+        key = (device.name, tuple((s.name, s.dtype, s.shape()) for s in specs))
+        free = self._free.setdefault(key, deque(maxlen=self._spare))
+        try:
+            buffers = free.pop()
+        except IndexError:
+            buffers = {s.name: device.empty(s.shape(), s.np_dtype) for s in specs}
+            self.allocated += 1
+        features = Features(buffers)
+        # The callback may run inside any allocation of any thread, so it takes no lock: deque.append is atomic.
+        weakref.finalize(features, free.append, buffers).atexit = False
+        return features
+
+    def clear(self) -> None:
+        """Frees what is unused now."""
+        for free in list(self._free.values()):
+            free.clear()
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters of an `EmbeddingCache`."""
+
+    entries: int
+    bytes: int
+    max_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class _Flight:
+    """A computation under way; `features` stays None when it failed."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.features: Features | None = None
+
+
+class EmbeddingCache:
+    """Features by `EmbeddingKey`, shared by predictors and threads.
+
+    Features that a client sent are never put here. Entries that are evicted while in use live on, outside the
+    budget, until their last user lets go.
+
+    Args:
+        max_bytes: Budget for the entries; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.pool = BufferPool()
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[EmbeddingKey, Features] = OrderedDict()
+        self._flights: dict[EmbeddingKey, _Flight] = {}
+        self._bytes = 0
+        self._reserved = 0
+        self._hits = self._misses = self._evictions = 0
+
+    def get_or_create(self, key: EmbeddingKey, nbytes: int, create: Callable[[], Features]) -> Features:
+        """The features for `key`; `create` runs once however many threads ask at the same time.
+
+        Args:
+            key: What the features depend on.
+            nbytes: Size that `create` will return; room is made before it runs, so that its buffers can be those of
+                an evicted entry.
+            create: Computes the features. When it raises, the error goes to its caller and a waiting thread
+                computes instead.
+        """
+        while True:
+            with self._lock:
+                features = self._entries.get(key)
+                if features is not None:
+                    self._entries.move_to_end(key)
+                    self._hits += 1
+                    return features
+                flight = self._flights.get(key)
+                if flight is None:
+                    flight = self._flights[key] = _Flight()
+                    self._misses += 1
+                    evicted = self._reserve(nbytes)
+                    break
+            flight.done.wait()
+            if flight.features is not None:
+                with self._lock:
+                    self._hits += 1
+                return flight.features
+        evicted.clear()
+        try:
+            flight.features = create()
+            return flight.features
+        finally:
+            with self._lock:
+                self._land(key, nbytes, flight.features)
+            flight.done.set()
+
+    def drop_bundle(self, bundle_hash: str) -> int:
+        """Forgets every entry of one bundle and frees unused buffers; returns the number of entries."""
+        with self._lock:
+            keys = [key for key in self._entries if key.bundle_hash == bundle_hash]
+            dropped = [self._remove(key) for key in keys]
+        dropped.clear()
+        self.pool.clear()
+        return len(keys)
+
+    def clear(self) -> None:
+        """Forgets everything and frees unused buffers."""
+        with self._lock:
+            dropped = [self._remove(key) for key in list(self._entries)]
+        dropped.clear()
+        self.pool.clear()
+
+    def stats(self) -> CacheStats:
+        """Counters, taken at once."""
+        with self._lock:
+            return CacheStats(
+                len(self._entries), self._bytes, self.max_bytes, self._hits, self._misses, self._evictions
+            )
+
+    def _reserve(self, nbytes: int) -> list[Features]:
+        """Makes room for an entry under way; the evicted features are released by the caller, outside the lock."""
+        evicted: list[Features] = []
+        if nbytes > self.max_bytes:
+            return evicted
+        while self._entries and self._bytes + self._reserved + nbytes > self.max_bytes:
+            evicted.append(self._remove(next(iter(self._entries))))
+            self._evictions += 1
+        self._reserved += nbytes
+        return evicted
+
+    def _land(self, key: EmbeddingKey, nbytes: int, features: Features | None) -> None:
+        """Ends a computation: the reservation becomes an entry, or nothing."""
+        del self._flights[key]
+        if nbytes > self.max_bytes:
+            return
+        self._reserved -= nbytes
+        if features is not None and self._bytes + self._reserved + features.nbytes <= self.max_bytes:
+            self._entries[key] = features
+            self._bytes += features.nbytes
+
+    def _remove(self, key: EmbeddingKey) -> Features:
+        features = self._entries.pop(key)
+        self._bytes -= features.nbytes
+        return features

@@ -1,0 +1,233 @@
+"""Checks a bundle on this box against PyTorch's answers stored in it (golden samples); needs no PyTorch.
+
+Each sample holds a picture, prompts, sampled values of the model input and of the features, and all four masks per
+prompt. The format is documented in ``pixano_edge/export/sam2/golden.py``, which writes it. The whole pipeline runs
+as for a user: pre-processing, encoder, decoder, resizing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...bundle import Bundle, GoldenSample
+from ...contracts import sam2
+from ...errors import BundleError, ImageError, PromptError
+from ..images import decode_image
+from .postprocess import write_mask
+from .predictor import Embedding, Sam2ImagePredictor
+from .preprocess import Scratch, preprocess
+from .prompts import Prompt, build_prompts
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+FP32_MAX_REL = 1e-4
+"""Largest relative error of any tensor at full precision; reduced precisions are judged by their masks."""
+MIN_IOU = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.99, "int8": 0.98, "int4": 0.98}
+"""Bar per precision: for fp32 of the worst mask, for the others of the mean."""
+
+_DAMAGED = "Copy or download the bundle again, or export it again."
+
+
+@dataclass
+class TensorError:
+    """Worst difference of one tensor over all samples.
+
+    Attributes:
+        name: Tensor name in the contract.
+        max_abs: Largest |difference|; infinite when a value is not finite.
+        max_rel: The largest, over the samples, of max |difference| / max |reference|.
+    """
+
+    name: str
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+
+    def add(self, got: npt.NDArray[Any], want: npt.NDArray[Any]) -> None:
+        if got.shape != want.shape:
+            raise ValueError(f"'{self.name}' is {list(want.shape)} in the sample, {list(got.shape)} here")
+        difference = float(np.abs(got.astype(np.float64) - want).max())
+        # NaN compares as no difference at all; it must count as the largest.
+        difference = difference if np.isfinite(difference) else float("inf")
+        self.max_abs = max(self.max_abs, difference)
+        self.max_rel = max(self.max_rel, difference / (float(np.abs(want).max()) + 1e-12))
+
+
+@dataclass
+class VerifyReport:
+    """What `verify_bundle` measured.
+
+    Attributes:
+        bundle: Name in the manifest.
+        device: Name of the device.
+        backend: Back end that ran.
+        precision: Variant that ran.
+        samples: Golden samples compared.
+        tensors: Errors in pipeline order; `pixel_values` is the pre-processing alone, the rest accumulates.
+        mean_iou: Over all masks at the size of the picture.
+        min_iou: Of the worst mask.
+        seconds: Opening and running.
+        problems: Every figure that misses the bar, in words; empty when passed.
+    """
+
+    bundle: str
+    device: str
+    backend: str
+    precision: str
+    samples: int
+    tensors: list[TensorError]
+    mean_iou: float
+    min_iou: float
+    seconds: float
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify_bundle(
+    bundle: Bundle | Path | str,
+    device: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Runs the golden samples of a bundle on a device.
+
+    Args:
+        bundle: An open bundle or its folder.
+        device: See `Sam2ImagePredictor.open`, as the next three.
+        backend: Back end.
+        precision: Variant.
+        threads: Threads of one call.
+        progress: Called with (samples done, samples in all).
+
+    Raises:
+        BundleError: No golden samples, or damaged ones; or as `Sam2ImagePredictor.open`.
+        DeviceError, ContractError: As `Sam2ImagePredictor.open`.
+    """
+    start = time.perf_counter()
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle)
+    golden = bundle.golden()
+    if not golden:
+        raise BundleError(f"Bundle '{bundle.manifest.name}' has no golden samples.", "Export it again.")
+    errors = {name: TensorError(name) for name in _TENSORS}
+    ious: list[float] = []
+    with Sam2ImagePredictor.open(
+        bundle, device=device, backend=backend, precision=precision, threads=threads
+    ) as predictor:
+        for index, sample in enumerate(golden):
+            ious += _run_sample(bundle, predictor, sample, errors)
+            if progress is not None:
+                progress(index + 1, len(golden))
+        info = predictor.info()
+    report = VerifyReport(
+        bundle=bundle.manifest.name,
+        device=info["device"],
+        backend=info["backend"],
+        precision=info["precision"],
+        samples=len(golden),
+        tensors=list(errors.values()),
+        mean_iou=float(np.mean(ious)),
+        min_iou=float(np.min(ious)),
+        seconds=time.perf_counter() - start,
+    )
+    report.problems = judge(report)
+    return report
+
+
+def judge(report: VerifyReport) -> list[str]:
+    """Every figure of a report that misses the bar of its precision, in words."""
+    found = []
+    full = report.precision == "fp32"
+    for tensor in report.tensors:
+        # Pre-processing runs in float32 whatever the variant.
+        if (full or tensor.name == sam2.PIXEL_VALUES) and not tensor.max_rel <= FP32_MAX_REL:
+            found.append(f"{tensor.name}: relative error {tensor.max_rel:.2e} > {FP32_MAX_REL:.0e}")
+        elif not np.isfinite(tensor.max_rel):
+            found.append(f"{tensor.name}: not finite")
+    bar = MIN_IOU.get(report.precision, MIN_IOU["fp32"])
+    iou, which = (report.min_iou, "lowest") if full else (report.mean_iou, "mean")
+    if not iou >= bar:
+        found.append(f"masks: {which} IoU {iou:.4f} < {bar}")
+    return found
+
+
+_FEATURES = (sam2.IMAGE_EMBED, sam2.HIGH_RES_0, sam2.HIGH_RES_1)
+_ANSWERS = {
+    sam2.MASKS: "low_res_logits",
+    sam2.IOU_SCORES: "iou_scores",
+    sam2.OBJECT_SCORE_LOGITS: "object_score_logits",
+}
+_TENSORS = (sam2.PIXEL_VALUES, *_FEATURES, *_ANSWERS)
+
+
+def _run_sample(
+    bundle: Bundle, predictor: Sam2ImagePredictor, sample: GoldenSample, errors: dict[str, TensorError]
+) -> list[float]:
+    """Compares one sample; returns the IoU of each of its masks."""
+    stored = bundle.load_npz(sample.tensors)
+    image = decode_image(bundle.file(sample.image))
+    try:
+        if tuple(stored["original_size"]) != image.shape[:2]:
+            raise ValueError(f"the picture has {image.shape[:2]}, the sample {stored['original_size'].tolist()}")
+        side = predictor.constants.image_size
+        pixels = np.empty((1, 3, side, side), np.float32)
+        preprocess(image, predictor.constants, pixels)
+        embedding = predictor.encode(image)
+        tensors = (pixels, embedding.image_embed, *embedding.high_res)
+        for name, tensor in zip((sam2.PIXEL_VALUES, *_FEATURES), tensors):
+            errors[name].add(tensor.reshape(-1)[stored[f"{name}_index"]], stored[f"{name}_values"])
+        ious = []
+        for row in range(len(stored["labels"])):
+            ious += _run_prompt(predictor, embedding, stored, row, errors)
+        return ious
+    except (KeyError, IndexError, ValueError) as error:
+        raise BundleError(f"Golden sample '{sample.name}' is malformed: {error}.", _DAMAGED) from error
+    except (ImageError, PromptError) as error:
+        raise BundleError(f"Golden sample '{sample.name}' cannot run: {error.message}", error.action) from error
+
+
+def _run_prompt(
+    predictor: Sam2ImagePredictor, embedding: Embedding, stored: Arrays, row: int, errors: dict[str, TensorError]
+) -> list[float]:
+    """Compares the answer to one prompt, asked alone as the reference was."""
+    (batch,) = build_prompts([_prompt(stored, row)], embedding.original_size, predictor.constants)
+    with predictor.decode(embedding, batch) as raw:
+        for name, got in zip(_ANSWERS, (raw.masks, raw.scores, raw.object_scores)):
+            errors[name].add(got, stored[_ANSWERS[name]][row : row + 1])
+        wanted = stored[_ANSWERS[sam2.MASKS]][row]
+        threshold, scratch = predictor.constants.mask_threshold, Scratch()
+        ious = []
+        for got, want in zip(raw.masks[0], wanted, strict=True):
+            masks = np.empty((2, *embedding.original_size), np.bool_)
+            write_mask(got, threshold, masks[0], scratch)
+            write_mask(np.ascontiguousarray(want), threshold, masks[1], scratch)
+            union = int(np.count_nonzero(masks[0] | masks[1]))
+            ious.append(int(np.count_nonzero(masks[0] & masks[1])) / union if union else 1.0)
+        return ious
+
+
+def _prompt(stored: Arrays, row: int) -> Prompt:
+    used = stored["labels"][row] >= 0
+    box = stored["boxes"][row]
+    return Prompt(
+        points=stored["points"][row][used],
+        labels=stored["labels"][row][used],
+        box=None if np.isnan(box).any() else box,
+        mask_input=stored["mask_input"][row] if stored["has_mask_input"][row] else None,
+    )

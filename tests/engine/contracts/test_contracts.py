@@ -1,0 +1,72 @@
+"""Tensor and graph specifications, and the SAM 2 contract."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pixano_edge.engine.contracts import sam2
+from pixano_edge.engine.contracts.base import TensorSpec
+from pixano_edge.engine.contracts.sam2 import Sam2Constants
+from pixano_edge.engine.errors import ContractError
+
+SPEC = TensorSpec("x", "float32", ("P", 3, "N"))
+
+
+def test_shape_fills_dynamic_dimensions() -> None:
+    assert SPEC.shape({"P": 2, "N": 5}) == (2, 3, 5)
+    assert SPEC.dynamic == ("P", "N")
+
+
+def test_shape_names_the_missing_dimension() -> None:
+    with pytest.raises(ContractError, match="N"):
+        SPEC.shape({"P": 2})
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 3), np.float32),
+        np.zeros((2, 4, 5), np.float32),
+        np.zeros((2, 3, 5), np.float64),
+        np.zeros((2, 3, 5), np.float16),
+    ],
+)
+def test_check_refuses_other_rank_size_or_dtype(array: np.ndarray) -> None:
+    with pytest.raises(ContractError, match="expects float32"):
+        SPEC.check(array)
+
+
+def test_check_accepts_any_size_of_a_dynamic_dimension() -> None:
+    SPEC.check(np.zeros((7, 3, 1), np.float32))
+
+
+@pytest.mark.parametrize(("size", "dim"), [(1024, 256), (256, 128), (128, 32)])
+def test_sam2_shapes_follow_the_constants(size: int, dim: int) -> None:
+    constants = Sam2Constants(image_size=size, hidden_dim=dim)
+    graphs = sam2.graphs(constants)
+    encoder, decoder = graphs[sam2.IMAGE_ENCODER], graphs[sam2.MASK_DECODER]
+    assert encoder.tensor(sam2.IMAGE_EMBED).dims == (1, dim, size // 16, size // 16)
+    assert encoder.tensor(sam2.HIGH_RES_0).dims == (1, dim // 8, size // 4, size // 4)
+    assert encoder.tensor(sam2.HIGH_RES_1).dims == (1, dim // 4, size // 8, size // 8)
+    # What the encoder writes is what the decoder reads, tensor by tensor: they are bound to the same memory.
+    assert encoder.outputs == decoder.inputs[:3]
+    assert decoder.tensor(sam2.MASKS).dims == ("P", 4, size // 4, size // 4)
+    assert set(decoder.ranges) == {"P", "N"}
+
+
+def test_sam2_constants_round_trip_through_json_types() -> None:
+    constants = Sam2Constants(image_size=512, hidden_dim=64)
+    values = constants.to_dict()
+    assert Sam2Constants.from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}) == constants
+
+
+@pytest.mark.parametrize("values", [{"image_size": 100}, {"hidden_dim": 30}, {"image_size": 0}, {"unknown": 1}])
+def test_sam2_constants_refuse_what_does_not_fit(values: dict[str, int]) -> None:
+    with pytest.raises(ContractError):
+        Sam2Constants.from_dict(values)
+
+
+def test_unknown_tensor_is_named() -> None:
+    with pytest.raises(ContractError, match="nothing"):
+        sam2.mask_decoder(Sam2Constants()).tensor("nothing")
