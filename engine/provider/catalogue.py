@@ -1,0 +1,171 @@
+"""What can be loaded: the bundles of the local store, and where a `ModelConfig` points. Reads manifests only."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..bundle.bundle import parse_manifest
+from ..bundle.manifest import MANIFEST_NAME
+from ..errors import BundleError
+from .errors import InvalidRequestError, ModelNotFoundError
+from .types import ModelConfig
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".onnx")
+
+
+class Store(Protocol):
+    """The part of `BundleStore` used here."""
+
+    def list(self) -> list[str]: ...
+
+    def path(self, name: str) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is loaded from: a bundle folder or a ``.pxe`` file, with what tells a later change of it."""
+
+    path: Path
+    stamp: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A bundle of the store, from its manifest."""
+
+    name: str
+    source: Source
+    family: str
+    checkpoint: str
+
+
+class Catalogue:
+    """Cheap view of the store: a manifest is read again only when its file changed. Safe to use from any thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, Source], Entry | str] = {}
+
+    def scan(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        """Bundles by name, and what is wrong with those that cannot be used."""
+        entries: dict[str, Entry] = {}
+        faults: dict[str, str] = {}
+        fresh: dict[tuple[str, Source], Entry | str] = {}
+        for name in self._store.list():
+            try:
+                source = self._stored(name)
+            except (BundleError, OSError) as error:
+                faults[name] = f"Bundle '{name}' cannot be read: {error}"
+                continue
+            with self._lock:
+                found = self._known.get((name, source))
+            if found is None:
+                found = _read_entry(name, source)
+            fresh[name, source] = found
+            if isinstance(found, Entry):
+                entries[name] = found
+            else:
+                faults[name] = found
+        with self._lock:
+            self._known = fresh
+        return entries, faults
+
+    def _stored(self, name: str) -> Source:
+        path = self._store.path(name)
+        return Source(path, _stamp(path / MANIFEST_NAME))
+
+    def locate(self, config: ModelConfig, loaded: Iterable[str] = ()) -> Source:
+        """The bundle that `config` means.
+
+        Without a path: the store's bundle called `config.name`. With one: a bundle folder, a ``.pxe`` file, or the
+        name of a bundle in the store.
+
+        Args:
+            config: Name and path are read.
+            loaded: Names to list as known besides the store's.
+
+        Raises:
+            InvalidRequestError: A hub id, a checkpoint, or an unusable name.
+            ModelNotFoundError: Nothing there; lists what is known.
+        """
+        if not isinstance(config.name, str) or not _NAME.fullmatch(config.name):
+            if isinstance(config.name, str) and config.path is None and _HUB_ID.fullmatch(config.name):
+                raise _hub_id(config.name)
+            raise InvalidRequestError(
+                f"{config.name!r} is no model name.",
+                "Use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit.",
+            )
+        wanted = config.name if config.path is None else str(config.path)
+        if config.path is not None:
+            source = _at_path(Path(wanted))
+            if source is not None:
+                return source
+        names = self._store.list()
+        if wanted in names:
+            return self._stored(wanted)
+        if _HUB_ID.fullmatch(wanted) and not wanted.startswith(("./", "../")):
+            raise _hub_id(wanted)
+        if wanted.lower().endswith(_CHECKPOINT_SUFFIXES):
+            raise _checkpoint(wanted)
+        raise unknown_model(wanted, {*names, *loaded})
+
+
+def unknown_model(name: str, known: Iterable[str]) -> ModelNotFoundError:
+    """The error for a name that means nothing here."""
+    listed = ", ".join(sorted(known)) or "none"
+    return ModelNotFoundError(
+        f"There is no model '{str(name)[:200]}'.",
+        f"Known: {listed}. Add a bundle with 'pixano-edge bundle unpack' or export one with 'pixano-edge export'.",
+    )
+
+
+def _at_path(path: Path) -> Source | None:
+    """A bundle folder or file at `path`, None where nothing is there."""
+    try:
+        if path.is_dir():
+            if (path / MANIFEST_NAME).is_file():
+                return Source(path.resolve(), _stamp(path / MANIFEST_NAME))
+            raise _checkpoint(str(path))
+        if path.is_file():
+            if path.suffix.lower() == ".pxe":
+                return Source(path.resolve(), _stamp(path))
+            raise _checkpoint(str(path))
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"Cannot read {str(path)[:200]!r}: {error}.", "Check the path.") from error
+    return None
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _read_entry(name: str, source: Source) -> Entry | str:
+    try:
+        manifest = parse_manifest((source.path / MANIFEST_NAME).read_bytes())
+    except (BundleError, OSError) as error:
+        return f"Bundle '{name}' cannot be used: {error}"
+    return Entry(name, source, manifest.family, manifest.source.checkpoint)
+
+
+def _hub_id(hub_id: str) -> InvalidRequestError:
+    short = hub_id.split("/")[-1]
+    return InvalidRequestError(
+        f"'{hub_id}' is not a bundle on this box, and checkpoints cannot be converted here: there is no torch.",
+        f"Export it on another machine with 'pixano-edge export sam2 {hub_id} -o {short}' and copy the bundle here.",
+    )
+
+
+def _checkpoint(path: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"'{path[:200]}' is not a bundle (a folder with {MANIFEST_NAME}, or a .pxe file).",
+        "If it is a checkpoint, export it where torch is: 'pixano-edge export sam2 <checkpoint> -o <bundle>'.",
+    )

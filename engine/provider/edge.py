@@ -1,0 +1,398 @@
+"""`EdgeProvider`: the local models behind Pixano's provider interface, in the calling process.
+
+It is its own administrator: models are loaded from bundles on disk, on demand or by `instantiate_model`, each with
+a thread of its own, and unloaded by `delete_model`. The coroutines only wait, from any event loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..bundle import BundleStore
+from ..errors import BundleError, CancelledError, ContractError, DeviceError, EdgeError, ImageError, PromptError
+from .absent import AbsentTasks
+from .base import InferenceProvider
+from .catalogue import Catalogue, Entry, Store, unknown_model
+from .errors import (
+    InferenceError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    ProviderNotFoundError,
+    TaskNotSupportedError,
+)
+from .families import FAMILIES, TASKS, Opener, check_task, open_model
+from .hardware import cpu_count, read_hardware
+from .media import MediaPolicy
+from .models import ModelTable, Slot
+from .registry import register_provider
+from .segmentation import segment
+from .settings import DEFAULT_CACHE_MB, DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, LoadOptions
+from .types import (
+    ImageMaskGenerationInput,
+    ImageMaskGenerationResult,
+    InferenceTask,
+    ModelConfig,
+    ModelInfo,
+    ProviderCapabilities,
+    ServerInfo,
+)
+from .worker import QUEUE_DEPTH, Deadline, Job, wait_for
+
+T = TypeVar("T")
+
+ACCEPTED_PROVIDERS = ("edge", "pixano-edge")
+"""What `instantiate_model` takes as its `provider`."""
+
+_DISTRIBUTIONS = ("pixano-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python-headless", "pillow")
+_MAX_SIDE = 65_535
+
+
+@register_provider("edge")
+class EdgeProvider(AbsentTasks, InferenceProvider):
+    """Local inference. Making one does no work; `close` frees what it loaded.
+
+    Args:
+        url: Ignored; Pixano passes it to every provider it connects to.
+        api_key: Ignored, for the same reason.
+        store: Local model store, its folder, or None for the user's own (see `BundleStore`).
+        device: Default device of models: ``auto``, ``cpu`` or ``cuda:N``.
+        backend: Default back end: ``auto``, ``onnxruntime`` or ``tensorrt``.
+        precision: Default precision: ``auto``, ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
+        threads: Threads of one inference; None lets the back end choose.
+        cache_mb: Budget of each model's embedding cache in MiB.
+        verify: Check the hashes of a bundle's files at loading.
+        autoload: Offer every bundle of the store and load it on its first request. Without it, only models loaded
+            by `instantiate_model` are offered.
+        media_roots: Folders whose files requests may name as image. None allows any file that this process can
+            read, since the caller runs in it; a server for others passes its own folders, or ``[]`` for none.
+        max_image_pixels: Larger images are refused before they are decoded.
+        max_image_bytes: Larger encoded images are refused.
+        queue_depth: Requests that may run or wait per model; one more gets `ModelBusyError` at once.
+        opener: Opens bundles; replaced in tests.
+
+    Raises:
+        InvalidRequestError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        store: Store | Path | str | None = None,
+        device: str = "auto",
+        backend: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        cache_mb: float = DEFAULT_CACHE_MB,
+        verify: bool = True,
+        autoload: bool = True,
+        media_roots: Sequence[str | Path] | None = None,
+        max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        max_image_bytes: int = DEFAULT_MAX_BYTES,
+        queue_depth: int = QUEUE_DEPTH,
+        opener: Opener = open_model,
+    ) -> None:
+        self._options = LoadOptions(
+            device, backend, precision, threads, cache_mb, verify, max_image_pixels, max_image_bytes
+        ).check()
+        self._catalogue = Catalogue(BundleStore(store) if store is None or isinstance(store, str | Path) else store)
+        self._table = ModelTable(opener, queue_depth)
+        self._media = MediaPolicy(media_roots)
+        self._autoload = autoload
+        # Names that delete_model took away: their bundles stay in the store but no request loads them again. Only
+        # instantiate_model does, and what it loaded is found in the table.
+        self._withdrawn: set[str] = set()
+        self._files = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixano-edge-files")
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """``edge``."""
+        return "edge"
+
+    async def get_capabilities(self) -> ProviderCapabilities:
+        """Tasks of the models that are loaded or lie in the store.
+
+        One request holds one image (with any number of prompts), so `supports_batching` is False.
+        """
+        with _provider_errors():
+            entries, _ = await self._in_files(self._catalogue.scan)
+        tasks = {slot.task for slot in self._table.slots()}
+        tasks |= {FAMILIES[e.family].task.value for e in entries.values() if e.family in FAMILIES}
+        side = min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
+        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=side)
+
+    async def list_models(self, task: InferenceTask | str | None = None) -> list[ModelInfo]:
+        """Models that requests may name: loaded ones, and with `autoload` the bundles of the store. Loads nothing.
+
+        Args:
+            task: Only models of this task; any enum with the same values does.
+        """
+        with _provider_errors():
+            infos, _ = await self._in_files(self._offered)
+        wanted = None if task is None else str(getattr(task, "value", task))
+        return [info for info in infos if wanted in (None, info.task)]
+
+    async def get_server_info(self) -> ServerInfo:
+        """State of the machine and the models now; see `ServerInfo` for the layout of `gpu_info`."""
+        with _provider_errors():
+            return await self._in_files(self._server_info)
+
+    async def instantiate_model(self, provider: str, config: ModelConfig, timeout: float = 60) -> None:
+        """Loads a bundle under the name `config.name`.
+
+        ``config.path`` is None for the store's bundle of that name, else a bundle folder, a ``.pxe`` file or the
+        name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb and
+        verify, ``config.processor_config`` takes max_image_pixels and max_image_bytes. Loading the same again does
+        nothing; while the first load runs, a second one waits for it.
+
+        Args:
+            provider: ``edge`` or ``pixano-edge``.
+            config: What to load and how.
+            timeout: Seconds. When they are over, or this coroutine is cancelled, the load is aborted: nothing is
+                registered, and what was opened is closed as soon as the back end returns.
+
+        Raises:
+            ProviderNotFoundError: Another `provider`.
+            ModelNotFoundError: No such bundle.
+            InvalidRequestError: A hub id or a checkpoint, unknown keys, a damaged bundle, a device that is not
+                there, or a name that is taken by a model loaded otherwise.
+            TaskNotSupportedError: The bundle does not do ``config.task``.
+            InferenceTimeoutError: Not loaded in time.
+        """
+        if provider not in ACCEPTED_PROVIDERS:
+            raise ProviderNotFoundError(
+                f"This box has no model provider '{str(provider)[:100]}'.",
+                f"Accepted: {', '.join(ACCEPTED_PROVIDERS)}.",
+            )
+        deadline = Deadline(timeout)
+        task = str(getattr(config.task, "value", config.task))
+        if task not in TASKS:
+            raise InvalidRequestError(f"There is no task '{task[:100]}'.", f"Tasks: {', '.join(TASKS)}.")
+        options = self._options.updated(config.config, config.processor_config)
+        with _provider_errors(invalid=(BundleError, DeviceError)):
+            loaded = [slot.name for slot in self._table.slots()]
+            source = await self._in_files(lambda: self._catalogue.locate(config, loaded), deadline)
+            slot, started = self._table.start(config.name, source, task, options)
+            arrived = False
+            try:
+                await wait_for(slot.ready, deadline, f"Loading model '{config.name}'")
+                arrived = True
+            finally:
+                # Whoever started a load and leaves ends it; others only wait for it.
+                if started and not arrived:
+                    self._table.retire(slot)
+
+    async def delete_model(self, model_name: str) -> None:
+        """Unloads a model and stops offering it; its bundle stays on disk.
+
+        New requests get `ModelNotFoundError` at once, also from a store with `autoload`, until `instantiate_model`
+        loads the name again. Accepted requests finish; this returns when they have and the memory is free.
+
+        Raises:
+            ModelNotFoundError: No such model, or deleted already.
+        """
+        slot = self._table.get(model_name) if isinstance(model_name, str) else None
+        if slot is None:
+            with _provider_errors():
+                infos, _ = await self._in_files(self._offered)
+            if model_name not in (info.name for info in infos):
+                raise unknown_model(model_name, (info.name for info in infos))
+        self._withdrawn.add(model_name)
+        # Looked up again: a load may have started while the store was read.
+        slot = slot or self._table.get(model_name)
+        if slot is not None:
+            with _provider_errors():
+                await wait_for(self._table.retire(slot), Deadline(None), f"Unloading model '{model_name}'")
+
+    async def image_mask_generation(
+        self, input_data: ImageMaskGenerationInput, timeout: float = 60.0
+    ) -> ImageMaskGenerationResult:
+        """Masks at the image's size for P prompts; ``data`` is an `EdgeMaskGenerationOutput`.
+
+        Args:
+            input_data: Any object with the attributes of `ImageMaskGenerationInput`; `mask_input` and
+                `return_logits` are read where present (see `EdgeMaskGenerationInput`).
+            timeout: Seconds for waiting, loading and computing. A load that this request started goes on, so that
+                the next request finds the model.
+
+        Raises:
+            InvalidRequestError: The image, a prompt or a tensor is malformed, or not allowed.
+            ModelNotFoundError: No such model, or it was unloaded.
+            TaskNotSupportedError: The model does another task.
+            ModelBusyError: Too many requests wait for the model.
+            InferenceTimeoutError: No answer in time; the work stops at its next step and its result is dropped.
+        """
+        started = time.perf_counter()
+        deadline = Deadline(timeout)
+        with _provider_errors():
+            slot = await self._slot(getattr(input_data, "model", None), InferenceTask.MASK_GENERATION, deadline)
+            model = await wait_for(slot.ready, deadline, f"Loading model '{slot.name}'")
+
+            def work(job: Job) -> Any:
+                return segment(model, input_data, self._media, job)
+
+            job, future = slot.worker.submit(work)
+            output = await wait_for(future, deadline, f"Segmentation with model '{slot.name}'", job)
+        return ImageMaskGenerationResult(
+            data=output,
+            timestamp=datetime.now(timezone.utc),
+            processing_time=time.perf_counter() - started,
+            metadata={
+                "model_name": slot.name,
+                "model_class": model.model_class,
+                "device": model.device,
+                **model.details,
+            },
+            id=uuid.uuid4().hex,
+        )
+
+    async def close(self) -> None:
+        """Unloads every model after its accepted requests, and refuses everything from now on. May be repeated."""
+        self._closed = True
+        for freed in self._table.close():
+            await wait_for(freed, Deadline(None), "Unloading")
+        self._files.shutdown(wait=False)
+
+    async def _slot(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:
+        """The slot of a model that does `task`; with `autoload`, loading starts here."""
+        if not isinstance(name, str) or not name:
+            raise InvalidRequestError("model must be the name of a model.", "list_models has the names.")
+        slot = self._table.get(name)
+        if slot is None:
+            slot = await self._autoloaded(name, task, deadline)
+        if slot.task != task.value:
+            raise TaskNotSupportedError(f"Model '{name}' does {slot.task}, not {task.value}.", "Name another model.")
+        return slot
+
+    async def _autoloaded(self, name: str, task: InferenceTask, deadline: Deadline) -> Slot:
+        entries, faults = await self._in_files(self._catalogue.scan, deadline)
+        held = self._table.get(name)
+        if held is not None:
+            return held
+        entry = entries.get(name)
+        if name in self._withdrawn or not self._autoload or (entry is None and name not in faults):
+            known = {slot.name for slot in self._table.slots()}
+            if self._autoload:
+                known |= entries.keys() - self._withdrawn
+            raise unknown_model(name, known)
+        if entry is None:
+            raise InferenceError(faults[name], "Check it with 'pixano-edge bundle inspect'.")
+        check_task(entry.family, task.value, name)
+        slot, _ = self._table.start(name, entry.source, task.value, self._options)
+        return slot
+
+    def _offered(self) -> tuple[list[ModelInfo], dict[str, str]]:
+        """Models that requests may name, by name, and the store's faults."""
+        infos: dict[str, ModelInfo] = {}
+        entries, faults = self._catalogue.scan()
+        if self._autoload:
+            infos.update({e.name: _entry_info(e) for e in entries.values() if e.family in FAMILIES})
+            for name in tuple(self._withdrawn):
+                infos.pop(name, None)
+        for slot in self._table.slots():
+            model = slot.model
+            if model is not None:
+                infos[slot.name] = ModelInfo(slot.name, slot.task, model.checkpoint, model.model_class, self.name)
+            elif slot.name not in infos:
+                infos[slot.name] = ModelInfo(slot.name, slot.task, provider=self.name)
+        return [infos[name] for name in sorted(infos)], faults
+
+    def _server_info(self) -> ServerInfo:
+        infos, faults = self._offered()
+        hardware = read_hardware()
+        loaded = [(slot.name, model) for slot in self._table.slots() if (model := slot.model) is not None]
+        on_gpu: dict[str, list[str]] = {}
+        warnings = [*faults.values(), *hardware.notes]
+        for name, model in loaded:
+            warnings.extend(f"Model '{name}': {warning}" for warning in model.warnings)
+            if model.device.startswith("cuda"):
+                on_gpu.setdefault(model.device.partition(":")[2] or "0", []).append(name)
+            elif hardware.gpus:
+                warnings.append(
+                    f"Model '{name}' runs on the CPU although {len(hardware.gpus)} CUDA device(s) are there."
+                )
+        versions = _versions()
+        return ServerInfo(
+            version=versions["pixano-edge"],
+            models_loaded=len(loaded),
+            num_gpus=len(hardware.gpus),
+            gpu_info={
+                "devices": hardware.gpu_dicts(),
+                "reason": hardware.reason,
+                "model_to_device": {name: model.device for name, model in loaded},
+                "memory_total": hardware.memory_total,
+                "memory_available": hardware.memory_available,
+            },
+            models=[info.name for info in infos],
+            models_to_task={info.name: info.task for info in infos},
+            ready=not self._closed,
+            app_name="Pixano Edge",
+            app_version=versions["pixano-edge"],
+            app_description="Torch-free inference for Pixano on this machine",
+            num_cpus=cpu_count(),
+            num_nodes=1,
+            gpus_used=sorted(int(index) for index in on_gpu),
+            gpu_to_model={index: ", ".join(names) for index, names in sorted(on_gpu.items())},
+            versions=dict(versions),
+            warnings=warnings,
+        )
+
+    async def _in_files(self, work: Callable[[], T], deadline: Deadline | None = None) -> T:
+        """Runs what touches files or drivers on a thread of its own."""
+        if self._closed:
+            raise InferenceError("This provider is closed.", "Make a new one.")
+        return await wait_for(self._files.submit(work), deadline or Deadline(None), "Reading the model store")
+
+
+def _entry_info(entry: Entry) -> ModelInfo:
+    family = FAMILIES[entry.family]
+    return ModelInfo(entry.name, family.task.value, entry.checkpoint, family.model_class, "edge")
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Installed versions; the ONNX Runtime listed is the wheel's, a system build has none."""
+    installed = {_key(d.name): d.version for d in metadata.distributions() if d.name}
+    found = {name: installed[name] for name in _DISTRIBUTIONS if name in installed}
+    return {"pixano-edge": "unknown", "python": platform.python_version(), **found}
+
+
+def _key(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
+
+
+@contextmanager
+def _provider_errors(invalid: tuple[type[EdgeError], ...] = ()) -> Iterator[None]:
+    """Turns the engine's errors into the provider's.
+
+    Args:
+        invalid: More engine errors that are the request's fault here.
+    """
+    request_faults: tuple[type[EdgeError], ...] = (ImageError, PromptError, ContractError, *invalid)
+    try:
+        yield
+    except InferenceError:
+        raise
+    except CancelledError as error:
+        raise ModelNotFoundError(
+            "The model was unloaded before it could answer.", "Load it again with instantiate_model."
+        ) from error
+    except request_faults as error:
+        raise InvalidRequestError(error.message, error.action) from error
+    except EdgeError as error:
+        raise InferenceError(error.message, error.action) from error
+    except MemoryError as error:
+        raise InferenceError("Not enough memory for this request.", "Use a smaller image or fewer prompts.") from error

@@ -1,0 +1,110 @@
+"""How a model is loaded: the accepted keys of `ModelConfig.config` and `processor_config`, checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .errors import InvalidRequestError
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
+
+DEFAULT_CACHE_MB = 256.0
+DEFAULT_MAX_PIXELS = 100_000_000
+DEFAULT_MAX_BYTES = 50 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Settings of one model; two loads are the same when these and the bundle are.
+
+    Attributes:
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+        backend: One of `BACKENDS`.
+        precision: One of `PRECISIONS`.
+        threads: Threads of one inference; None lets the back end choose.
+        cache_mb: Budget of the model's embedding cache in MiB; 0 turns it off.
+        verify: Check every file of the bundle against its SHA-256 at opening.
+        max_image_pixels: Images with more pixels are refused before they are decoded.
+        max_image_bytes: Larger encoded images are refused.
+    """
+
+    device: str = "auto"
+    backend: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    cache_mb: float = DEFAULT_CACHE_MB
+    verify: bool = True
+    max_image_pixels: int = DEFAULT_MAX_PIXELS
+    max_image_bytes: int = DEFAULT_MAX_BYTES
+
+    def updated(self, config: Mapping[str, Any], processor_config: Mapping[str, Any]) -> LoadOptions:
+        """These settings with a request's own on top.
+
+        Args:
+            config: Keys `CONFIG_KEYS`; None keeps a setting.
+            processor_config: Keys `PROCESSOR_KEYS`; None keeps a setting. Limits can be lowered, not raised.
+
+        Raises:
+            InvalidRequestError: Unknown key (with the accepted ones) or a value out of range.
+        """
+        changes = _checked("config", CONFIG_KEYS, config)
+        limits = _checked("processor_config", PROCESSOR_KEYS, processor_config)
+        for key, value in limits.items():
+            if value > getattr(self, key):
+                raise InvalidRequestError(
+                    f"processor_config['{key}'] is {value}, above this server's {getattr(self, key)}.",
+                    "Lower it, or start the provider with a higher limit.",
+                )
+        return replace(self, **changes, **limits)
+
+    def check(self) -> LoadOptions:
+        """Checks every setting, for values that did not come through `updated`; returns itself."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        _checked("EdgeProvider", {**CONFIG_KEYS, **PROCESSOR_KEYS}, values)
+        return self
+
+
+def _device(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is not None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+
+CONFIG_KEYS: Mapping[str, _Rule] = {
+    "device": (_device, "'auto', 'cpu' or 'cuda:N'"),
+    "backend": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+    "precision": (lambda v: v in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+    "threads": (_whole, "a whole number above 0"),
+    "cache_mb": (_size, "MiB, 0 or more"),
+    "verify": (lambda v: isinstance(v, bool), "true or false"),
+}
+PROCESSOR_KEYS: Mapping[str, _Rule] = {
+    "max_image_pixels": (_whole, "a whole number above 0"),
+    "max_image_bytes": (_whole, "a whole number above 0"),
+}
+
+
+def _checked(where: str, rules: Mapping[str, _Rule], values: Any) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise InvalidRequestError(f"{where} must be a mapping, got {type(values).__name__}.", "Pass {} for defaults.")
+    unknown = sorted(str(k) for k in values if k not in rules)
+    if unknown:
+        raise InvalidRequestError(f"{where} has unknown keys: {', '.join(unknown)}.", f"Accepted: {', '.join(rules)}.")
+    for key, value in values.items():
+        fits, meaning = rules[key]
+        if value is not None and not fits(value):
+            raise InvalidRequestError(f"{where}['{key}'] must be {meaning}, got {value!r}.", "Correct the value.")
+    return {k: v for k, v in values.items() if v is not None}
