@@ -95,7 +95,7 @@ def _nvml_devices() -> tuple[list[DeviceInfo], str | None, list[str]]:
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        return [], "NVML cannot be asked: install nvidia-ml-py (pip install 'pixano-edge[cuda]').", []
+        return [], "NVML cannot be asked: pip install nvidia-ml-py", []
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:

@@ -1,0 +1,97 @@
+"""Real-size SAM 2.1 checkpoints with seeded random weights, for measuring speed where the real ones are not at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from pixano_edge.engine.errors import EdgeError
+
+SIZES = ("tiny", "small", "base-plus", "large")
+
+
+def cache_root() -> Path:
+    """Folder for generated checkpoints and bundles: ``$PIXANO_EDGE_HOME/bench`` or ``~/.cache/pixano-edge/bench``."""
+    home = os.environ.get("PIXANO_EDGE_HOME")
+    return Path(home) / "bench" if home else Path.home() / ".cache" / "pixano-edge" / "bench"
+
+
+def random_model(size: str, image_size: int, seed: int) -> Any:
+    """A transformers ``Sam2Model`` of an official size in eval mode; equal arguments give equal weights.
+
+    The start values of transformers give nearly constant masks. Here matrices are drawn with a gain on
+    1 / sqrt(fan in), so that masks have borders and an error in the features can be seen in them.
+    """
+    import torch
+    from torch import nn
+    from transformers import Sam2Model
+    from transformers.utils import logging
+
+    from pixano_edge.export.sam2.sizes import SIZES as EXPORT_SIZES
+
+    config: Any = next(s for s in EXPORT_SIZES if s.name == f"hiera-{size}").config()
+    grid = image_size // 16
+    config.image_size = image_size
+    config.prompt_encoder_config.image_size = image_size
+    config.vision_config.backbone_feature_sizes = [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2]
+    config.vision_config.backbone_config.image_size = [image_size, image_size]
+    model = Sam2Model(config).eval()
+    logging.disable_progress_bar()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                weight = module.weight
+                fan_in = weight.shape[0] if isinstance(module, nn.ConvTranspose2d) else weight[0].numel()
+                gain = 0.5 if name.startswith("vision_encoder") else 1.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * gain * fan_in**-0.5)
+        position = model.shared_image_embedding.positional_embedding
+        position.copy_(torch.randn(position.shape, generator=generator))
+        # One random Fourier matrix serves the image grid and the prompts, as in SAM 2.
+        model.prompt_encoder.shared_embedding.positional_embedding.copy_(position)
+    return model
+
+
+def random_checkpoint(size: str, image_size: int = 1024, seed: int = 0) -> Path:
+    """Folder of such a checkpoint in transformers' format, made once and kept in the cache.
+
+    Raises:
+        EdgeError: Unknown size, or an image size that is not a multiple of 32.
+    """
+    if size not in SIZES or image_size < 64 or image_size % 32:
+        raise EdgeError(
+            f"There is no random SAM 2.1 '{size}' at {image_size} pixels.",
+            f"Sizes: {', '.join(SIZES)}; the image size is a multiple of 32 from 64 on.",
+        )
+    folder = cache_root() / f"sam2.1-hiera-{size}-{image_size}-random{seed}"
+    if not (folder / "config.json").is_file():
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        random_model(size, image_size, seed).save_pretrained(partial)
+        note = "---\nlicense: apache-2.0\n---\nSeeded random weights made by pixano-edge bench; they know nothing.\n"
+        (partial / "README.md").write_text(note, encoding="utf-8")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(folder)
+    return folder
+
+
+def exported_bundle(checkpoint: Path) -> Path:
+    """Bundle of a checkpoint folder in the cache, exported once (fp32 only: the comparison is on equal weights).
+
+    The cache key holds path, sizes and times of the checkpoint's files, so a changed checkpoint is exported again.
+
+    Raises:
+        EdgeError: No such folder, or the export failed.
+    """
+    from pixano_edge.export.sam2 import export_sam2
+
+    checkpoint = checkpoint.expanduser().resolve()
+    if not checkpoint.is_dir():
+        raise EdgeError(f"There is no checkpoint folder '{checkpoint}'.", "Give a folder in transformers' format.")
+    files = [(f.name, s.st_size, s.st_mtime_ns) for f in sorted(checkpoint.iterdir()) if (s := f.stat())]
+    key = hashlib.sha256(repr((str(checkpoint), files)).encode()).hexdigest()[:12]
+    destination = cache_root() / f"{checkpoint.name}-{key}.bundle"
+    if (destination / "manifest.json").is_file():
+        return destination
+    return export_sam2(checkpoint, destination, variants=("fp32",))

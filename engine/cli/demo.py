@@ -1,0 +1,185 @@
+"""`pixano-edge demo`: the bundled model on the bundled pictures, with times and IoU, in seconds and without torch."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import typer
+
+from ..errors import EdgeError
+from ..models.images import decode_image
+from ..models.rle import decode_rle
+from .draw import overlay, write_png
+from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption, open_bundle
+from .output import JsonOption, make_folder, milliseconds, print_json, print_table
+from .prompts import ParsedPrompt
+from .segment import find_masks
+
+if TYPE_CHECKING:
+    from ..models.sam2.predictor import Sam2ImagePredictor
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+
+@dataclass(frozen=True)
+class DemoObject:
+    """One object of a bundled picture: words, click (x, y), box (x0, y0, x1, y1), true mask (H, W) bool."""
+
+    name: str
+    click: tuple[float, float]
+    box: tuple[float, float, float, float]
+    truth: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """One picture: times in seconds (encoder once, click as median over the objects), mean IoU with the truth."""
+
+    picture: str
+    objects: int
+    encode_seconds: float
+    click_seconds: float
+    click_iou: float
+    box_iou: float
+    files: list[str]
+
+
+def demo_folder() -> Path:
+    """Folder of the bundled pictures inside the package; raises EdgeError when it is not there."""
+    folder = Path(str(importlib.resources.files("pixano_edge.engine.assets"))) / "demo"
+    if not (folder / "demo.json").is_file():
+        raise EdgeError(
+            "The demo's pictures are not in this installation.",
+            "Install again with: pip install --force-reinstall 'pixano-edge[cpu]'",
+        )
+    return folder
+
+
+def read_pictures(folder: Path) -> list[tuple[Path, list[DemoObject]]]:
+    """Pictures of a folder written by ``pixano_edge.export.demo.pictures`` and the objects on them."""
+    content: dict[str, Any] = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    pictures = []
+    for picture in content["pictures"]:
+        objects = []
+        for entry in picture["objects"]:
+            counts = entry["truth"]["counts"].encode("ascii")
+            truth = decode_rle({"size": entry["truth"]["size"], "counts": counts})
+            objects.append(DemoObject(entry["name"], tuple(entry["click"]), tuple(entry["box"]), truth))
+        pictures.append((folder / picture["file"], objects))
+    return pictures
+
+
+def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    union = np.count_nonzero(a | b)
+    return float(np.count_nonzero(a & b) / union) if union else 1.0
+
+
+def run_picture(predictor: Sam2ImagePredictor, picture: Path, objects: list[DemoObject], out: Path) -> DemoResult:
+    """Clicks on every object of a picture, then gives every box; writes one overlay for each way of asking."""
+    image = decode_image(picture)
+    start = time.perf_counter()
+    embedding = predictor.encode(image)
+    encode_seconds = time.perf_counter() - start
+    clicks = [ParsedPrompt(points=[o.click], labels=[1]) for o in objects]
+    boxes = [ParsedPrompt(box=o.box) for o in objects]
+    seconds: list[float] = []
+    ious: dict[str, float] = {}
+    files = []
+    for name, prompts in (("clicks", clicks), ("boxes", boxes)):
+        masks = []
+        for prompt in prompts:  # one call each: what an annotator waits for
+            start = time.perf_counter()
+            masks.append(find_masks(predictor, embedding, [prompt])[0].mask)
+            if name == "clicks":
+                seconds.append(time.perf_counter() - start)
+        ious[name] = statistics.fmean(_iou(m, o.truth) for m, o in zip(masks, objects))
+        path = out / f"{picture.stem}.{name}.png"
+        write_png(path, overlay(image, masks, [p.to_prompt() for p in prompts]))
+        files.append(path.name)
+    return DemoResult(
+        picture.name,
+        len(objects),
+        encode_seconds,
+        statistics.median(seconds),
+        ious["clicks"],
+        ious["boxes"],
+        files,
+    )
+
+
+def _warm_up(predictor: Sam2ImagePredictor) -> float:
+    """Runs both graphs once on a blank picture, so that the table shows the steady state; returns seconds."""
+    start = time.perf_counter()
+    embedding = predictor.encode(np.zeros((64, 64, 3), np.uint8))
+    for prompt in (ParsedPrompt(points=[(32.0, 32.0)], labels=[1]), ParsedPrompt(box=(8.0, 8.0, 56.0, 56.0))):
+        find_masks(predictor, embedding, [prompt])
+    return time.perf_counter() - start
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("pixano-edge-demo"),
+    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment the bundled pictures with the bundled model; writes pictures and prints times.
+
+    The model is small and was trained on such pictures of shapes; it knows nothing else. Export a SAM 2 checkpoint
+    with 'pixano-edge export sam2' for real photos.
+    """
+    begin = time.perf_counter()
+    pictures = read_pictures(demo_folder())
+    opened = open_bundle(bundle)
+
+    from ..models.sam2.predictor import Sam2ImagePredictor
+
+    predictor = Sam2ImagePredictor.open(opened, device=device, backend=backend, precision=precision, threads=threads)
+    load_seconds = time.perf_counter() - begin
+    warm_up_seconds = _warm_up(predictor)
+    make_folder(out)
+    results = [run_picture(predictor, picture, objects, out) for picture, objects in pictures]
+    info = predictor.info()
+    predictor.close()
+    total = time.perf_counter() - begin
+    if as_json:
+        print_json(
+            {
+                "bundle": opened.manifest.name,
+                "engine": info,
+                "out": str(out),
+                "load_seconds": load_seconds,
+                "warm_up_seconds": warm_up_seconds,
+                "total_seconds": total,
+                "pictures": results,
+            }
+        )
+        return
+    rows = [
+        (
+            r.picture,
+            r.objects,
+            milliseconds(r.encode_seconds),
+            milliseconds(r.click_seconds),
+            f"{r.click_iou:.3f}",
+            f"{r.box_iou:.3f}",
+        )
+        for r in results
+    ]
+    columns = ("picture", "objects", "encoder (once)", "one click", "IoU clicks", "IoU boxes")
+    print_table(columns, rows, right=columns[1:], title=f"{opened.manifest.name} on the bundled pictures")
+    typer.echo(
+        f"\nLoaded in {milliseconds(load_seconds)}, warmed up in {milliseconds(warm_up_seconds)}, "
+        f"all done in {total:.1f} s.\nPictures: {out.resolve()}"
+    )

@@ -1,0 +1,174 @@
+"""Pictures of results: masks over the image, prompt marks, mask files. OpenCV and Pillow only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from .output import replacing
+
+if TYPE_CHECKING:
+    from ..models.sam2.prompts import Prompt
+
+Image = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+# Bright and far apart in hue and lightness (Okabe-Ito without black and grey, then three more).
+COLOURS: tuple[tuple[int, int, int], ...] = (
+    (0, 158, 255),
+    (255, 159, 0),
+    (0, 200, 120),
+    (232, 62, 140),
+    (250, 230, 60),
+    (150, 90, 255),
+    (255, 94, 0),
+    (86, 220, 233),
+    (170, 210, 60),
+)
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_POSITIVE, _NEGATIVE = (30, 200, 60), (230, 40, 40)
+
+
+def line_width(height: int, width: int) -> int:
+    """Width of a line that is seen, but hides little, on a picture of this size."""
+    return max(1, round(max(height, width) / 500))
+
+
+def _paint_fill(image: Image, index: npt.NDArray[np.uint8 | np.uint16]) -> None:
+    """Tints every pixel once, however many masks cover it, so that the picture stays visible below."""
+    table = np.array([_BLACK, *COLOURS], np.float32)
+    inside = index > 0
+    tint = table[1 + (index[inside].astype(np.int64) - 1) % len(COLOURS)]
+    image[inside] = (image[inside].astype(np.float32) * 0.6 + tint * 0.4).astype(np.uint8)
+
+
+def _paint_contour(image: Image, mask: Mask, colour: tuple[int, int, int], width: int) -> None:
+    contours = _contours(mask)
+    # Light on dark: one of the two lines stands out whatever lies below.
+    cv2.drawContours(image, contours, -1, _BLACK, 2 * width + 2, cv2.LINE_AA)
+    cv2.drawContours(image, contours, -1, _WHITE, width + 1, cv2.LINE_AA)
+    cv2.drawContours(image, contours, -1, colour, width, cv2.LINE_AA)
+
+
+def _contours(mask: Mask) -> Sequence[Any]:
+    found = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    contours: Sequence[Any] = found[0]
+    return contours
+
+
+def _paint_point(image: Image, x: float, y: float, positive: bool, width: int) -> None:
+    centre = (round(x), round(y))
+    radius = 3 + 2 * width
+    cv2.circle(image, centre, radius + 2 + width, _BLACK, -1, cv2.LINE_AA)
+    cv2.circle(image, centre, radius + 1 + width // 2, _WHITE, -1, cv2.LINE_AA)
+    cv2.circle(image, centre, radius, _POSITIVE if positive else _NEGATIVE, -1, cv2.LINE_AA)
+    arm = max(1, radius - 2)
+    cv2.line(image, (centre[0] - arm, centre[1]), (centre[0] + arm, centre[1]), _WHITE, width, cv2.LINE_AA)
+    if positive:
+        cv2.line(image, (centre[0], centre[1] - arm), (centre[0], centre[1] + arm), _WHITE, width, cv2.LINE_AA)
+
+
+def _paint_box(image: Image, box: npt.NDArray[np.floating[Any]], width: int) -> None:
+    x0, y0, x1, y1 = (round(float(v)) for v in box)
+    cv2.rectangle(image, (x0, y0), (x1, y1), _BLACK, 2 * width + 1, cv2.LINE_AA)
+    cv2.rectangle(image, (x0, y0), (x1, y1), _WHITE, width, cv2.LINE_AA)
+
+
+def overlay(image: Image, masks: Sequence[Mask], prompts: Sequence[Prompt] = ()) -> Image:
+    """A copy of `image` with translucent masks, their contours and the marks of the prompts.
+
+    Args:
+        image: (H, W, 3) uint8 RGB; not changed.
+        masks: (H, W) bool each; the smallest lies on top.
+        prompts: What was asked; green plus = foreground point, red minus = background point, white line = box.
+
+    Returns:
+        (H, W, 3) uint8 RGB, owned by the caller.
+    """
+    picture: Image = np.ascontiguousarray(image).copy()
+    height, width = image.shape[:2]
+    thick = line_width(height, width)
+    _paint_fill(picture, mask_index(masks, (height, width)))
+    for number in _large_to_small(masks):
+        _paint_contour(picture, np.ascontiguousarray(masks[number]), COLOURS[number % len(COLOURS)], thick)
+    for prompt in prompts:
+        if prompt.box is not None:
+            _paint_box(picture, np.asarray(prompt.box, np.float64), thick)
+        if prompt.points is not None:
+            points = np.asarray(prompt.points, np.float64).reshape(-1, 2)
+            labels = np.ones(len(points)) if prompt.labels is None else np.asarray(prompt.labels, np.float64)
+            for (x, y), label in zip(points.tolist(), labels.tolist()):
+                _paint_point(picture, x, y, label == 1, thick)
+    return picture
+
+
+def _large_to_small(masks: Sequence[Mask]) -> list[int]:
+    areas = np.array([np.count_nonzero(mask) for mask in masks], np.int64)
+    order: list[int] = np.argsort(-areas, kind="stable").tolist()
+    return order
+
+
+def mask_index(masks: Sequence[Mask], size: tuple[int, int]) -> npt.NDArray[np.uint8 | np.uint16]:
+    """Object numbers 1..K per pixel, 0 for the background; where masks overlap the smaller one wins.
+
+    Returns:
+        (H, W) uint8 for up to 255 masks, uint16 above.
+    """
+    index = np.zeros(size, np.uint8 if len(masks) <= 255 else np.uint16)
+    for number in _large_to_small(masks):
+        index[masks[number]] = number + 1
+    return index
+
+
+def write_png(path: Path, array: npt.NDArray[Any], palette: bool = False) -> None:
+    """Writes an image, a mask or an index image.
+
+    Args:
+        path: File to write; replaced in one step, so a broken write leaves the old file.
+        array: (H, W, 3) uint8 RGB, (H, W) bool (stored as 0 and 255), or (H, W) uint8 or uint16 numbers.
+        palette: Give uint8 numbers the colours of the overlay, so that the file can be looked at.
+    """
+    from PIL import Image as Pillow
+
+    picture = Pillow.fromarray(array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array)
+    if palette and array.dtype == np.uint8:
+        picture = Pillow.fromarray(array).convert("L")
+        picture.putpalette([*_BLACK, *(v for i in range(255) for v in COLOURS[i % len(COLOURS)])])
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG")
+
+
+def write_masks(
+    folder: Path, stem: str, masks: Sequence[Mask], size: tuple[int, int], separate: bool = False
+) -> list[Path]:
+    """Writes the mask files of one image.
+
+    One mask becomes ``STEM.mask.png`` with 0 and 255. Several become one ``STEM.mask.png`` of object numbers
+    (palette; 16 bit without palette above 255), or with `separate` ``STEM.mask-1.png``... with 0 and 255 each.
+
+    Args:
+        folder: Where to write.
+        stem: Start of the file names.
+        masks: (H, W) bool each.
+        size: (height, width) of the image.
+        separate: One file per mask; for masks that may overlap fully.
+
+    Returns:
+        The files written.
+    """
+    if separate and len(masks) > 1:
+        paths = [folder / f"{stem}.mask-{number}.png" for number in range(1, len(masks) + 1)]
+        for path, mask in zip(paths, masks):
+            write_png(path, mask)
+        return paths
+    path = folder / f"{stem}.mask.png"
+    if len(masks) == 1:
+        write_png(path, masks[0])
+    else:
+        write_png(path, mask_index(masks, size), palette=True)
+    return [path]

@@ -1,0 +1,133 @@
+"""Facts about this machine for `doctor`, `info` and the benchmarks: OS, CPU, memory, board. No GPU library needed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+# Name shown -> flag in /proc/cpuinfo (x86: "flags", Arm: "Features").
+_CPU_FLAGS = {
+    "AVX2": "avx2",
+    "AVX512": "avx512f",
+    "AVX512-VNNI": "avx512_vnni",
+    "AVX512-BF16": "avx512_bf16",
+    "AMX-BF16": "amx_bf16",
+    "AMX-INT8": "amx_int8",
+    "NEON": "asimd",
+    "FP16": "asimdhp",
+    "DOTPROD": "asimddp",
+    "BF16": "bf16",
+    "I8MM": "i8mm",
+    "SVE": "sve",
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine. Memory in bytes, None where the system does not say.
+
+    Attributes:
+        os: Name and release of the operating system.
+        kernel: Kernel and architecture.
+        python: Version and implementation.
+        cpu: Model name.
+        threads: Logical CPUs of the machine.
+        usable_threads: Logical CPUs that this process may use (affinity).
+        cpu_quota: CPUs that the container's quota allows, or None without one.
+        cpu_flags: Instruction sets that matter for inference.
+        memory_total: RAM, or the container's limit where that is smaller.
+        memory_available: RAM that can be taken without swapping.
+        jetson: Board model of a Jetson, or None.
+        l4t: First line of ``/etc/nv_tegra_release`` on a Jetson, or None.
+    """
+
+    os: str
+    kernel: str
+    python: str
+    cpu: str
+    threads: int
+    usable_threads: int
+    cpu_quota: float | None
+    cpu_flags: tuple[str, ...]
+    memory_total: int | None
+    memory_available: int | None
+    jetson: str | None
+    l4t: str | None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace").strip("\0\n ")
+    except OSError:
+        return ""
+
+
+def _os_name(root: Path) -> str:
+    for line in _read(root / "etc/os-release").splitlines():
+        if line.startswith("PRETTY_NAME="):
+            return line.partition("=")[2].strip('"')
+    return f"{platform.system()} {platform.release()}"
+
+
+def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
+    """Model name and the flags that matter from the text of ``/proc/cpuinfo`` (x86 or Arm)."""
+    model, flags = "", set[str]()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        key = key.strip()
+        if key in ("model name", "Model") and not model:
+            model = value.strip()
+        elif key in ("flags", "Features"):
+            flags.update(value.split())
+    return model, tuple(name for name, flag in _CPU_FLAGS.items() if flag in flags)
+
+
+def _memory(root: Path) -> tuple[int | None, int | None]:
+    values: dict[str, int] = {}
+    for line in _read(root / "proc/meminfo").splitlines():
+        key, _, rest = line.partition(":")
+        number = rest.split()
+        if number and number[0].isdigit():
+            values[key] = int(number[0]) * 1024
+    total, available = values.get("MemTotal"), values.get("MemAvailable")
+    limit = _read(root / "sys/fs/cgroup/memory.max")
+    if total is not None and limit.isdigit():
+        total = min(total, int(limit))
+        available = min(available, total) if available is not None else None
+    return total, available
+
+
+def _cpu_quota(root: Path) -> float | None:
+    parts = _read(root / "sys/fs/cgroup/cpu.max").split()
+    if len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit() and int(parts[1]):
+        return int(parts[0]) / int(parts[1])
+    return None
+
+
+def read_host(root: Path = Path("/")) -> Host:
+    """Reads the facts from ``/proc``, ``/etc`` and ``/sys`` below `root` (another root for tests)."""
+    model, flags = parse_cpuinfo(_read(root / "proc/cpuinfo"))
+    board = _read(root / "proc/device-tree/model")
+    l4t = _read(root / "etc/nv_tegra_release").splitlines()
+    jetson = board if "jetson" in board.lower() or "tegra" in board.lower() else None
+    if jetson is None and l4t:
+        jetson = board or "NVIDIA Tegra (model unknown)"
+    total, available = _memory(root)
+    threads = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
+    return Host(
+        os=_os_name(root),
+        kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=f"{platform.python_version()} ({platform.python_implementation()})",
+        cpu=model or platform.processor() or platform.machine(),
+        threads=threads,
+        usable_threads=usable,
+        cpu_quota=_cpu_quota(root),
+        cpu_flags=flags,
+        memory_total=total,
+        memory_available=available,
+        jetson=jetson,
+        l4t=l4t[0] if l4t else None,
+    )

@@ -1,0 +1,170 @@
+"""`pixano-edge info`: this machine in a few lines, or the facts of one bundle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from ..bundle import Bundle, BundleStore
+from ..errors import EdgeError
+from .host import read_host
+from .options import BackendOption, DeviceOption, PrecisionOption, open_bundle
+from .output import JsonOption, bytes_text, print_facts, print_json, print_table
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+
+def machine_facts() -> dict[str, Any]:
+    """Host, CUDA devices and the bundles of the local store, JSON-ready."""
+    from ..provider.hardware import read_hardware
+
+    hardware = read_hardware()
+    store = BundleStore()
+    return {
+        "host": asdict(read_host()),
+        "gpus": hardware.gpu_dicts(),
+        "gpu_reason": hardware.reason,
+        "store": str(store.root),
+        "bundles": store.list(),
+    }
+
+
+def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> dict[str, Any]:
+    """What the manifest says, and what really runs when the bundle is opened here (``engine`` or ``engine_error``)."""
+    from ..models.sam2.predictor import Sam2ImagePredictor
+
+    manifest = bundle.manifest.model_dump(mode="json")
+    graphs = {
+        name: {
+            variant: {**facts, "bytes": manifest["files"][facts["file"]]["size"]}
+            for variant, facts in graph["variants"].items()
+        }
+        for name, graph in manifest["graphs"].items()
+    }
+    kept = ("name", "family", "schema_version", "created", "source", "licence", "tools", "preprocess", "constants")
+    facts: dict[str, Any] = {
+        "path": str(bundle.root),
+        "hash": bundle.hash,
+        **{key: manifest[key] for key in kept},
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "variants": bundle.variants(),
+        "graphs": graphs,
+        "parity": manifest["parity"],
+        "golden_samples": [sample["name"] for sample in manifest["golden"]],
+        "notes": manifest["notes"],
+        "engine": None,
+        "engine_error": None,
+    }
+    try:
+        with Sam2ImagePredictor.open(bundle, device=device, backend=backend, precision=precision) as predictor:
+            facts["engine"] = predictor.info()
+    except EdgeError as error:
+        facts["engine_error"] = str(error)
+    facts["warnings"] = _warnings(facts)
+    return facts
+
+
+def _warnings(facts: dict[str, Any]) -> list[str]:
+    """Everything about a bundle that a user should know before relying on it."""
+    found = []
+    if facts["parity"] is None:
+        found.append("No parity report: nobody compared this bundle with its original.")
+    elif not facts["parity"]["passed"]:
+        found.append("The parity check at export did not pass.")
+    if not facts["golden_samples"]:
+        found.append("No golden samples: 'pixano-edge verify' cannot check it on this machine.")
+    if facts["licence"]["spdx"] == "unknown":
+        found.append("The licence of the weights is unknown; check it before use.")
+    if facts["engine_error"]:
+        found.append(f"It does not open here: {facts['engine_error']}")
+    for session in ("image_encoder", "mask_decoder"):
+        found += ((facts["engine"] or {}).get(session) or {}).get("warnings", [])
+    return found
+
+
+def _print_machine(facts: dict[str, Any]) -> None:
+    host = facts["host"]
+    print_facts(
+        "This machine",
+        {
+            "OS": host["os"],
+            "CPU": f"{host['cpu']}, {host['usable_threads']} threads",
+            "RAM": bytes_text(host["memory_total"]),
+            "GPU": ", ".join(gpu["name"] for gpu in facts["gpus"]) or f"none: {facts['gpu_reason']}",
+            "model store": facts["store"],
+            "bundles": ", ".join(facts["bundles"]) or "none; export one or run 'pixano-edge bundle --help'",
+        },
+    )
+
+
+def _print_bundle(facts: dict[str, Any]) -> None:
+    source, engine = facts["source"], facts["engine"]
+    shown: dict[str, object] = {
+        "folder": facts["path"],
+        "size": bytes_text(facts["bytes"]),
+        "model": f"{source['architecture']}, input {facts['preprocess']['image_size']} px",
+        "made from": f"{source['checkpoint']} ({source['format']}), {facts['created']}",
+        "licence": f"{facts['licence']['spdx']} {facts['licence']['text']}".strip(),
+        "variants": ", ".join(facts["variants"]),
+    }
+    if engine:
+        providers = {session["provider"] for s in ("image_encoder", "mask_decoder") if (session := engine.get(s))}
+        shown["runs here on"] = f"{engine['device']}, {engine['backend']} ({', '.join(sorted(providers))})"
+        shown["precision"] = f"{engine['precision']} ({engine.get('precision_reason', '')})"
+    print_facts(facts["name"], shown)
+    rows = [
+        (graph, variant, f["precision"], f["nodes"], f"{f['parameters'] / 1e6:.2f} M", bytes_text(f["bytes"]))
+        for graph, variants in facts["graphs"].items()
+        for variant, f in variants.items()
+    ]
+    typer.echo()
+    columns = ("graph", "variant", "precision", "nodes", "parameters", "size")
+    print_table(columns, rows, right=columns[3:])
+    parity = facts["parity"]
+    if parity:
+        typer.echo(f"\nParity with {parity['reference']} on {len(parity['inputs'])} inputs:")
+        tensors: dict[str, float] = {}
+        for t in parity["tensors"]:
+            tensors[t["variant"]] = max(tensors.get(t["variant"], 0.0), t["max_rel"])
+        masks = {m["variant"]: m for m in parity["masks"]}
+        cells = [
+            (
+                variant,
+                f"{error:.1e}",
+                f"{masks[variant]['mean_iou']:.4f}" if variant in masks else "-",
+                f"{masks[variant]['min_iou']:.4f}" if variant in masks else "-",
+            )
+            for variant, error in tensors.items()
+        ]
+        headings = ("variant", "worst relative error", "mean mask IoU", "worst mask IoU")
+        print_table(headings, cells, right=headings[1:])
+    for warning in facts["warnings"]:
+        typer.secho("warning: ", fg=typer.colors.YELLOW, nl=False)
+        typer.echo(warning)
+    for text in facts["notes"]:
+        typer.echo(f"note: {text}")
+
+
+@app.command()
+def info(
+    bundle: Annotated[str | None, typer.Argument(help="Bundle folder, or a name in the local store.")] = None,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show this machine and its bundles, or the facts of one bundle and how it runs here."""
+    if bundle is None:
+        facts = machine_facts()
+        if as_json:
+            print_json(facts)
+        else:
+            _print_machine(facts)
+        return
+    facts = bundle_facts(open_bundle(bundle), device, backend, precision)
+    if as_json:
+        print_json(facts)
+    else:
+        _print_bundle(facts)

@@ -1,0 +1,183 @@
+"""`doctor`: what it detects, and that its words and exit code follow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pixano_edge.engine.cli import doctor, libraries
+from pixano_edge.engine.cli.host import parse_cpuinfo, read_host
+from pixano_edge.engine.cli.libraries import Finding, Library
+from pixano_edge.engine.cli.main import app
+from pixano_edge.engine.cli.probe import ProviderState, probe_graph, probe_provider
+
+INSTALLED = {"onnxruntime": "1.32.0", "opencv-python-headless": "5.0.0", "numpy": "2.0"}
+
+
+def _no_problem(_: str) -> str | None:
+    return None
+
+
+def test_report_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIXANO_EDGE_HOME", str(tmp_path))
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    report = json.loads(result.stdout)
+    assert report["healthy"] is (result.exit_code == 0)
+    assert report["host"]["usable_threads"] >= 1
+    assert report["store"]["root"] == str(tmp_path / "bundles")
+    names = {lib["name"] for lib in report["libraries"] if not lib["extra"]}
+    assert {"numpy", "pydantic", "opencv-python-headless"} <= names
+    assert {"export", "cpu", "cuda"} <= {lib["extra"] for lib in report["libraries"]}
+    cpu = [p for p in report["providers"] if p["name"] == "CPUExecutionProvider"]
+    assert cpu
+    assert cpu[0]["loads"]
+    if not report["gpus"]:
+        assert report["gpu_reason"]
+
+
+def test_the_table_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIXANO_EDGE_HOME", str(tmp_path))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert "CPUExecutionProvider" in result.stdout
+    assert "numpy" in result.stdout
+    assert str(tmp_path) in result.stdout
+
+
+def test_both_onnxruntime_wheels_are_a_problem_with_the_way_out():
+    versions = {**INSTALLED, "onnxruntime-gpu": "1.32.0"}
+    (finding,) = libraries.wheel_conflicts(versions.get)
+    assert finding.level == "problem"
+    assert finding.action == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'pixano-edge[cuda]'"
+    assert libraries.wheel_conflicts(INSTALLED.get) == []
+
+
+def test_both_opencv_wheels_are_a_warning():
+    (finding,) = libraries.wheel_conflicts({**INSTALLED, "opencv-python": "5.0.0"}.get)
+    assert finding.level == "warning"
+    assert "opencv-python-headless" in finding.action
+
+
+def test_either_opencv_wheel_is_accepted():
+    base = [Library("opencv-python-headless", ">=4.9", "", None)]
+    assert libraries.base_findings(base, {"opencv-python": "5.0"}.get, _no_problem) == []
+    (finding,) = libraries.base_findings(base, {}.get, _no_problem)
+    assert finding.level == "problem"
+    assert finding.action == "pip install 'opencv-python-headless>=4.9'"
+
+
+def test_missing_libgl_names_the_headless_wheel():
+    base = [Library("opencv-python-headless", ">=4.9", "", None)]
+    (finding,) = libraries.base_findings(base, {"opencv-python": "5"}.get, lambda _: "libGL.so.1: cannot open")
+    assert finding.action == "pip uninstall -y opencv-python && pip install opencv-python-headless"
+
+
+def test_no_onnxruntime_and_a_gutted_one_are_told_apart(monkeypatch: pytest.MonkeyPatch):
+    (none,) = libraries.runtime_findings({}.get, lambda _: "No module named 'onnxruntime'")
+    assert "No ONNX Runtime is installed" in none.message
+    assert "pixano-edge[cpu]" in none.action
+    # What uninstalling one of two overlapping wheels leaves: an importable, empty package.
+    monkeypatch.setattr(libraries.importlib, "import_module", lambda _: object())
+    (gutted,) = libraries.runtime_findings(INSTALLED.get, _no_problem)
+    assert "incomplete" in gutted.message
+    assert "pip uninstall -y onnxruntime" in gutted.action
+
+
+def test_requirements_are_parsed():
+    parse = libraries.parse_requirement
+    assert parse("numpy>=1.26") == ("numpy", ">=1.26", "")
+    assert parse('onnxruntime>=1.20; extra == "cpu"') == ("onnxruntime", ">=1.20", "cpu")
+    assert parse("transformers<6,>=5; extra == 'export'") == ("transformers", "<6,>=5", "export")
+    assert parse('pixano-edge[cpu]; extra == "test"') == ("pixano-edge", "", "test")
+
+
+def test_install_line_never_adds_a_second_onnxruntime():
+    absent = [Library("onnxruntime-gpu", ">=1.20", "cuda", None), Library("nvidia-ml-py", ">=12", "cuda", None)]
+    line = doctor._install_line("cuda", absent, ["onnxruntime"])
+    assert line.endswith("pip uninstall -y onnxruntime && pip install 'pixano-edge[cuda]'")
+    assert doctor._install_line("cuda", absent, []) == "pip install 'pixano-edge[cuda]'"
+    export = [Library("onnxruntime", ">=1.20", "export", None), Library("torch", ">=2.8", "export", None)]
+    assert doctor._install_line("export", export, ["onnxruntime-gpu"]) == "pip install 'torch>=2.8'"
+
+
+def test_a_provider_that_does_not_load_says_so():
+    assert probe_provider("CPUExecutionProvider") == ProviderState("CPUExecutionProvider", True)
+    # Not compiled into the CPU wheel: ONNX Runtime falls back in silence, the probe does not.
+    state = probe_provider("CUDAExecutionProvider")
+    if not state.loads:
+        assert "CPUExecutionProvider" in state.reason
+    assert len(probe_graph()) < 500
+
+
+def test_probe_of_a_hanging_provider_ends():
+    state = probe_provider("CPUExecutionProvider", timeout=0.001)
+    assert not state.loads
+    assert "no answer" in state.reason
+
+
+@pytest.mark.parametrize(
+    ("finding", "code"), [(Finding("problem", "broken", "mend it"), 1), (Finding("warning", "hm", "look"), 0)]
+)
+def test_only_problems_fail(monkeypatch: pytest.MonkeyPatch, finding: Finding, code: int):
+    report = doctor.examine()
+    monkeypatch.setattr(doctor, "examine", lambda: replace(report, findings=[finding]))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == code
+    assert finding.message in result.stdout
+    assert f"fix: {finding.action}" in result.stdout
+
+
+def test_gpu_without_cuda_provider_is_a_warning_with_the_right_wheel():
+    host = read_host()
+    cpu = [ProviderState("CPUExecutionProvider", True)]
+    (finding,) = doctor._provider_findings(cpu, [{"name": "GPU"}], replace(host, jetson=None))
+    assert "pixano-edge[cuda]" in finding.action
+    (finding,) = doctor._provider_findings(cpu, [], replace(host, jetson="NVIDIA Jetson AGX Orin"))
+    assert "JetPack" in finding.action
+    assert doctor._provider_findings(cpu, [], replace(host, jetson=None)) == []
+
+
+def test_cpu_provider_that_fails_is_a_problem():
+    host = replace(read_host(), jetson=None)
+    (finding,) = doctor._provider_findings([ProviderState("CPUExecutionProvider", False, "boom")], [], host)
+    assert finding.level == "problem"
+
+
+def test_host_of_a_jetson(tmp_path: Path):
+    for path, text in {
+        "proc/cpuinfo": "processor : 0\nFeatures : fp asimd asimdhp asimddp i8mm bf16\n",
+        "proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
+        "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.0\n",
+        "etc/os-release": 'PRETTY_NAME="Ubuntu 22.04"\n',
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    host = read_host(tmp_path)
+    assert host.jetson == "NVIDIA Jetson AGX Orin Developer Kit"
+    assert host.l4t == "# R36 (release), REVISION: 4.0"
+    assert host.cpu_flags == ("NEON", "FP16", "DOTPROD", "BF16", "I8MM")
+    assert host.memory_total == 64_000_000 * 1024
+    assert host.os == "Ubuntu 22.04"
+
+
+def test_container_limits_are_seen(tmp_path: Path):
+    for path, text in {
+        "proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
+        "sys/fs/cgroup/memory.max": "4000000000\n",
+        "sys/fs/cgroup/cpu.max": "150000 100000\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    host = read_host(tmp_path)
+    assert host.memory_total == 4_000_000_000
+    assert host.cpu_quota == 1.5
+
+
+def test_x86_flags():
+    model, flags = parse_cpuinfo("model name\t: Xeon\nflags\t: avx2 avx512f amx_bf16 amx_int8\n")
+    assert model == "Xeon"
+    assert flags == ("AVX2", "AVX512", "AMX-BF16", "AMX-INT8")
