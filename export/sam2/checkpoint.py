@@ -1,0 +1,352 @@
+"""Loading SAM 2 / SAM 2.1 weights into transformers' `Sam2Model` without running anybody's code.
+
+Two formats are read: a transformers folder or hub id (``model_type`` sam2 or sam2_video, safetensors only), and the
+original ``.pt`` files of facebookresearch/sam2 (``torch.load(weights_only=True)``; see `original`). Every tensor of
+the file is either used or belongs to the video memory, which image segmentation does not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Sam2Model
+from transformers.utils import logging as transformers_logging
+
+from pixano_edge.engine.bundle.manifest import Licence, Source
+from pixano_edge.engine.contracts.sam2 import NUM_MASKS, Sam2Constants
+from pixano_edge.engine.errors import ContractError, ExportError
+from pixano_edge.export import licence as licences
+from pixano_edge.export.sam2 import original
+from pixano_edge.export.sam2.sizes import architecture_name
+
+MODEL_TYPES = ("sam2", "sam2_video")
+HUB_FILES = ["*.json", "*.safetensors", "README.md"]
+
+# Tensors of `Sam2VideoModel` that `Sam2Model` does not have: memory attention, memory encoder, object pointers.
+VIDEO_ONLY = (
+    "memory_attention.",
+    "memory_encoder.",
+    "memory_temporal_positional_encoding",
+    "mask_downsample.",
+    "object_pointer_proj.",
+    "temporal_positional_encoding_projection_layer.",
+    "no_memory_positional_encoding",
+    "no_object_pointer",
+    "occlusion_spatial_embedding_parameter",
+)
+# Model cards of these hub ids say Apache-2.0, as does the licence file of facebookresearch/sam2.
+OFFICIAL_LICENCES = {
+    f"facebook/{generation}-hiera-{size}": "Apache-2.0"
+    for generation in ("sam2", "sam2.1")
+    for size in ("tiny", "small", "base-plus", "large")
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: `Sam2Model`, float32, eval mode, on the CPU.
+        constants: What the contract needs to know.
+        source: Goes into the manifest.
+        licence: Goes into the manifest.
+        notes: Remarks for the user.
+    """
+
+    model: Any
+    constants: Sam2Constants
+    source: Source
+    licence: Licence
+    notes: list[str] = field(default_factory=list)
+
+
+def load(source: str | Path, *, revision: str | None = None, licence: str | None = None) -> Checkpoint:
+    """Loads a checkpoint.
+
+    Args:
+        source: Folder in transformers' format, hub id (``facebook/sam2.1-hiera-tiny``), or an original ``.pt`` file.
+        revision: Branch, tag or commit of a hub id.
+        licence: SPDX identifier that overrides what the checkpoint says.
+
+    Raises:
+        ExportError: Not found, another model, damaged or incomplete weights, or a file that wants to run code.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path, label=path.resolve().name, licence=licences.detect(path, given=licence))
+    if path.is_file():
+        return _load_original(path, licences.detect(given=licence))
+    text = str(source)
+    if path.suffix in (".pt", ".pth", ".safetensors") or not _HUB_ID.fullmatch(text):
+        raise ExportError(
+            f"There is no checkpoint at '{source}'.",
+            "Give a folder in transformers' format, a hub id such as facebook/sam2.1-hiera-tiny, or an original .pt.",
+        )
+    folder = _download(text, revision)
+    return _load_folder(folder, label=text, licence=licences.detect(folder, text, licence, OFFICIAL_LICENCES))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, lower-case hex."""
+    with path.open("rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_sha256(files: list[Path]) -> str:
+    """Hash of a checkpoint: the file's own, or the hash over the sorted per-file hashes when sharded."""
+    hashes = sorted(file_sha256(f) for f in files)
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ExportError(
+            f"'{hub_id}' could not be downloaded: {_first_line(error)}",
+            "Check the id and the network, or download the checkpoint elsewhere and give its folder.",
+        ) from error
+
+
+def _load_folder(folder: Path, label: str, licence: Licence) -> Checkpoint:
+    config = _read_config(folder)
+    weights = _weight_files(folder)
+    names = _tensor_names(weights)
+    try:
+        with _quiet():
+            loaded: Any = Sam2Model.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ExportError(
+            f"The checkpoint in '{folder}' could not be loaded: {_first_line(error)}",
+            "Its config.json and weights do not fit together or are damaged; get the checkpoint again.",
+        ) from error
+    model, info = loaded
+    # transformers hides keys that its own ignore list covers, so the file's names are compared here.
+    check_keys(names, set(model.state_dict()))
+    mismatched = [str(m) for m in info["mismatched_keys"]]
+    if mismatched:
+        raise ExportError(f"Weights of another shape than config.json says: {mismatched[:5]}.", "Get it again.")
+    generation = "sam2.1" if "occlusion_spatial_embedding_parameter" in names else "sam2"
+    return _finish(model, folder, weights, label, "transformers", generation, licence, config)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides transformers' bar and its warning that sam2_video weights go into `Sam2Model`, which is intended."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_original(path: Path, licence: Licence) -> Checkpoint:
+    model, generation = original.load(path)
+    return _finish(model, None, [path], path.name, "sam2-pt", generation, licence, {})
+
+
+def _finish(
+    model: Any,
+    folder: Path | None,
+    weights: list[Path],
+    label: str,
+    kind: Literal["transformers", "sam2-pt"],
+    generation: str,
+    licence: Licence,
+    config: dict[str, Any],
+) -> Checkpoint:
+    model = model.eval().requires_grad_(False)
+    bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ExportError(f"The weights hold NaN or infinity, for example in {bad[:3]}.", "Get the checkpoint again.")
+    source = Source(
+        checkpoint=label,
+        format=kind,
+        sha256=weights_sha256(weights),
+        architecture=architecture_name(model.config, generation),
+    )
+    notes = []
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if stored not in (None, "float32"):
+        notes.append(f"The checkpoint stores {stored} weights; the fp32 graphs hold the same values.")
+    return Checkpoint(model, read_constants(model.config, folder), source, licence, notes)
+
+
+def check_keys(found: set[str], expected: set[str]) -> None:
+    """Every tensor must be used or belong to the video memory, and none may be missing.
+
+    Raises:
+        ExportError: Naming the first keys that do not fit.
+    """
+    missing = sorted(expected - found)
+    if missing:
+        raise ExportError(
+            f"The checkpoint lacks {len(missing)} tensors of SAM 2, for example {missing[:3]}.",
+            "Get the whole checkpoint; a partial one would leave random weights in the model.",
+        )
+    unknown = sorted(k for k in found - expected if not k.startswith(VIDEO_ONLY))
+    if unknown:
+        raise ExportError(
+            f"The checkpoint holds {len(unknown)} tensors that SAM 2 does not have, for example {unknown[:3]}.",
+            "This is a modified model; its extra parts would be lost, so it is not exported.",
+        )
+
+
+def read_constants(config: Any, folder: Path | None = None) -> Sam2Constants:
+    """The contract's constants of a `Sam2Config`, with mean and deviation from the processor's file if there is one.
+
+    Raises:
+        ExportError: The architecture is outside the contract.
+    """
+    prompt, decoder, vision = config.prompt_encoder_config, config.mask_decoder_config, config.vision_config
+    size, hidden = _side(prompt.image_size), int(prompt.hidden_size)
+    grid = size // 16
+    expected = {
+        "prompt_encoder patch_size": (_side(prompt.patch_size), 16),
+        "mask_decoder hidden_size": (int(decoder.hidden_size), hidden),
+        "fpn_hidden_size": (int(vision.fpn_hidden_size), hidden),
+        "num_feature_levels": (int(vision.num_feature_levels), 3),
+        "num_multimask_outputs": (int(decoder.num_multimask_outputs), NUM_MASKS - 1),
+        "backbone_feature_sizes": (
+            [list(s) for s in vision.backbone_feature_sizes],
+            [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2],
+        ),
+    }
+    wrong = [f"{key} is {got}, expected {want}" for key, (got, want) in expected.items() if got != want]
+    if wrong:
+        raise ExportError(
+            f"config.json describes a SAM 2 that the contract does not cover: {'; '.join(wrong)}.",
+            "Only square SAM 2 / 2.1 models with stride 16 and three multimask outputs are exported.",
+        )
+    values: dict[str, Any] = {
+        "image_size": size,
+        "hidden_dim": hidden,
+        "dynamic_multimask_via_stability": bool(decoder.dynamic_multimask_via_stability),
+        "stability_delta": float(decoder.dynamic_multimask_stability_delta),
+        "stability_threshold": float(decoder.dynamic_multimask_stability_thresh),
+    }
+    values.update(_processor_values(folder) if folder else {})
+    try:
+        return Sam2Constants(**values)
+    except ContractError as error:
+        raise ExportError(error.message, error.action) from error
+
+
+def _processor_values(folder: Path) -> dict[str, Any]:
+    """Mean and deviation from ``preprocessor_config.json`` or the nested part of ``processor_config.json``."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        settings = _read_json(folder / name)
+        settings = settings.get("image_processor") or settings
+        if settings.get("do_normalize", True) is False or settings.get("do_rescale", True) is False:
+            raise ExportError(f"{name} turns normalisation off.", "Only the usual SAM 2 preprocessing is exported.")
+        found = {}
+        for key, target in (("image_mean", "mean"), ("image_std", "std")):
+            if key in settings:
+                values = tuple(float(v) for v in settings[key])
+                if len(values) != 3:
+                    raise ExportError(f"{name}: {key} needs three values, got {settings[key]}.", "Correct the file.")
+                found[target] = values
+        return found
+    return {}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ExportError(
+            f"'{folder}' has no config.json.", "Give a folder written by save_pretrained, or an original .pt file."
+        )
+    config = _read_json(folder / "config.json")
+    if '"auto_map"' in json.dumps(config):
+        raise ExportError(
+            f"config.json in '{folder}' asks to load Python code (auto_map).",
+            "Pixano Edge never runs code from a checkpoint; use a checkpoint in plain transformers format.",
+        )
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ExportError(
+            f"'{folder}' holds a model of type {kind!r}.", f"`export sam2` takes model_type {' or '.join(MODEL_TYPES)}."
+        )
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path.name} cannot be read: {error}", "Get the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path.name} is not a JSON object.", "Get the checkpoint again.")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        mapping = _read_json(index).get("weight_map", {})
+        files = [folder / name for name in sorted(set(mapping.values())) if os.path.basename(name) == name]
+    else:
+        files = [folder / "model.safetensors"]
+    absent = [f.name for f in files if not f.is_file()]
+    if absent or not files:
+        raise ExportError(
+            f"'{folder}' lacks {', '.join(absent) or 'weights'}.",
+            "Weights are read from safetensors only; pickled .bin files are not opened.",
+        )
+    return files
+
+
+def _tensor_names(files: list[Path]) -> set[str]:
+    return {name for path in files for name in _file_tensor_names(path)}
+
+
+def _file_tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return list(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise ExportError(
+            f"{path.name} is damaged or truncated: {_first_line(error)}", "Get the checkpoint again."
+        ) from error
+
+
+def _side(size: Any) -> int:
+    """A square size that configurations give as one number or as a pair."""
+    sides = {int(v) for v in size} if isinstance(size, list | tuple) else {int(size)}
+    if len(sides) != 1:
+        raise ExportError(f"config.json has a size of {size}, which is not square.", "Only square inputs are exported.")
+    return sides.pop()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,253 @@
+"""Parity of exported graphs with PyTorch: every output tensor, and every mask at the size of the picture.
+
+Tensors: each graph gets PyTorch's own inputs (the decoder PyTorch's features), so its error is its own. Masks: the
+whole pipeline, exported encoder into exported decoder, resized to the picture and thresholded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pixano_edge.engine.bundle.manifest import MaskParity, ParityReport, TensorParity
+from pixano_edge.engine.contracts import sam2 as contract
+from pixano_edge.engine.contracts.sam2 import Sam2Constants
+from pixano_edge.engine.errors import ExportError, MissingDependencyError
+from pixano_edge.export.photos import Photo
+from pixano_edge.export.sam2 import reference
+
+Arrays = dict[str, npt.NDArray[Any]]
+Runner = Callable[[str, Arrays], Arrays]
+"""Runs a graph by contract name: inputs by name to outputs by name."""
+
+FP32_MAX_REL = 1e-4
+FP32_MIN_IOU = 0.999
+FP16_MEAN_IOU = 0.99
+FP16 = "fp16"
+"""fp16 as a GPU computes it: every intermediate value rounded (`pixano_edge.export.fp16.rounded`)."""
+FP16_CPU = "fp16-cpu"
+"""fp16 files as ONNX Runtime's CPU provider runs them: mostly in fp32, with fp16 weights."""
+TOLERANCE = {"fp32_max_rel": FP32_MAX_REL, "fp32_min_iou": FP32_MIN_IOU, "fp16_mean_iou": FP16_MEAN_IOU}
+
+
+class ParityError(ExportError):
+    """The exported graphs do not match PyTorch; `report` holds the figures."""
+
+    def __init__(self, message: str, action: str, report: ParityReport) -> None:
+        super().__init__(message, action)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Case:
+    """PyTorch's answers for one group of prompts on one picture."""
+
+    photo: Photo
+    features: reference.Features
+    prompts: list[reference.PromptCase]
+    answers: list[reference.Answer]
+
+
+@dataclass
+class Suite:
+    """Everything PyTorch answered, computed once and compared with every variant.
+
+    Attributes:
+        constants: Of the checkpoint.
+        cases: Groups of prompts, all pictures.
+        reference: What made the answers, for the report.
+        photos: Names of the pictures.
+    """
+
+    constants: Sam2Constants
+    cases: list[Case]
+    reference: str
+    photos: list[str]
+
+
+@dataclass
+class _Worst:
+    """Largest error seen of one tensor, and its largest reference value.
+
+    The relative error is against the largest value over all inputs: a single object score may be close to 0.
+    """
+
+    absolute: float = 0.0
+    scale: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        return self.absolute / (self.scale + 1e-12)
+
+    def add(self, got: npt.NDArray[Any], want: npt.NDArray[Any]) -> None:
+        if got.shape != want.shape:
+            self.absolute = float("inf")
+            return
+        difference = float(np.abs(got.astype(np.float64) - want).max())
+        # NaN compares as no difference at all; it must count as the largest.
+        difference = difference if np.isfinite(difference) else float("inf")
+        self.absolute = max(self.absolute, difference)
+        self.scale = max(self.scale, float(np.abs(want).max()))
+
+
+@dataclass
+class VariantParity:
+    """Result of one variant."""
+
+    tensors: list[TensorParity] = field(default_factory=list)
+    masks: MaskParity | None = None
+
+    def problems(self) -> list[str]:
+        """Every figure that misses the bar, in words."""
+        found = []
+        for t in self.tensors:
+            if t.variant == "fp32" and not t.max_rel <= FP32_MAX_REL:
+                found.append(f"{t.graph}.{t.tensor}: relative error {t.max_rel:.2e} > {FP32_MAX_REL:.0e}")
+            elif not np.isfinite(t.max_rel):
+                found.append(f"{t.variant} {t.graph}.{t.tensor}: not finite, or of another shape")
+        if self.masks and self.masks.variant == "fp32" and not self.masks.min_iou >= FP32_MIN_IOU:
+            found.append(f"fp32 masks: lowest IoU {self.masks.min_iou:.4f} < {FP32_MIN_IOU}")
+        if self.masks and self.masks.variant.startswith("fp16") and not self.masks.mean_iou >= FP16_MEAN_IOU:
+            found.append(f"{self.masks.variant} masks: mean IoU {self.masks.mean_iou:.4f} < {FP16_MEAN_IOU}")
+        return found
+
+
+def build_suite(model: Any, photos: Sequence[Photo], constants: Sam2Constants) -> Suite:
+    """Asks the stock model about every picture. Takes one encoder run per picture and two decoder runs per prompt."""
+    import transformers
+
+    cases = []
+    for index, photo in enumerate(photos):
+        features = reference.encode(model, photo, constants)
+        for prompts in reference.make_cases(model, features, photo.size, constants, seed=index):
+            answers = [reference.answer(model, features, p, photo.size, constants) for p in prompts]
+            cases.append(Case(photo, features, prompts, answers))
+    made_by = f"transformers {transformers.__version__} Sam2Model, torch {torch.__version__}, fp32, cpu"
+    return Suite(constants, cases, made_by, [p.name for p in photos])
+
+
+def compare(run: Runner, suite: Suite, variant: str) -> VariantParity:
+    """Measures one variant against the suite.
+
+    Args:
+        run: Runs a graph of the variant.
+        suite: PyTorch's answers.
+        variant: Name that goes into the report.
+    """
+    worst: dict[tuple[str, str], _Worst] = {
+        (g.name, t.name): _Worst() for g in contract.graphs(suite.constants).values() for t in g.outputs
+    }
+    ious: list[float] = []
+    prompts = 0
+    encoded: dict[int, Arrays] = {}
+    for case in suite.cases:
+        picture = id(case.features)
+        if picture not in encoded:
+            features = run(contract.IMAGE_ENCODER, {contract.PIXEL_VALUES: case.features.pixel_values})
+            encoded[picture] = features
+            for name, want in case.features.arrays.items():
+                worst[contract.IMAGE_ENCODER, name].add(features[name], want)
+        feeds = reference.decoder_feeds(case.prompts, case.photo.size, suite.constants)
+        alone = run(contract.MASK_DECODER, {**case.features.arrays, **feeds})
+        whole = run(contract.MASK_DECODER, {**encoded[picture], **feeds})
+        for index, answer in enumerate(case.answers):
+            for name in (contract.MASKS, contract.IOU_SCORES, contract.OBJECT_SCORE_LOGITS):
+                worst[contract.MASK_DECODER, name].add(alone[name][index : index + 1], getattr(answer, name))
+            ious += mask_ious(whole[contract.MASKS][index], answer.masks[0], case.photo.size, suite.constants)
+        prompts += len(case.prompts)
+    tensors = [
+        TensorParity(graph=g, tensor=t, variant=variant, max_abs=w.absolute, max_rel=w.relative)
+        for (g, t), w in worst.items()
+    ]
+    masks = MaskParity(
+        variant=variant,
+        prompts=prompts,
+        images=len(encoded),
+        mean_iou=float(np.mean(ious)),
+        min_iou=float(np.min(ious)),
+    )
+    return VariantParity(tensors, masks)
+
+
+def mask_ious(
+    got: npt.NDArray[Any], want: npt.NDArray[Any], size: tuple[int, int], constants: Sam2Constants
+) -> list[float]:
+    """IoU per mask at the picture's size, for low-resolution logits (M, m, m); 1 where both are empty."""
+    result = []
+    for a, b in zip(got, want):
+        first, second = (_full_size(logits, size) > constants.mask_threshold for logits in (a, b))
+        union = int((first | second).sum())
+        result.append(float((first & second).sum()) / union if union else 1.0)
+    return result
+
+
+def _full_size(logits: npt.NDArray[Any], size: tuple[int, int]) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(logits, dtype=np.float32))[None, None]
+    return torch.nn.functional.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def report(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
+    """The figures of all variants as the manifest stores them."""
+    return ParityReport(
+        reference=suite.reference,
+        inputs=suite.photos,
+        tensors=[t for v in variants for t in v.tensors],
+        masks=[v.masks for v in variants if v.masks],
+        tolerance=TOLERANCE,
+        passed=not any(v.problems() for v in variants),
+    )
+
+
+def require(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
+    """The report, or ParityError with every figure that misses the bar."""
+    result = report(suite, variants)
+    if not result.passed:
+        problems = [p for v in variants for p in v.problems()]
+        only_fp16 = all(p.startswith("fp16") for p in problems)
+        raise ParityError(
+            f"The exported graphs do not match PyTorch: {'; '.join(problems)}.",
+            "No bundle was written. "
+            + ("Export with --variants fp32." if only_fp16 else "Please report this with the checkpoint's name."),
+            result,
+        )
+    return result
+
+
+def onnx_runner(files: Mapping[str, Path], threads: int | None = None, optimise: bool = True) -> Runner:
+    """Runs ONNX files with ONNX Runtime on the CPU.
+
+    Args:
+        files: File per contract name.
+        threads: Threads within an operator; ONNX Runtime's choice if None.
+        optimise: Whether ONNX Runtime may rewrite the graph.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingDependencyError("onnxruntime", "export", "Measuring parity") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads:
+        options.intra_op_num_threads = threads
+    sessions = {
+        name: ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for name, path in files.items()
+    }
+
+    def run(graph: str, feeds: Arrays) -> Arrays:
+        session = sessions[graph]
+        names = [o.name for o in session.get_outputs()]
+        return dict(zip(names, session.run(names, feeds)))
+
+    return run

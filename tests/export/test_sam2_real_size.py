@@ -1,0 +1,67 @@
+"""SAM 2.1 tiny at its real size, with seeded weights: export, parity on real photos, TensorRT builds. Minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from transformers import Sam2Config, Sam2Model
+
+from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.contracts import sam2 as contract
+from pixano_edge.export import tensorrt_rtx
+from pixano_edge.export.operators import check_tensorrt_10_3
+from pixano_edge.export.sam2 import checkpoint, export_sam2
+from tests.support.tiny import make_original_pt, sharpen
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam2Model:
+    """`Sam2Config()` is SAM 2.1 tiny; the weights are seeded and sharpened."""
+    model = Sam2Model(Sam2Config()).eval()
+    sharpen(model, seed=1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Sam2Model, bedroom: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("real")
+    model.save_pretrained(folder / "checkpoint")
+    photos = [bedroom / "00000.jpg", bedroom / "00020.jpg"]
+    return Bundle.open(export_sam2(folder / "checkpoint", folder / "bundle", photos=photos))
+
+
+def test_parity_on_real_photos(bundle: Bundle) -> None:
+    report = bundle.manifest.parity
+    assert report is not None
+    assert report.passed
+    assert report.inputs == ["00000.jpg", "00020.jpg"]
+    assert max(t.max_rel for t in report.tensors if t.variant == "fp32") < 1e-4
+    masks = {m.variant: m for m in report.masks}
+    assert masks["fp32"].min_iou >= 0.999
+    assert masks["fp16"].mean_iou >= 0.99
+
+
+@pytest.mark.parametrize("variant", ["fp32", "fp16"])
+@pytest.mark.parametrize("graph", ["image_encoder", "mask_decoder"])
+def test_tensorrt(graph: str, variant: str, bundle: Bundle) -> None:
+    path = bundle.graph_path(graph, variant)
+    assert check_tensorrt_10_3(onnx.load(path)) == []
+    if tensorrt_rtx.missing_module():
+        pytest.skip("pip install 'pixano-edge[tensorrt-rtx]'")
+    spec = contract.graphs(contract.Sam2Constants())[graph]
+    assert tensorrt_rtx.check_build(path, spec, ("SM86", "SM89")).engine_bytes > 1e7
+
+
+def test_original_checkpoint_gives_the_same_model(model: Sam2Model, tmp_path: Path) -> None:
+    loaded = checkpoint.load(make_original_pt(model, tmp_path / "sam2_hiera_tiny.pt"))
+    assert loaded.source.architecture == "sam2-hiera-tiny"
+    assert loaded.source.format == "sam2-pt"
+    assert loaded.constants == contract.Sam2Constants()
+    assert loaded.licence.spdx == "unknown"
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
