@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from pixano_edge.engine.cli.options import ThreadsOption, open_bundle, resolve_bundle
-from pixano_edge.engine.cli.output import bytes_text, note, print_table, progress
+from pixano_edge.engine.cli.output import JsonOption, bytes_text, note, print_json, print_table, progress
 from pixano_edge.engine.errors import MissingDependencyError
 
 from .report import environment, environment_lines, markdown, write_json
+from .seeds import FIRST_SEED
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to this file.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also write all figures to this file, as JSON.")
+]
 
 
 @app.callback()
@@ -25,14 +29,16 @@ def _bench() -> None:
     """Measure speed, memory and mask quality."""
 
 
-def _print_environment(facts: dict[str, Any]) -> None:
-    typer.echo("\n" + "\n".join(environment_lines(facts)))
-
-
-def _save(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        write_json(path, content)
-        note(f"Figures written to {path}")
+def _report(content: dict[str, Any], show: Callable[[], None], as_json: bool, output: Path | None) -> None:
+    """Prints the figures, as JSON or by `show` with the environment below, and writes the file that was asked for."""
+    if as_json:
+        print_json(content)
+    else:
+        show()
+        typer.echo("\n" + "\n".join(environment_lines(content["environment"])))
+    if output is not None:
+        write_json(output, content)
+        note(f"Figures written to {output}")
 
 
 @app.command()
@@ -47,7 +53,8 @@ def segment(
     image_size: Annotated[int, typer.Option(help="Side of the model input of the random checkpoint.")] = 1024,
     rounds: Annotated[int, typer.Option(min=1, help="Encoder calls per contender; five times as many clicks.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 2,
-    json_file: JsonFile = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Encoder, decoder and whole-click times next to PyTorch (transformers, fp32 and bf16), taken in turns.
 
@@ -60,7 +67,7 @@ def segment(
     if not torch_here and bundle is None:
         raise MissingDependencyError("torch", "export", "Making the bundle and the comparison with PyTorch")
     facts = environment(threads)
-    with progress("Preparing", None) as steps:
+    with progress("Preparing", None, enabled=not as_json) as steps:
         if bundle is None:
             from .checkpoints import exported_bundle, random_checkpoint
 
@@ -79,20 +86,24 @@ def segment(
     if "-random" in opened.manifest.name:
         note("The weights are random: speed is that of the real size, masks are arbitrary and touchier than real ones.")
     title = f"{opened.manifest.name}, input {opened.manifest.preprocess.image_size} px"
-    print_table(COLUMNS, table_rows(rows), title=title, right=COLUMNS[2:])
-    _print_environment(facts)
     content = {"benchmark": "segment", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
-    _save(json_file, {**content, "environment": facts})
+    _report(
+        {**content, "environment": facts},
+        lambda: print_table(COLUMNS, table_rows(rows), title=title, right=COLUMNS[2:]),
+        as_json,
+        output,
+    )
 
 
 @app.command()
 def quality(
     bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
-    first: Annotated[int, typer.Option(min=0, help="Seed of the first held-out scene.")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="Seed of the first held-out scene.")] = FIRST_SEED,
     precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the scenes, one thread each.")] = 1,
-    json_file: JsonFile = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Mask quality on held-out synthetic scenes, next to flood fill and GrabCut with the same prompts.
 
@@ -103,20 +114,23 @@ def quality(
     from .quality import KINDS, MAIN_COLUMNS, evaluate, main_rows, shape_rows
 
     folder = resolve_bundle(bundle)
-    with progress("Scenes", scenes) as steps:
+    with progress("Scenes", scenes, enabled=not as_json) as steps:
         result = evaluate(folder, scenes, first, precision=precision, jobs=jobs, on_scene=steps.step)
-    typer.echo(
-        f"{result.prompts} objects on {result.scenes} held-out scenes; 95 % intervals by bootstrap over scenes\n"
-    )
-    typer.echo(markdown(MAIN_COLUMNS, main_rows(result)))
-    for kind in KINDS:
-        typer.echo("\n" + markdown(*shape_rows(result, kind)))
-    for kind in KINDS:
-        typer.echo(f"\nlead over the better baseline, {kind}: {100 * result.lead(kind):.1f} points", nl=False)
-    typer.echo()
-    facts = environment(1)
-    _print_environment(facts)
-    _save(json_file, {"benchmark": "quality", **result.to_dict(), "environment": facts})
+
+    def show() -> None:
+        typer.echo(
+            f"{result.prompts} objects on {result.scenes} held-out scenes from seed {first}; "
+            "95 % intervals by bootstrap over scenes\n"
+        )
+        typer.echo(markdown(MAIN_COLUMNS, main_rows(result)))
+        for kind in KINDS:
+            typer.echo("\n" + markdown(*shape_rows(result, kind)))
+        for kind in KINDS:
+            typer.echo(f"\nlead over the better baseline, {kind}: {100 * result.lead(kind):.1f} points", nl=False)
+        typer.echo()
+
+    content = {"benchmark": "quality", "first": first, **result.to_dict()}
+    _report({**content, "environment": environment(1)}, show, as_json, output)
 
 
 @app.command()
@@ -124,14 +138,15 @@ def memory(
     bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
     calls: Annotated[int, typer.Option(min=1, help="Clicks.")] = 500,
     threads: ThreadsOption = None,
-    json_file: JsonFile = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Memory over many clicks on one picture: resident set, Python allocations, work memory per click."""
     from .memory import measure_drift
 
     opened = open_bundle(bundle)
     facts = environment(threads)
-    with progress("Clicks", calls) as steps:
+    with progress("Clicks", calls, enabled=not as_json) as steps:
         drift = measure_drift(opened, calls, threads=threads, on_call=steps.step)
     rows = [
         ("resident set", bytes_text(drift.rss_before), bytes_text(drift.rss_after), f"{drift.rss_drift:+d} B"),
@@ -143,11 +158,15 @@ def memory(
         ),
     ]
     columns = ("memory", "before", "after", f"drift over {calls} clicks")
-    print_table(columns, rows, title=opened.manifest.name, right=columns[1:])
-    typer.echo(
-        f"one answer (owned by the caller): {bytes_text(drift.answer)}; "
-        f"work memory of a click beyond it: {drift.work_memory} B"
-    )
-    _print_environment(facts)
+
+    def show() -> None:
+        print_table(columns, rows, title=opened.manifest.name, right=columns[1:])
+        typer.echo(
+            f"one answer (owned by the caller): {bytes_text(drift.answer)}; "
+            f"work memory of a click beyond it: {drift.work_memory} B"
+        )
+
     content = {**asdict(drift), "rss_drift": drift.rss_drift, "traced_drift": drift.traced_drift}
-    _save(json_file, {"benchmark": "memory", "bundle": opened.manifest.name, **content, "environment": facts})
+    _report(
+        {"benchmark": "memory", "bundle": opened.manifest.name, **content, "environment": facts}, show, as_json, output
+    )

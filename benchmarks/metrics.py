@@ -1,4 +1,4 @@
-"""Figures: intersection over union, percentiles, relative error, bootstrap intervals. numpy only."""
+"""Figures: percentiles, relative error, bootstrap intervals. numpy only."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating] | Sequence[float]
-
-
-def iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
-    """Intersection over union of two masks of equal shape; two empty masks agree: 1."""
-    if a.shape != b.shape or a.dtype != np.bool_ or b.dtype != np.bool_:
-        raise ValueError(f"iou compares bool masks of one shape, got {a.dtype}{a.shape} and {b.dtype}{b.shape}")
-    union = int(np.count_nonzero(a | b))
-    return int(np.count_nonzero(a & b)) / union if union else 1.0
 
 
 def relative_error(value: npt.NDArray[np.floating], reference: npt.NDArray[np.floating]) -> float:

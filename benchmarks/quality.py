@@ -19,9 +19,11 @@ import numpy.typing as npt
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.cli.prompts import ParsedPrompt
 from pixano_edge.engine.cli.segment import find_masks
+from pixano_edge.engine.models.masks import mask_iou
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 
-from .metrics import bootstrap_mean, iou
+from .metrics import bootstrap_mean
+from .seeds import FIRST_SEED
 
 GOOD = 0.9
 KINDS = ("click", "box")
@@ -105,10 +107,10 @@ def scene_samples(predictor: Sam2ImagePredictor, name: str, seed: int, size: int
         answers = find_masks(predictor, embedding, asked[kind])
         for prompt, answer in zip(prompts, answers, strict=True):
             target = scene.objects[prompt.index]
-            samples.append(Sample(seed, target.shape, name, kind, iou(answer.mask, target.visible)))
+            samples.append(Sample(seed, target.shape, name, kind, mask_iou(answer.mask, target.visible)))
             for method, baseline in baselines.items():
                 mask = baseline(scene.image, prompt)
-                samples.append(Sample(seed, target.shape, method, kind, iou(mask, target.visible)))
+                samples.append(Sample(seed, target.shape, method, kind, mask_iou(mask, target.visible)))
     return samples
 
 
@@ -139,7 +141,7 @@ def summarise(samples: Sequence[Sample], scenes: int, bundle: str) -> Quality:
 def evaluate(
     bundle: Path | str,
     scenes: int = 500,
-    first: int = 0,
+    first: int = FIRST_SEED,
     size: int | None = None,
     *,
     precision: str = "auto",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pixano_edge.engine.cli.host import read_host
-from pixano_edge.engine.cli.libraries import ORT_WHEELS, installed_version
 from pixano_edge.engine.cli.output import bytes_text, make_folder, replacing, to_json
+from pixano_edge.engine.libraries import engine_versions, installed_version
 from pixano_edge.engine.provider.hardware import read_hardware
 
-_LIBRARIES = ("pixano-edge", *ORT_WHEELS, "numpy", "torch", "transformers", "opencv-python-headless", "scikit-image")
+_BESIDE = ("torch", "transformers", "scikit-image")
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "gpus": read_hardware().gpu_dicts(),
         "threads": threads,
         "load_average_1min": load,
-        "versions": {name: v for name in _LIBRARIES if (v := installed_version(name))},
+        "versions": engine_versions() | {name: v for name in _BESIDE if (v := installed_version(name))},
     }
 
 

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
+from pixano_edge.engine.models.masks import mask_iou
 
 from .contenders import CLICK_CASE, ENCODER_CASE, MASK_CASE, EngineContender, OrtContender, TorchContender
-from .metrics import Latency, iou, latency, relative_error
+from .metrics import Latency, latency, relative_error
 
 ORIGINAL_SIZE = (540, 960)
 """Height and width of the picture that the whole click returns masks for."""
@@ -114,7 +115,7 @@ def _compare(
         return worst, None
     side = reference[sam2.MASKS].shape[-2:]
     pairs = zip(outputs[sam2.MASKS].reshape(-1, *side), reference[sam2.MASKS].reshape(-1, *side), strict=True)
-    return worst, min(iou(a > 0, b > 0) for a, b in pairs)
+    return worst, min(mask_iou(a > 0, b > 0) for a, b in pairs)
 
 
 def measure(

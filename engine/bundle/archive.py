@@ -10,9 +10,7 @@ import hashlib
 import os
 import secrets
 import stat
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import BinaryIO
 
 from ..errors import BundleError
 from .bundle import MAX_MANIFEST_BYTES, Bundle, check_manifest, parse_manifest
-from .files import CHUNK, Progress, Staging, check_names, os_errors
+from .files import CHUNK, ZIP_ERRORS, Progress, Staging, check_names, os_errors
 from .manifest import MANIFEST_NAME, Manifest
 
 MAX_BYTES = 32 << 30
@@ -32,8 +30,6 @@ RATIO_FREE_BYTES = 1 << 20
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 _DAMAGED = "Download or copy the file again, or pack it again from the bundle."
 _DISTRUST = "Do not use it; get the bundle from a source you trust."
-# What zipfile and zlib raise for damaged input; RuntimeError for encryption and unknown methods.
-_ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError)
 
 
 def pack(folder: Path | str, file: Path | str, *, overwrite: bool = False, progress: Progress | None = None) -> Path:
@@ -144,7 +140,7 @@ def _open_archive(file: Path | str) -> Iterator[zipfile.ZipFile]:
     try:
         with os_errors(f"reading '{path}'"), zipfile.ZipFile(path) as archive:
             yield archive
-    except _ZIP_ERRORS as error:
+    except ZIP_ERRORS as error:
         raise BundleError(f"'{path}' is damaged, truncated or not a packed bundle: {error}", _DAMAGED) from error
 
 
@@ -162,7 +158,7 @@ def _check(
     if total > max_bytes:
         raise BundleError(
             f"'{file}' unpacks to {total} bytes, at most {max_bytes} are accepted.",
-            "If you trust it, raise the limit (--max-bytes).",
+            "If you trust it, unpack it with a higher limit: pixano-edge bundle unpack --max-bytes.",
         )
     for info in infos:
         _check_entry(info)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from pydantic import BaseModel, StrictInt, ValidationError
 from ..contracts import sam2
 from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError
-from .files import check_names, hash_file, list_files, os_errors
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, GoldenSample, Manifest
+from .files import ZIP_ERRORS, check_names, hash_file, list_files, os_errors
+from .manifest import MANIFEST_NAME, PRECISIONS, SCHEMA_VERSION, GoldenSample, Manifest
 
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NPZ_BYTES = 1 << 30
 """Most bytes one ``.npz`` may hold once unpacked."""
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 _REPAIR = "Copy or download the bundle again, or export it again."
 _NEWER = "Install a newer pixano-edge: pip install --upgrade pixano-edge"
@@ -147,7 +144,9 @@ class Bundle:
                     )
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except MemoryError as error:  # a damaged header can ask for any size
+            raise BundleError(f"'{rel}' is damaged, or there is not enough memory to read it.", _REPAIR) from error
+        except (*ZIP_ERRORS, OSError, SyntaxError, KeyError) as error:
             raise BundleError(f"'{rel}' cannot be read as arrays: {error}", _REPAIR) from error
 
     def golden(self) -> list[GoldenSample]:

@@ -7,6 +7,9 @@ import hashlib
 import os
 import secrets
 import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -19,6 +22,9 @@ Progress = Callable[[int, int], None]
 
 CHUNK = 1 << 20
 """Bytes read at a time."""
+
+# What zipfile and zlib raise for damaged input; RuntimeError for encryption and unknown methods.
+ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+"""Names of bundles, and of models in the provider; no path can be written with it."""
+
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""From full to reduced."""
 
 
 class _Model(BaseModel):
@@ -128,7 +133,7 @@ class Manifest(_Model):
     """Everything a bundle says about itself; stored as ``manifest.json``."""
 
     schema_version: int
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    name: str = Field(pattern=f"^{NAME_PATTERN}$")
     family: str
     created: datetime
     source: Source

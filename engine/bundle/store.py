@@ -14,11 +14,11 @@ from ..errors import BundleError
 from .archive import inspect_archive, unpack
 from .bundle import Bundle
 from .files import Staging, os_errors
-from .manifest import MANIFEST_NAME
+from .manifest import MANIFEST_NAME, NAME_PATTERN
 
 DEMO_NAME = "sam2-demo"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(NAME_PATTERN)
 
 
 def default_root() -> Path:

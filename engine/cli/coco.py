@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..models.masks import mask_box
 from ..models.rle import encode_rle
 from .output import replacing, to_json
 
@@ -63,8 +64,8 @@ def _text(counts: bytes | str) -> str:
 
 def mask_bbox(mask: npt.NDArray[np.bool_]) -> list[int]:
     """``[x, y, width, height]`` in whole pixels; four zeros for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+    box = mask_box(mask)
+    if box is None:
         return [0, 0, 0, 0]
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
+    x1, y1, x2, y2 = box
+    return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]

@@ -16,6 +16,7 @@ import typer
 
 from ..errors import EdgeError
 from ..models.images import decode_image
+from ..models.masks import mask_iou
 from ..models.rle import decode_rle
 from .draw import overlay, write_png
 from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption, open_bundle
@@ -77,11 +78,6 @@ def read_pictures(folder: Path) -> list[tuple[Path, list[DemoObject]]]:
     return pictures
 
 
-def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
-    union = np.count_nonzero(a | b)
-    return float(np.count_nonzero(a & b) / union) if union else 1.0
-
-
 def run_picture(predictor: Sam2ImagePredictor, picture: Path, objects: list[DemoObject], out: Path) -> DemoResult:
     """Clicks on every object of a picture, then gives every box; writes one overlay for each way of asking."""
     image = decode_image(picture)
@@ -100,7 +96,7 @@ def run_picture(predictor: Sam2ImagePredictor, picture: Path, objects: list[Demo
             masks.append(find_masks(predictor, embedding, [prompt])[0].mask)
             if name == "clicks":
                 seconds.append(time.perf_counter() - start)
-        ious[name] = statistics.fmean(_iou(m, o.truth) for m, o in zip(masks, objects))
+        ious[name] = statistics.fmean(mask_iou(m, o.truth) for m, o in zip(masks, objects))
         path = out / f"{picture.stem}.{name}.png"
         write_png(path, overlay(image, masks, [p.to_prompt() for p in prompts]))
         files.append(path.name)

@@ -10,19 +10,9 @@ from typing import Any
 import typer
 
 from ..errors import EdgeError
+from ..libraries import OPENCV_WHEELS, ORT_WHEELS, installed_version, module_version
 from .host import Host, read_host
-from .libraries import (
-    OPENCV_WHEELS,
-    ORT_WHEELS,
-    Finding,
-    Library,
-    base_findings,
-    installed_version,
-    libraries,
-    module_version,
-    runtime_findings,
-    wheel_conflicts,
-)
+from .libraries import Finding, Library, base_findings, libraries, runtime_findings, wheel_conflicts
 from .output import JsonOption, bytes_text, print_facts, print_json, print_table
 from .probe import ProviderState, compiled_providers, probe_provider
 
@@ -106,20 +96,16 @@ def _provider_findings(providers: Sequence[ProviderState], gpus: Sequence[object
         elif state.name in ("CUDAExecutionProvider", "TensorrtExecutionProvider") and not state.loads:
             findings.append(
                 Finding(
-                    "warning",
-                    f"{state.name} is compiled in but does not load: {state.reason}",
-                    "Install the CUDA and cuDNN (and TensorRT) libraries of the version that this ONNX Runtime asks "
-                    "for, or use 'pixano-edge[cpu]'.",
+                    "note",
+                    f"{state.name} is compiled in but does not load: {state.reason}. This version does not use it.",
                 )
             )
-    if (gpus or host.jetson) and "CUDAExecutionProvider" not in {s.name for s in providers}:
+    if gpus or host.jetson:
         findings.append(
             Finding(
-                "warning",
-                "There is an NVIDIA GPU, but this ONNX Runtime has no CUDA provider.",
-                "On a Jetson install NVIDIA's onnxruntime wheel for your JetPack."
-                if host.jetson
-                else "pip uninstall -y onnxruntime && pip install 'pixano-edge[cuda]'",
+                "note",
+                "There is an NVIDIA GPU, but the CUDA back end is not there yet: this version of pixano-edge runs on "
+                "the CPU, with any ONNX Runtime.",
             )
         )
     return findings

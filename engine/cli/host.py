@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..machine import affinity_cpus, cpu_quota, jetson, memory, read_text
+
 # Name shown -> flag in /proc/cpuinfo (x86: "flags", Arm: "Features").
 _CPU_FLAGS = {
     "AVX2": "avx2",
@@ -57,15 +59,8 @@ class Host:
     l4t: str | None
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", "replace").strip("\0\n ")
-    except OSError:
-        return ""
-
-
 def _os_name(root: Path) -> str:
-    for line in _read(root / "etc/os-release").splitlines():
+    for line in read_text(root / "etc/os-release").splitlines():
         if line.startswith("PRETTY_NAME="):
             return line.partition("=")[2].strip('"')
     return f"{platform.system()} {platform.release()}"
@@ -84,50 +79,22 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     return model, tuple(name for name, flag in _CPU_FLAGS.items() if flag in flags)
 
 
-def _memory(root: Path) -> tuple[int | None, int | None]:
-    values: dict[str, int] = {}
-    for line in _read(root / "proc/meminfo").splitlines():
-        key, _, rest = line.partition(":")
-        number = rest.split()
-        if number and number[0].isdigit():
-            values[key] = int(number[0]) * 1024
-    total, available = values.get("MemTotal"), values.get("MemAvailable")
-    limit = _read(root / "sys/fs/cgroup/memory.max")
-    if total is not None and limit.isdigit():
-        total = min(total, int(limit))
-        available = min(available, total) if available is not None else None
-    return total, available
-
-
-def _cpu_quota(root: Path) -> float | None:
-    parts = _read(root / "sys/fs/cgroup/cpu.max").split()
-    if len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit() and int(parts[1]):
-        return int(parts[0]) / int(parts[1])
-    return None
-
-
 def read_host(root: Path = Path("/")) -> Host:
     """Reads the facts from ``/proc``, ``/etc`` and ``/sys`` below `root` (another root for tests)."""
-    model, flags = parse_cpuinfo(_read(root / "proc/cpuinfo"))
-    board = _read(root / "proc/device-tree/model")
-    l4t = _read(root / "etc/nv_tegra_release").splitlines()
-    jetson = board if "jetson" in board.lower() or "tegra" in board.lower() else None
-    if jetson is None and l4t:
-        jetson = board or "NVIDIA Tegra (model unknown)"
-    total, available = _memory(root)
-    threads = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
+    model, flags = parse_cpuinfo(read_text(root / "proc/cpuinfo"))
+    board = jetson(root)
+    total, available = memory(root)
     return Host(
         os=_os_name(root),
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=f"{platform.python_version()} ({platform.python_implementation()})",
         cpu=model or platform.processor() or platform.machine(),
-        threads=threads,
-        usable_threads=usable,
-        cpu_quota=_cpu_quota(root),
+        threads=os.cpu_count() or 1,
+        usable_threads=affinity_cpus(),
+        cpu_quota=cpu_quota(root),
         cpu_flags=flags,
         memory_total=total,
         memory_available=available,
-        jetson=jetson,
-        l4t=l4t[0] if l4t else None,
+        jetson=board.model if board else None,
+        l4t=board.l4t if board else None,
     )

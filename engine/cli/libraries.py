@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-DISTRIBUTION = "pixano-edge"
+from ..libraries import DISTRIBUTION, OPENCV_WHEELS, ORT_WHEELS, Versions, installed_version
 
-ORT_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
-OPENCV_WHEELS = (
-    "opencv-python",
-    "opencv-python-headless",
-    "opencv-contrib-python",
-    "opencv-contrib-python-headless",
-)
 _MODULE_OF = {"opencv-python-headless": "cv2", "pillow": "PIL"}
 
 Level = Literal["problem", "warning", "note"]
-Versions = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -42,14 +33,6 @@ class Library:
     required: str
     extra: str
     version: str | None
-
-
-def installed_version(name: str) -> str | None:
-    """Version of an installed distribution, or None."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def parse_requirement(text: str) -> tuple[str, str, str]:
@@ -147,7 +130,7 @@ def runtime_findings(
             Finding(
                 "problem",
                 "No ONNX Runtime is installed; nothing can run without one.",
-                "pip install 'pixano-edge[cpu]' (or 'pixano-edge[cuda]' with an NVIDIA GPU)",
+                "pip install 'pixano-edge[cpu]'",
             )
         ]
     extra = "cuda" if "onnxruntime-gpu" in wheels else "cpu"
@@ -158,13 +141,3 @@ def runtime_findings(
             f"pip uninstall -y {' '.join(wheels)} && pip install 'pixano-edge[{extra}]'",
         )
     ]
-
-
-def module_version(module: str, wheels: Iterable[str], version_of: Versions = installed_version) -> str | None:
-    """Version of a module that may come from one of several wheels or from the system; None where it is absent."""
-    if importlib.util.find_spec(module) is None:
-        return None
-    for wheel in wheels:
-        if version := version_of(wheel):
-            return version
-    return "installed (system)"

@@ -9,9 +9,23 @@ import typer
 
 from ..bundle import Bundle, BundleStore
 
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto, onnxruntime or tensorrt.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32, fp16, bf16, int8 or int4.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto or cpu; cuda:N comes with a later version and is an error until then.")
+]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        "--backend", help="auto or onnxruntime; tensorrt comes with a later version and is an error until then."
+    ),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="auto, fp32 or fp16, where the bundle has it; bf16, int8 and int4 come with a later version and are an "
+        "error until then.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads of the engine; default: what ONNX Runtime takes.")
 ]

@@ -53,9 +53,7 @@ class TensorSpec:
         sizes = sizes or {}
         missing = [d for d in self.dynamic if d not in sizes]
         if missing:
-            raise ContractError(
-                f"Tensor '{self.name}' needs sizes for {missing}.", "Pass them to prepare()."
-            )
+            raise ContractError(f"Tensor '{self.name}' needs sizes for {missing}.", "Pass them to prepare().")
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.dims)
 
     def check(self, array: npt.NDArray[np.generic]) -> None:
@@ -69,8 +67,7 @@ class TensorSpec:
         )
         if not fits or array.dtype != self.np_dtype:
             raise ContractError(
-                f"Tensor '{self.name}' expects {self.dtype}{list(self.dims)}, "
-                f"got {array.dtype}{list(array.shape)}.",
+                f"Tensor '{self.name}' expects {self.dtype}{list(self.dims)}, got {array.dtype}{list(array.shape)}.",
                 "Convert it before the call; Pixano Edge never changes a dtype silently.",
             )
 

@@ -8,6 +8,8 @@ before the half-pixel shift, which the mask decoder graph adds itself as upstrea
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,14 +96,47 @@ class Sam2Constants:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Sam2Constants:
-        """Rebuilds the constants from the manifest; raises ContractError on unknown or missing keys."""
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except TypeError as error:
+        """Rebuilds the constants from the manifest, where every field must be; there are no defaults.
+
+        Raises:
+            ContractError: Unknown or missing keys, wrong types or lengths, values that are not finite or out of range.
+        """
+        kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "image_size": (_whole, "a whole number above 0"),
+            "hidden_dim": (_whole, "a whole number above 0"),
+            "mean": (_triple, "three finite numbers"),
+            "std": (lambda v: _triple(v) and min(v) > 0, "three finite numbers above 0"),
+            "mask_threshold": (_finite, "a finite number"),
+            "dynamic_multimask_via_stability": (lambda v: isinstance(v, bool), "true or false"),
+            "stability_delta": (lambda v: _finite(v) and v >= 0, "a finite number, 0 or more"),
+            "stability_threshold": (_finite, "a finite number"),
+        }
+        missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
+        problems = [f"'{key}' is missing" for key in missing] + [f"'{key}' is unknown" for key in unknown]
+        problems += [
+            f"'{key}' must be {meaning}, got {values[key]!r}"
+            for key, (fits, meaning) in kinds.items()
+            if key in values and not fits(values[key])
+        ]
+        if problems:
             raise ContractError(
-                f"The SAM 2 constants in the manifest do not fit: {error}.",
+                f"The SAM 2 constants in the manifest do not fit: {'; '.join(problems)}.",
                 "Export the bundle again with this version of pixano-edge.",
-            ) from error
+            )
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _triple(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_finite(v) for v in value)
 
 
 def image_encoder(c: Sam2Constants) -> GraphSpec:

@@ -7,7 +7,11 @@ import binascii
 import io
 import re
 import struct
+import threading
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import ImageError
+from ..errors import EdgeError, ImageError
 
 Rgb = npt.NDArray[np.uint8]
 
@@ -35,12 +39,25 @@ _DECODE_ERRORS = (
     TypeError,
     AttributeError,
     OverflowError,
-    MemoryError,
     RuntimeError,
     NotImplementedError,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
+
+
+_WARNINGS = threading.Lock()
+
+_ORIENTATION = 0x0112
+# What Pillow does for each orientation -> what takes it back (only the rotations by 90 degrees differ).
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,7 @@ def decode_image(source: bytes | Path | str, limits: ImageLimits = DEFAULT_LIMIT
 
     Raises:
         ImageError: Missing, empty, too large, of another format, truncated or damaged.
+        EdgeError: Not enough memory.
     """
     content, name = _read(source, limits)
     if not content:
@@ -88,9 +106,14 @@ def decode_image(source: bytes | Path | str, limits: ImageLimits = DEFAULT_LIMIT
     if len(content) > limits.max_bytes:
         raise _too_many_bytes(name, len(content), limits)
     try:
-        with Image.open(io.BytesIO(content), formats=limits.formats) as image:
+        with _open(content, limits) as image:
             _check_size(name, image.width, image.height, limits)
-            return _to_rgb(name, image)
+            with _without_bomb_warning(image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0)):
+                return _to_rgb(name, _as_stored(image))
+    except MemoryError as error:
+        raise EdgeError(
+            f"There is not enough memory to decode {name}.", "Downscale it, or free memory on this machine."
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name} is not an image that can be read: unknown format or damaged header.",
@@ -150,6 +173,36 @@ def _read(source: bytes | Path | str, limits: ImageLimits) -> tuple[bytes, str]:
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"{name} cannot be read: {reason}.", "Check the path and the permissions.") from error
     return content, name
+
+
+def _open(content: bytes, limits: ImageLimits) -> Image.Image:
+    """Reads the header; `ImageLimits` decides on the size, not Pillow's warning."""
+    with _without_bomb_warning():
+        return Image.open(io.BytesIO(content), formats=limits.formats)
+
+
+@contextmanager
+def _without_bomb_warning(large: bool = True) -> Iterator[None]:
+    """Silences Pillow's warning about large images; for others (`large` False) there is nothing to do."""
+    if not large:
+        yield
+        return
+    # The filters belong to the whole process: without the lock two threads could leave each other's in place.
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    """The decoded image without the rotation that Pillow applies to TIFF files, and only to them, while loading."""
+    if image.format != "TIFF":
+        return image
+    applied = image.getexif().get(_ORIENTATION, 1)
+    image.load()
+    back = _UNDO.get(applied)
+    if back is None or image.getexif().get(_ORIENTATION, 1) == applied:  # Pillow deletes the tag when it rotates
+        return image
+    return image.transpose(back)
 
 
 def _check_size(name: str, width: int, height: int, limits: ImageLimits) -> None:

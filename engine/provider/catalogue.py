@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterable
@@ -10,14 +11,18 @@ from pathlib import Path
 from typing import Protocol
 
 from ..bundle.bundle import parse_manifest
-from ..bundle.manifest import MANIFEST_NAME
+from ..bundle.manifest import MANIFEST_NAME, NAME_PATTERN
 from ..errors import BundleError
 from .errors import InvalidRequestError, ModelNotFoundError
 from .types import ModelConfig
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(NAME_PATTERN)
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".onnx")
+
+
+FilesState = tuple[tuple[str, int, int], ...]
+"""What tells that any file of a bundle changed, without reading them."""
 
 
 class Store(Protocol):
@@ -105,7 +110,7 @@ class Catalogue:
             )
         wanted = config.name if config.path is None else str(config.path)
         if config.path is not None:
-            source = _at_path(Path(wanted))
+            source = _at_path(wanted)
             if source is not None:
                 return source
         names = self._store.list()
@@ -127,9 +132,10 @@ def unknown_model(name: str, known: Iterable[str]) -> ModelNotFoundError:
     )
 
 
-def _at_path(path: Path) -> Source | None:
-    """A bundle folder or file at `path`, None where nothing is there."""
+def _at_path(text: str) -> Source | None:
+    """A bundle folder or file at a path (``~`` is the user's home), None where nothing is there."""
     try:
+        path = Path(text).expanduser()
         if path.is_dir():
             if (path / MANIFEST_NAME).is_file():
                 return Source(path.resolve(), _stamp(path / MANIFEST_NAME))
@@ -138,9 +144,19 @@ def _at_path(path: Path) -> Source | None:
             if path.suffix.lower() == ".pxe":
                 return Source(path.resolve(), _stamp(path))
             raise _checkpoint(str(path))
-    except (OSError, ValueError) as error:
-        raise InvalidRequestError(f"Cannot read {str(path)[:200]!r}: {error}.", "Check the path.") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        raise InvalidRequestError(f"Cannot read {text[:200]!r}: {error}.", "Check the path.") from error
     return None
+
+
+def files_state(folder: Path) -> FilesState:
+    """Name, time of change and size of every file below a folder; costs no more than listing it."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            found.append((str(path), *_stamp(path)))
+    return tuple(sorted(found))
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -159,8 +175,10 @@ def _read_entry(name: str, source: Source) -> Entry | str:
 def _hub_id(hub_id: str) -> InvalidRequestError:
     short = hub_id.split("/")[-1]
     return InvalidRequestError(
-        f"'{hub_id}' is not a bundle on this box, and checkpoints cannot be converted here: there is no torch.",
-        f"Export it on another machine with 'pixano-edge export sam2 {hub_id} -o {short}' and copy the bundle here.",
+        f"'{hub_id}' is not a bundle on this box: a hub id or a path that does not exist. Checkpoints cannot be "
+        "converted here: there is no torch.",
+        "Check the path, or export the checkpoint on another machine with "
+        f"'pixano-edge export sam2 {hub_id} -o {short}' and copy the bundle here.",
     )
 
 

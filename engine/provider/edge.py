@@ -6,33 +6,30 @@ a thread of its own, and unloaded by `delete_model`. The coroutines only wait, f
 
 from __future__ import annotations
 
-import functools
 import math
-import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..bundle import BundleStore
-from ..errors import BundleError, CancelledError, ContractError, DeviceError, EdgeError, ImageError, PromptError
+from ..errors import BundleError, ContractError, DeviceError, EdgeError
+from ..libraries import engine_versions
 from .absent import AbsentTasks
 from .base import InferenceProvider
-from .catalogue import Catalogue, Entry, Store, unknown_model
+from .catalogue import Catalogue, Entry, FilesState, Store, files_state, unknown_model
 from .errors import (
     InferenceError,
     InvalidRequestError,
-    ModelNotFoundError,
     ProviderNotFoundError,
     TaskNotSupportedError,
+    provider_errors,
 )
 from .families import FAMILIES, TASKS, Opener, check_task, open_model
-from .hardware import cpu_count, read_hardware
+from .hardware import read_hardware
 from .media import MediaPolicy
 from .models import ModelTable, Slot
 from .registry import register_provider
@@ -54,7 +51,6 @@ T = TypeVar("T")
 ACCEPTED_PROVIDERS = ("edge", "pixano-edge")
 """What `instantiate_model` takes as its `provider`."""
 
-_DISTRIBUTIONS = ("pixano-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python-headless", "pillow")
 _MAX_SIDE = 65_535
 
 
@@ -114,6 +110,9 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         # Names that delete_model took away: their bundles stay in the store but no request loads them again. Only
         # instantiate_model does, and what it loaded is found in the table.
         self._withdrawn: set[str] = set()
+        # Bundles that failed to load by themselves, and the state of their files then: hashing gigabytes again for
+        # every request would only fail again.
+        self._broken: dict[str, tuple[FilesState, EdgeError]] = {}
         self._files = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixano-edge-files")
         self._closed = False
 
@@ -123,14 +122,11 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         return "edge"
 
     async def get_capabilities(self) -> ProviderCapabilities:
-        """Tasks of the models that are loaded or lie in the store.
+        """Tasks of the models that `list_models` offers.
 
         One request holds one image (with any number of prompts), so `supports_batching` is False.
         """
-        with _provider_errors():
-            entries, _ = await self._in_files(self._catalogue.scan)
-        tasks = {slot.task for slot in self._table.slots()}
-        tasks |= {FAMILIES[e.family].task.value for e in entries.values() if e.family in FAMILIES}
+        tasks = {info.task for info in await self.list_models()}
         side = min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
         return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=side)
 
@@ -140,14 +136,14 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         Args:
             task: Only models of this task; any enum with the same values does.
         """
-        with _provider_errors():
+        with provider_errors():
             infos, _ = await self._in_files(self._offered)
         wanted = None if task is None else str(getattr(task, "value", task))
         return [info for info in infos if wanted in (None, info.task)]
 
     async def get_server_info(self) -> ServerInfo:
         """State of the machine and the models now; see `ServerInfo` for the layout of `gpu_info`."""
-        with _provider_errors():
+        with provider_errors():
             return await self._in_files(self._server_info)
 
     async def instantiate_model(self, provider: str, config: ModelConfig, timeout: float = 60) -> None:
@@ -156,7 +152,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         ``config.path`` is None for the store's bundle of that name, else a bundle folder, a ``.pxe`` file or the
         name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb and
         verify, ``config.processor_config`` takes max_image_pixels and max_image_bytes. Loading the same again does
-        nothing; while the first load runs, a second one waits for it.
+        nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is unpacked to the temporary
+        folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the folder.
 
         Args:
             provider: ``edge`` or ``pixano-edge``.
@@ -182,7 +179,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         if task not in TASKS:
             raise InvalidRequestError(f"There is no task '{task[:100]}'.", f"Tasks: {', '.join(TASKS)}.")
         options = self._options.updated(config.config, config.processor_config)
-        with _provider_errors(invalid=(BundleError, DeviceError)):
+        with provider_errors(invalid=(BundleError, DeviceError)):
             loaded = [slot.name for slot in self._table.slots()]
             source = await self._in_files(lambda: self._catalogue.locate(config, loaded), deadline)
             slot, started = self._table.start(config.name, source, task, options)
@@ -206,7 +203,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """
         slot = self._table.get(model_name) if isinstance(model_name, str) else None
         if slot is None:
-            with _provider_errors():
+            with provider_errors():
                 infos, _ = await self._in_files(self._offered)
             if model_name not in (info.name for info in infos):
                 raise unknown_model(model_name, (info.name for info in infos))
@@ -214,7 +211,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         # Looked up again: a load may have started while the store was read.
         slot = slot or self._table.get(model_name)
         if slot is not None:
-            with _provider_errors():
+            with provider_errors():
                 await wait_for(self._table.retire(slot), Deadline(None), f"Unloading model '{model_name}'")
 
     async def image_mask_generation(
@@ -237,7 +234,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """
         started = time.perf_counter()
         deadline = Deadline(timeout)
-        with _provider_errors():
+        with provider_errors():
             slot = await self._slot(getattr(input_data, "model", None), InferenceTask.MASK_GENERATION, deadline)
             model = await wait_for(slot.ready, deadline, f"Loading model '{slot.name}'")
 
@@ -278,7 +275,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         return slot
 
     async def _autoloaded(self, name: str, task: InferenceTask, deadline: Deadline) -> Slot:
-        entries, faults = await self._in_files(self._catalogue.scan, deadline)
+        entries, faults, state = await self._in_files(lambda: self._look_up(name), deadline)
         held = self._table.get(name)
         if held is not None:
             return held
@@ -291,8 +288,24 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         if entry is None:
             raise InferenceError(faults[name], "Check it with 'pixano-edge bundle inspect'.")
         check_task(entry.family, task.value, name)
-        slot, _ = self._table.start(name, entry.source, task.value, self._options)
+        failed = self._broken.get(name)
+        if failed is not None and failed[0] == state:
+            raise InferenceError(failed[1].message, f"{failed[1].action} It is tried again when its files change.")
+        slot, started = self._table.start(name, entry.source, task.value, self._options)
+        if started:
+            slot.ready.add_done_callback(lambda done: self._note_failure(name, state, done.exception()))
         return slot
+
+    def _look_up(self, name: str) -> tuple[dict[str, Entry], dict[str, str], FilesState]:
+        entries, faults = self._catalogue.scan()
+        return entries, faults, files_state(entries[name].source.path) if name in entries else ()
+
+    def _note_failure(self, name: str, state: FilesState, error: BaseException | None) -> None:
+        # What the system refused (rights, open files) may work the next time.
+        if isinstance(error, BundleError | ContractError) and not isinstance(error.__cause__, OSError):
+            self._broken[name] = (state, error)
+        elif error is None:
+            self._broken.pop(name, None)
 
     def _offered(self) -> tuple[list[ModelInfo], dict[str, str]]:
         """Models that requests may name, by name, and the store's faults."""
@@ -324,7 +337,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
                 warnings.append(
                     f"Model '{name}' runs on the CPU although {len(hardware.gpus)} CUDA device(s) are there."
                 )
-        versions = _versions()
+        versions = engine_versions()
         return ServerInfo(
             version=versions["pixano-edge"],
             models_loaded=len(loaded),
@@ -342,11 +355,11 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             app_name="Pixano Edge",
             app_version=versions["pixano-edge"],
             app_description="Torch-free inference for Pixano on this machine",
-            num_cpus=cpu_count(),
+            num_cpus=hardware.num_cpus,
             num_nodes=1,
             gpus_used=sorted(int(index) for index in on_gpu),
             gpu_to_model={index: ", ".join(names) for index, names in sorted(on_gpu.items())},
-            versions=dict(versions),
+            versions=versions,
             warnings=warnings,
         )
 
@@ -360,39 +373,3 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
 def _entry_info(entry: Entry) -> ModelInfo:
     family = FAMILIES[entry.family]
     return ModelInfo(entry.name, family.task.value, entry.checkpoint, family.model_class, "edge")
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """Installed versions; the ONNX Runtime listed is the wheel's, a system build has none."""
-    installed = {_key(d.name): d.version for d in metadata.distributions() if d.name}
-    found = {name: installed[name] for name in _DISTRIBUTIONS if name in installed}
-    return {"pixano-edge": "unknown", "python": platform.python_version(), **found}
-
-
-def _key(distribution: str) -> str:
-    return distribution.lower().replace("_", "-")
-
-
-@contextmanager
-def _provider_errors(invalid: tuple[type[EdgeError], ...] = ()) -> Iterator[None]:
-    """Turns the engine's errors into the provider's.
-
-    Args:
-        invalid: More engine errors that are the request's fault here.
-    """
-    request_faults: tuple[type[EdgeError], ...] = (ImageError, PromptError, ContractError, *invalid)
-    try:
-        yield
-    except InferenceError:
-        raise
-    except CancelledError as error:
-        raise ModelNotFoundError(
-            "The model was unloaded before it could answer.", "Load it again with instantiate_model."
-        ) from error
-    except request_faults as error:
-        raise InvalidRequestError(error.message, error.action) from error
-    except EdgeError as error:
-        raise InferenceError(error.message, error.action) from error
-    except MemoryError as error:
-        raise InferenceError("Not enough memory for this request.", "Use a smaller image or fewer prompts.") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..errors import EdgeError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import CancelledError, ContractError, EdgeError, ImageError, PromptError
 
 
 class InferenceError(EdgeError):
@@ -35,3 +38,33 @@ class InvalidRequestError(InferenceError):
 
 class ModelBusyError(InferenceError):
     """Too many requests wait for this model already; an addition of Pixano Edge to the interface."""
+
+
+@contextmanager
+def provider_errors(invalid: tuple[type[EdgeError], ...] = ()) -> Iterator[None]:
+    """Turns the engine's errors into the provider's.
+
+    Args:
+        invalid: More engine errors that are the request's fault here.
+    """
+    request_faults: tuple[type[EdgeError], ...] = (ImageError, PromptError, ContractError, *invalid)
+    try:
+        yield
+    except InferenceError:
+        raise
+    except CancelledError as error:
+        raise ModelNotFoundError(
+            "The model was unloaded before it could answer.", "Load it again with instantiate_model."
+        ) from error
+    except request_faults as error:
+        raise InvalidRequestError(error.message, error.action) from error
+    except EdgeError as error:
+        raise InferenceError(error.message, error.action) from error
+    except MemoryError as error:
+        raise InferenceError("Not enough memory for this request.", "Use a smaller image or fewer prompts.") from error
+    except OSError as error:
+        # A full temporary folder, a bundle that is replaced while it is looked up, too many open files.
+        raise InferenceError(
+            f"The system refused: {error}.",
+            "Check free space in the temporary folder and the rights on the model store, then try again.",
+        ) from error

@@ -87,6 +87,9 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {sam2.FAMILY: Family(InferenceTask.MASK_GENERATION, "Sam2ImagePredictor")}
 
+MAX_UNPACKED_BYTES = 4 << 30
+"""Most that a ``.pxe`` file may unpack to when a request names it; the largest SAM 2.1 has 1.4 GB in two precisions."""
+
 TASKS = tuple(t.value for t in InferenceTask)
 
 
@@ -110,7 +113,11 @@ def check_task(family: str, task: str, name: str) -> Family:
 
 
 def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedModel:
-    """The `Opener` for real bundles: a folder, or a ``.pxe`` file that is unpacked to a temporary folder."""
+    """The `Opener` for real bundles: a folder, or a ``.pxe`` file that is unpacked to a temporary folder.
+
+    Raises:
+        BundleError: Damaged, or a ``.pxe`` of more than `MAX_UNPACKED_BYTES`.
+    """
     from ..bundle import Bundle, unpack
 
     temporary: Path | None = None
@@ -119,12 +126,13 @@ def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedM
         if path.is_file():
             temporary = Path(tempfile.mkdtemp(prefix="pixano-edge-"))
             # unpack verifies every hash, so the bundle is not hashed a second time below.
-            bundle = Bundle.open(unpack(path, temporary / "bundle"), verify=False)
+            unpacked = unpack(path, temporary / "bundle", max_bytes=MAX_UNPACKED_BYTES)
+            bundle = Bundle.open(unpacked, verify=False)
         else:
             bundle = Bundle.open(path, verify=options.verify)
         job.check()
         family = check_task(bundle.manifest.family, task, bundle.manifest.name)
-        loaded = _open_sam2(bundle, family, options, temporary)
+        loaded = _open_sam2(bundle, family, options, temporary, job)
         done = True
         return loaded
     finally:
@@ -132,7 +140,7 @@ def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedM
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open_sam2(bundle: Any, family: Family, options: LoadOptions, cleanup: Path | None) -> LoadedModel:
+def _open_sam2(bundle: Any, family: Family, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
     from ..models.sam2.cache import EmbeddingCache
     from ..models.sam2.predictor import Sam2ImagePredictor
 
@@ -143,6 +151,7 @@ def _open_sam2(bundle: Any, family: Family, options: LoadOptions, cleanup: Path 
         precision=options.precision,
         threads=options.threads,
         cache=EmbeddingCache(int(options.cache_mb * (1 << 20))),
+        check=job.check,
     )
     info = predictor.info()
     warnings = [w for graph in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER) for w in info[graph]["warnings"]]

@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..machine import Jetson, jetson, memory, usable_cpus
 from ..runtime.base import DeviceInfo
-
-# Chip in the device tree -> compute capability of its integrated GPU.
-_TEGRA = {"nvidia,tegra194": "7.2", "nvidia,tegra234": "8.7", "nvidia,tegra264": "11.0"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Hardware:
     """One look at the machine.
 
     Attributes:
-        num_cpus: Logical CPUs that this process may use (its affinity mask).
+        num_cpus: CPUs that this process may use (its affinity mask and the container's quota).
         memory_total: RAM.
         memory_available: RAM that can be taken without swapping.
         gpus: CUDA devices that this process can see.
@@ -51,10 +49,10 @@ def read_hardware(root: Path = Path("/"), environ: Mapping[str, str] | None = No
         root: Where ``/proc`` and ``/etc`` are; another folder in tests.
         environ: Environment to read ``CUDA_VISIBLE_DEVICES`` from; the process's own when None.
     """
-    total, available = _memory(root)
+    total, available = memory(root)
     visible = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
     gpus, reason, notes = _nvml_devices()
-    tegra = _tegra_device(root, total, available)
+    tegra = _tegra_device(jetson(root), total, available)
     if tegra is not None and not gpus:
         gpus, notes = [tegra], [f"NVML says nothing about this Jetson: {reason}"]
     elif tegra is not None:
@@ -64,30 +62,7 @@ def read_hardware(root: Path = Path("/"), environ: Mapping[str, str] | None = No
         gpus, masked = _visible(gpus, visible)
         notes = notes + masked
         reason = None if gpus else f"CUDA_VISIBLE_DEVICES='{visible}' hides the {found} CUDA device(s) of this machine."
-    return Hardware(cpu_count(), total, available, tuple(gpus), reason, tuple(notes))
-
-
-def cpu_count() -> int:
-    """Logical CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory(root: Path) -> tuple[int | None, int | None]:
-    values: dict[str, int] = {}
-    for line in _read(root / "proc/meminfo").splitlines():
-        words = line.replace(":", " ").split()
-        if len(words) >= 2 and words[1].isdigit():
-            values[words[0]] = int(words[1]) * 1024
-    return values.get("MemTotal"), values.get("MemAvailable")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", "replace").strip("\0\n ")
-    except OSError:
-        return ""
+    return Hardware(usable_cpus(root), total, available, tuple(gpus), reason, tuple(notes))
 
 
 def _nvml_devices() -> tuple[list[DeviceInfo], str | None, list[str]]:
@@ -149,18 +124,15 @@ def _text(value: Any) -> str | None:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def _tegra_device(root: Path, total: int | None, available: int | None) -> DeviceInfo | None:
+def _tegra_device(board: Jetson | None, total: int | None, available: int | None) -> DeviceInfo | None:
     """The integrated GPU of a Jetson; it shares the RAM, so the RAM figures are its memory."""
-    chips = _read(root / "proc/device-tree/compatible").split("\0")
-    chip = next((c for c in chips if c in _TEGRA), None)
-    if chip is None:
+    if board is None:
         return None
-    release = _read(root / "etc/nv_tegra_release").splitlines()
     return DeviceInfo(
-        name=_read(root / "proc/device-tree/model") or "NVIDIA Jetson",
+        name=board.model,
         kind="cuda",
-        compute_capability=_TEGRA[chip],
-        driver=release[0].lstrip("# ") if release else None,
+        compute_capability=board.compute_capability,
+        driver=None if board.l4t is None else board.l4t.lstrip("# "),
         memory_total=total,
         memory_free=available,
         extra={"memory": "shared with the CPU"},

@@ -75,7 +75,7 @@ class ModelTable:
 
         Raises:
             InvalidRequestError: The name is taken by a model loaded otherwise.
-            InferenceError: The table is closed.
+            InferenceError: The table is closed, or no thread can be started.
         """
         with self._lock:
             if self._closed:
@@ -88,8 +88,14 @@ class ModelTable:
                     f"Model '{name}' is loaded already, with other settings or from another bundle.",
                     "Unload it first with delete_model, or load this one under another name.",
                 )
-            slot = self._slots[name] = Slot(name, source, task, options, self._depth)
-        _, loading = slot.worker.submit(lambda job: self._load(slot, job), slot.load_job)
+            slot = Slot(name, source, task, options, self._depth)
+            # Queued before anyone can find the slot: whoever retires it then frees what the load made, in that order.
+            try:
+                _, loading = slot.worker.submit(lambda job: self._load(slot, job), slot.load_job)
+            except RuntimeError as error:  # no more threads
+                raise InferenceError(f"Model '{name}' cannot be loaded: {error}.", "Try again later.") from error
+            self._slots[name] = slot
+        # Not under the lock: of a load that is done already, this runs the callback here.
         loading.add_done_callback(lambda done: self._loaded(slot, done))
         return slot, True
 

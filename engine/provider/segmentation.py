@@ -32,7 +32,7 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
     features = read_features(request)
     limits = ImageLimits(max_bytes=options.max_image_bytes, max_pixels=options.max_image_pixels)
     # The image is decoded even when features are given: only it tells the size that the masks must have.
-    image = decode_image(media.read(request.image, options.max_image_bytes), limits)
+    image = decode_image(media.read(getattr(request, "image", None), options.max_image_bytes), limits)
     height, width = image.shape[:2]
     # Here only to refuse bad prompts before the encoder runs, which takes a hundred times longer than the decoder.
     build_prompts(prompts, (height, width), predictor.constants)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..bundle.manifest import PRECISIONS
+from ..runtime.factory import BACKENDS, LATER_BACKENDS
 from .errors import InvalidRequestError
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
+_BACKENDS = (*BACKENDS, *LATER_BACKENDS)
+_PRECISIONS = ("auto", *PRECISIONS)
 
 DEFAULT_CACHE_MB = 256.0
 DEFAULT_MAX_PIXELS = 100_000_000
@@ -24,8 +26,8 @@ class LoadOptions:
 
     Attributes:
         device: ``auto``, ``cpu`` or ``cuda:N``.
-        backend: One of `BACKENDS`.
-        precision: One of `PRECISIONS`.
+        backend: ``auto``, ``onnxruntime``, or ``tensorrt``, which does not open yet.
+        precision: ``auto`` or one of the manifest's `PRECISIONS`.
         threads: Threads of one inference; None lets the back end choose.
         cache_mb: Budget of the model's embedding cache in MiB; 0 turns it off.
         verify: Check every file of the bundle against its SHA-256 at opening.
@@ -85,8 +87,8 @@ _Rule = tuple[Callable[[Any], bool], str]
 
 CONFIG_KEYS: Mapping[str, _Rule] = {
     "device": (_device, "'auto', 'cpu' or 'cuda:N'"),
-    "backend": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-    "precision": (lambda v: v in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+    "backend": (lambda v: v in _BACKENDS, f"one of {', '.join(_BACKENDS)}"),
+    "precision": (lambda v: v in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
     "threads": (_whole, "a whole number above 0"),
     "cache_mb": (_size, "MiB, 0 or more"),
     "verify": (lambda v: isinstance(v, bool), "true or false"),

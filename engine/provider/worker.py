@@ -93,8 +93,8 @@ class ModelWorker:
                 raise ModelBusyError(
                     f"{self._pending} requests wait for model '{self.name}' already.", "Try again in a moment."
                 )
-            self._pending += 1
             future = self._pool.submit(self._run, work, job)
+            self._pending += 1
         future.add_done_callback(self._done)
         return job, future
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +139,13 @@ class Binding:
     """The buffers of one session for one set of shapes, bound once.
 
     Outputs are valid until the next `run` that writes them. Not thread-safe on its own: hold
-    `session.lock` from the first `write` to the last `read`.
+    `session.lock` from the first `write` to the last `release`.
+
+    Attributes:
+        shapes: Shape of each input.
+        inputs: Bound input buffers by name.
+        outputs: Bound output buffers by name.
+        nbytes: Size of the buffers that the binding owns; borrowed ones do not count.
     """
 
     def __init__(self, session: Session, shapes: dict[str, Shape], outputs: dict[str, Shape]) -> None:
@@ -147,11 +153,23 @@ class Binding:
         self.shapes = shapes
         self.inputs: dict[str, Buffer] = {}
         self.outputs: dict[str, Buffer] = {}
+        self.nbytes = 0
+        self._own: dict[str, Buffer] = {}
         self._specs: dict[str, TensorSpec] = {s.name: s for s in (*session.spec.inputs, *session.spec.outputs)}
         self._expected: dict[str, Shape] = {**shapes, **outputs}
+        self._unbound: set[str] = set(self._specs)
+
+    def own(self, name: str) -> None:
+        """Gives a tensor memory of the binding's own, unless it has some already."""
+        if name not in self._own:
+            spec = self._specs[name]
+            buffer = self.session.device.empty(self._expected[name], spec.dtype)
+            self.bind(name, buffer)
+            self._own[name] = buffer
+            self.nbytes += buffer.nbytes
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        """Binds a borrowed buffer instead of the own one; no copy. The caller keeps it alive and unchanged.
+        """Binds a borrowed buffer instead of the own one; no copy. The caller keeps it unchanged until `release`.
 
         Raises:
             ContractError: Unknown name, or shape, dtype or device differ.
@@ -172,11 +190,30 @@ class Binding:
                 f"Tensor '{name}' lives on {buffer.device.name}, the session on {self.session.device.name}.",
                 "Copy it with Device.copy first.",
             )
-        held = self.inputs if name in self.shapes else self.outputs
+        held = self._held(name)
         if held.get(name) is buffer:
             return
         self.session._bind_impl(self, name, buffer)  # first: a refused buffer must not count as bound
         held[name] = buffer
+        self._unbound.discard(name)
+
+    def release(self, *names: str) -> None:
+        """Lets go of borrowed buffers, so that an idle binding does not keep them alive.
+
+        A tensor with memory of its own gets that back; another one must be bound again before the next `run`.
+        Nothing is allocated or copied.
+        """
+        for name in names:
+            held, own = self._held(name), self._own.get(name)
+            if own is not None:
+                self.bind(name, own)
+            elif name in held:
+                self._unbound.add(name)
+                del held[name]
+                self.session._unbind_impl(self, name)
+
+    def _held(self, name: str) -> dict[str, Buffer]:
+        return self.inputs if name in self.shapes else self.outputs
 
     def write(self, name: str, source: Array) -> None:
         """Copies `source` into the bound input buffer: one copy, never a change of dtype.
@@ -187,7 +224,7 @@ class Binding:
         buffer = self.inputs.get(name)
         if buffer is None:
             raise ContractError(
-                f"Graph '{self.session.spec.name}' has no input '{name}'.", f"Known: {list(self.inputs)}."
+                f"Graph '{self.session.spec.name}' has no bound input '{name}'.", f"Bound: {list(self.inputs)}."
             )
         if source.shape != buffer.shape or source.dtype != buffer.dtype:
             raise ContractError(
@@ -198,14 +235,29 @@ class Binding:
         self.session._write_impl(buffer, source)
 
     def run(self) -> None:
-        """Launches the graph on the device's stream. On CPU the outputs are ready on return."""
+        """Launches the graph on the device's stream. On CPU the outputs are ready on return.
+
+        Raises:
+            ContractError: A borrowed tensor is not bound.
+            DeviceError: The session is closed, or the back end failed.
+        """
         with self.session.lock:
+            if self._unbound:
+                raise ContractError(
+                    f"Tensors of graph '{self.session.spec.name}' have no memory: {sorted(self._unbound)}.",
+                    "Bind them, or call prepare() without naming them as borrowed.",
+                )
             self.session._run_impl(self)
             self.session.runs += 1
 
     def read(self, name: str) -> Array:
         """Host view of an output, valid until the next run; waits for the device where it must."""
-        return self.session._read_impl(self.outputs[name])
+        buffer = self.outputs.get(name)
+        if buffer is None:
+            raise ContractError(
+                f"Graph '{self.session.spec.name}' has no bound output '{name}'.", f"Bound: {list(self.outputs)}."
+            )
+        return self.session._read_impl(buffer)
 
 
 class Session(abc.ABC):
@@ -221,19 +273,24 @@ class Session(abc.ABC):
     backend: str = "abstract"
     max_bindings: int = 8
     """Bindings kept (least recently used go first), so that changing shapes cannot grow memory."""
+    max_binding_bytes: int = 128 << 20
+    """Most bytes that the kept bindings own together; the newest is kept whatever its size."""
 
     def __init__(self, spec: GraphSpec, device: Device) -> None:
         self.spec = spec
         self.device = device
         self.lock = threading.RLock()
         self.runs = 0
+        self._tensors = (*spec.inputs, *spec.outputs)
         self._bindings: dict[tuple[tuple[str, Shape], ...], Binding] = {}
 
-    def prepare(self, sizes: Mapping[str, int] | None = None) -> Binding:
+    def prepare(self, sizes: Mapping[str, int] | None = None, borrowed: Collection[str] = ()) -> Binding:
         """Returns the binding for the given sizes of the dynamic dimensions, made at the first call.
 
         Args:
             sizes: Size per dynamic dimension, for example ``{"P": 1, "N": 2}``.
+            borrowed: Tensors that the caller binds before each run and releases after it; no memory is allocated
+                for them.
 
         Raises:
             ContractError: A size is missing or outside the contract's range.
@@ -251,20 +308,34 @@ class Session(abc.ABC):
         with self.lock:
             binding = self._bindings.pop(key, None)
             if binding is None:
-                while len(self._bindings) >= self.max_bindings:
-                    self._bindings.pop(next(iter(self._bindings)))
-                outputs = {s.name: s.shape(sizes) for s in self.spec.outputs}
-                binding = self._prepare_impl(shapes, outputs)
+                binding = self._prepare_impl(shapes, {s.name: s.shape(sizes) for s in self.spec.outputs})
+            missing = [s for s in self._tensors if s.name not in borrowed and s.name not in binding._own]
+            if missing:
+                need = sum(int(np.prod(s.shape(sizes), dtype=np.int64)) * s.np_dtype.itemsize for s in missing)
+                self._make_room(binding.nbytes + need)  # first: old and new together could be too much memory
+                for spec in missing:
+                    binding.own(spec.name)
             self._bindings[key] = binding
             return binding
 
+    def _make_room(self, nbytes: int) -> None:
+        """Drops bindings, the least recently used first, until one more of this size fits."""
+        while self._bindings and (
+            len(self._bindings) >= self.max_bindings
+            or sum(b.nbytes for b in self._bindings.values()) + nbytes > self.max_binding_bytes
+        ):
+            self._bindings.pop(next(iter(self._bindings)))
+
     @abc.abstractmethod
     def _prepare_impl(self, shapes: dict[str, Shape], outputs: dict[str, Shape]) -> Binding:
-        """Allocates and binds every buffer."""
+        """Makes a binding without any buffer."""
 
     @abc.abstractmethod
     def _bind_impl(self, binding: Binding, name: str, buffer: Buffer) -> None:
         """Points the back end at `buffer`."""
+
+    def _unbind_impl(self, binding: Binding, name: str) -> None:  # noqa: B027 (nothing held by default)
+        """Lets the back end forget the buffer bound to `name`; `Binding.run` refuses until another one is bound."""
 
     @abc.abstractmethod
     def _write_impl(self, buffer: Buffer, source: Array) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ContractError
+from ..machine import memory, usable_cpus
 from .base import Array, Buffer, Device, DeviceInfo, Shape
 
 ALIGNMENT = 64
@@ -34,18 +33,6 @@ def address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use: affinity and container quota, at least 1."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
-        if quota != "max":
-            count = min(count, -(-int(quota) // int(period)))
-    except (OSError, ValueError, ZeroDivisionError):
-        pass  # no cgroup v2: no quota to respect
-    return max(1, count)
-
-
 class CpuDevice(Device):
     """Host memory.
 
@@ -67,7 +54,7 @@ class CpuDevice(Device):
         return 0
 
     def info(self) -> DeviceInfo:
-        total, free = _memory()
+        total, free = memory()
         extra = {"cpus": str(usable_cpus()), "architecture": platform.machine()}
         if self._reason:
             extra["reason"] = self._reason
@@ -179,16 +166,3 @@ def _borrow_dlpack(source: Any) -> Array:
             f"The {type(source).__name__} does not share its memory: {error}", "Pass a plain host array."
         ) from error
     return array
-
-
-def _memory() -> tuple[int | None, int | None]:
-    """Total and available bytes from /proc/meminfo; None where the system does not say."""
-    values: dict[str, int] = {}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, _, rest = line.partition(":")
-            if key in ("MemTotal", "MemAvailable"):
-                values[key] = int(rest.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None, None
-    return values.get("MemTotal"), values.get("MemAvailable")

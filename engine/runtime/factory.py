@@ -14,6 +14,8 @@ from .cpu import CpuDevice
 from .ort import OrtSession
 
 BACKENDS = ("auto", "onnxruntime")
+LATER_BACKENDS = ("tensorrt",)
+"""Names that settings take already; opening a session with one is an error until the back end is there."""
 
 
 def open_device(name: str = "auto") -> Device:
@@ -59,6 +61,10 @@ def open_session(
         BundleError: No such file.
         MissingDependencyError: The back end is not installed.
     """
+    if backend in LATER_BACKENDS:
+        raise DeviceError(
+            f"Back end '{backend}' is not there yet: this version has ONNX Runtime only.", "Use --backend onnxruntime."
+        )
     if backend not in BACKENDS:
         raise DeviceError(f"Back end '{backend}' is not there.", f"Use one of {', '.join(BACKENDS)}.")
     reason = "auto: the only back end for CPUs so far" if backend == "auto" else ""

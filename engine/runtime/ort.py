@@ -16,8 +16,9 @@ import numpy as np
 
 from ..contracts.base import GraphSpec, TensorSpec
 from ..errors import BundleError, ContractError, DeviceError, MissingDependencyError
+from ..machine import usable_cpus
 from .base import Array, Binding, Buffer, Device, Session, Shape
-from .cpu import check_writable, usable_cpus
+from .cpu import check_writable
 
 # Device kind -> provider that must really run there.
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
@@ -140,6 +141,7 @@ class OrtSession(Session):
         self._provider = self._options.provider or _PROVIDERS.get(device.kind, "")
         if not self._provider:
             raise DeviceError(f"ONNX Runtime has no provider for '{device.name}' here.", "Use --device cpu.")
+        self._empty: dict[str, Any] = {}
         self._session: Any = self._open()
         check_graph(
             spec,
@@ -197,12 +199,7 @@ class OrtSession(Session):
         return options
 
     def _prepare_impl(self, shapes: dict[str, Shape], outputs: dict[str, Shape]) -> Binding:
-        binding = OrtBinding(self, shapes, outputs, self._open_session().io_binding())
-        for spec in self.spec.inputs:
-            binding.bind(spec.name, self.device.empty(shapes[spec.name], spec.dtype))
-        for spec in self.spec.outputs:
-            binding.bind(spec.name, self.device.empty(outputs[spec.name], spec.dtype))
-        return binding
+        return OrtBinding(self, shapes, outputs, self._open_session().io_binding())
 
     def _bind_impl(self, binding: Binding, name: str, buffer: Buffer) -> None:
         assert isinstance(binding, OrtBinding)
@@ -211,6 +208,16 @@ class OrtSession(Session):
         else:
             check_writable(buffer)
             binding.io.bind_ortvalue_output(name, self._value(buffer))
+
+    def _unbind_impl(self, binding: Binding, name: str) -> None:
+        """ONNX Runtime cannot unbind one tensor, so an empty one of the same dtype takes its place."""
+        assert isinstance(binding, OrtBinding)
+        dtype = self.spec.tensor(name).dtype
+        empty = self._empty.get(dtype)
+        if empty is None:
+            empty = self._empty[dtype] = self._ort.OrtValue.ortvalue_from_numpy(np.empty(0, dtype))
+        bind = binding.io.bind_ortvalue_input if name in binding.shapes else binding.io.bind_ortvalue_output
+        bind(name, empty)
 
     def _value(self, buffer: Buffer) -> Any:
         """The buffer's OrtValue, made once; it shares the memory."""

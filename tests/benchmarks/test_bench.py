@@ -32,7 +32,7 @@ def test_calls_take_turns_and_the_order_rotates():
 
 def test_segment_compares_all_contenders(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path):
     file = tmp_path / "figures" / "segment.json"
-    args = ("--bundle", tiny_bundle, "--checkpoint", tiny_checkpoint, "--rounds", 1, "--threads", 1, "--json", file)
+    args = ("--bundle", tiny_bundle, "--checkpoint", tiny_checkpoint, "--rounds", 1, "--threads", 1, "--output", file)
     result = _invoke("segment", *args)
     assert result.exit_code == 0, result.output
     content = json.loads(file.read_text())
@@ -141,7 +141,7 @@ def test_quality_does_not_depend_on_the_number_of_processes(tiny_bundle: Path, t
     pytest.importorskip("skimage", reason="making scenes needs pixano-edge[benchmarks]")
     figures = []
     for name, jobs in (("a.json", 1), ("b.json", 2)):
-        args = ("--bundle", tiny_bundle, "--scenes", 2, "--jobs", jobs, "--json", tmp_path / name)
+        args = ("--bundle", tiny_bundle, "--scenes", 2, "--jobs", jobs, "-o", tmp_path / name)
         result = _invoke("quality", *args)
         assert result.exit_code == 0, result.output
         content = json.loads((tmp_path / name).read_text())
@@ -149,6 +149,7 @@ def test_quality_does_not_depend_on_the_number_of_processes(tiny_bundle: Path, t
         figures.append(content)
     assert figures[0] == figures[1]
     assert figures[0]["scenes"] == 2
+    assert figures[0]["first"] == 500_000  # not the scenes that training watches
     assert "| method | IoU, one click" in result.stdout
     assert "| flood fill |" in result.stdout
     assert "| GrabCut |" in result.stdout
@@ -201,10 +202,19 @@ def test_memory_stands_still_and_a_leak_would_show(tiny_bundle: Path, monkeypatc
 
 def test_memory_command(tiny_bundle: Path, tmp_path: Path):
     file = tmp_path / "memory.json"
-    result = _invoke("memory", "--bundle", tiny_bundle, "--calls", 5, "--threads", 1, "--json", file)
+    result = _invoke("memory", "--bundle", tiny_bundle, "--calls", 5, "--threads", 1, "--output", file)
     assert result.exit_code == 0, result.output
     assert json.loads(file.read_text())["calls"] == 5
     assert "drift over 5 clicks" in result.stdout
+
+
+def test_json_goes_to_stdout_as_with_every_command(tiny_bundle: Path):
+    result = _invoke("memory", "--bundle", tiny_bundle, "--calls", 2, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert (content["benchmark"], content["calls"]) == ("memory", 2)
+    error = json.loads(_invoke("memory", "--bundle", "no-such-bundle", "--json").stdout)
+    assert error["error"]["type"] == "BundleError"
 
 
 def test_environment_and_tables(tmp_path: Path):

@@ -5,32 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixano_edge.benchmarks.metrics import bootstrap_mean, iou, latency, relative_error
-
-
-def _mask(*rows: str) -> np.ndarray:
-    return np.array([[c == "#" for c in row] for row in rows])
-
-
-def test_iou_by_hand():
-    a = _mask("##..", "##..")
-    b = _mask(".##.", ".##.")
-    assert iou(a, b) == pytest.approx(2 / 6)
-    assert iou(a, a) == 1.0
-    assert iou(a, ~a) == 0.0
-    assert iou(a, np.zeros_like(a)) == 0.0
-
-
-def test_iou_of_two_empty_masks_is_one():
-    empty = np.zeros((3, 3), bool)
-    assert iou(empty, empty) == 1.0
-
-
-def test_iou_refuses_other_shapes_and_dtypes():
-    with pytest.raises(ValueError, match="one shape"):
-        iou(np.ones((2, 2), bool), np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="bool"):
-        iou(np.ones((2, 2), np.uint8), np.ones((2, 2), bool))  # type: ignore[arg-type]
+from pixano_edge.benchmarks.metrics import bootstrap_mean, latency, relative_error
 
 
 def test_latency_percentiles_by_hand():

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import CancelledError, PromptError
+from ..masks import mask_box
 from ..rle import decode_rle, encode_rle
-from .postprocess import mask_box, resize_logits, stability_score
+from .postprocess import resize_logits, stability_score
 from .predictor import Embedding, Sam2ImagePredictor
 from .preprocess import Scratch
 from .prompts import DEFAULT_BATCH, Prompt, PromptBatch, build_prompts

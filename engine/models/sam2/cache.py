@@ -12,7 +12,8 @@ import hashlib
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...contracts.base import TensorSpec
-from ...runtime.base import Buffer, Device
+from ...runtime.base import Binding, Buffer, Device
 
 DEFAULT_BYTES = 256 << 20
 """15 images of a SAM 2 at 1024 pixels (16.8 MB each)."""
@@ -59,6 +60,20 @@ class Features:
     def __init__(self, buffers: dict[str, Buffer]) -> None:
         self.buffers = buffers
         self.nbytes = sum(b.nbytes for b in buffers.values())
+
+
+@contextmanager
+def bound(binding: Binding, features: Features) -> Iterator[Binding]:
+    """Binds features for one run. Afterwards the binding lets go of them, so that only the cache's budget keeps them.
+
+    Use it under the session's lock.
+    """
+    try:
+        for name, buffer in features.buffers.items():
+            binding.bind(name, buffer)
+        yield binding
+    finally:
+        binding.release(*features.buffers)
 
 
 class BufferPool:

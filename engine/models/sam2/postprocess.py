@@ -82,12 +82,3 @@ def resize_logits(logits: Float32, size: tuple[int, int], scratch: Scratch) -> F
 def write_mask(logits: Float32, threshold: float, out: Mask, scratch: Scratch) -> None:
     """Upscales one mask's logits (m, m) to `out` (H, W) bool and thresholds them."""
     np.greater(resize_logits(logits, (out.shape[0], out.shape[1]), scratch), np.float32(threshold), out=out)
-
-
-def mask_box(mask: Mask) -> tuple[int, int, int, int] | None:
-    """x1, y1, x2, y2 of the outermost foreground pixels (inclusive), or None for an empty mask."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    if rows.size == 0:
-        return None
-    columns = np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])

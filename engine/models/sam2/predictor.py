@@ -8,7 +8,7 @@ encoder's bound input, the encoder writes the buffers of a cache entry, the deco
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ...contracts.base import TensorSpec
 from ...contracts.sam2 import Sam2Constants
 from ...errors import BundleError, DeviceError, PromptError
 from ...runtime.base import Array, Binding, Buffer, Session
-from .cache import EmbeddingCache, EmbeddingKey, Features, pixel_digest
+from .cache import EmbeddingCache, EmbeddingKey, Features, bound, pixel_digest
 from .postprocess import LOGIT_CLAMP, choose_masks, mask_count, write_mask
 from .preprocess import Scratch, check_image, preprocess
 from .prompts import DEFAULT_BATCH, Prompt, PromptBatch, build_prompts
@@ -33,6 +33,8 @@ MAX_KEPT_BYTES = 128 << 20
 """Work memory kept between clicks; a photo of 33 megapixels needs as much."""
 MAX_ANSWER_BYTES = 2 << 30
 """Largest `Sam2Prediction.masks` that is allocated for the caller."""
+
+_FEATURES = (sam2.IMAGE_EMBED, sam2.HIGH_RES_0, sam2.HIGH_RES_1)
 
 
 class Sam2ImagePredictor:
@@ -85,6 +87,7 @@ class Sam2ImagePredictor:
         precision: str = "auto",
         threads: int | None = None,
         cache: EmbeddingCache | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Sam2ImagePredictor:
         """Opens both graphs of a bundle.
 
@@ -96,6 +99,7 @@ class Sam2ImagePredictor:
                 or a variant's name.
             threads: Threads of one call; None leaves it to the back end.
             cache: Embedding cache to share; None makes an own one.
+            check: Called before each graph is opened; what it raises ends the opening and closes what is open.
 
         Raises:
             BundleError: Not a SAM 2 bundle, damaged, or without the precision.
@@ -119,6 +123,8 @@ class Sam2ImagePredictor:
             opened.callback(on.close)
             sessions: dict[str, Session] = {}
             for name, spec in specs.items():
+                if check is not None:
+                    check()
                 path = bundle.graph_path(name, variant)
                 sessions[name] = open_session(path, spec, on, backend=backend, threads=threads)
                 opened.callback(sessions[name].close)
@@ -228,16 +234,14 @@ class Sam2ImagePredictor:
             )
         with self._decoder.lock:
             self._check_open()
-            binding = self._decoder.prepare(batch.sizes)
-            for name, buffer in embedding.features.buffers.items():
-                binding.bind(name, buffer)
-            binding.write(sam2.POINT_COORDS, batch.point_coords)
-            binding.write(sam2.POINT_LABELS, batch.point_labels)
-            self._write_masks(binding, batch.masks)
-            binding.run()
-            yield RawOutputs(
-                binding.read(sam2.MASKS), binding.read(sam2.IOU_SCORES), binding.read(sam2.OBJECT_SCORE_LOGITS)
-            )
+            with bound(self._decoder.prepare(batch.sizes, _FEATURES), embedding.features) as binding:
+                binding.write(sam2.POINT_COORDS, batch.point_coords)
+                binding.write(sam2.POINT_LABELS, batch.point_labels)
+                self._write_masks(binding, batch.masks)
+                binding.run()
+                yield RawOutputs(
+                    binding.read(sam2.MASKS), binding.read(sam2.IOU_SCORES), binding.read(sam2.OBJECT_SCORE_LOGITS)
+                )
 
     def embedding_from_arrays(
         self, image_embed: Array, high_res: Sequence[Array], original_size: tuple[int, int]
@@ -307,19 +311,17 @@ class Sam2ImagePredictor:
     def _run_encoder(self, image: npt.NDArray[np.uint8]) -> Features:
         with self._encoder.lock:
             self._check_open()
-            binding = self._encoder.prepare()
             features = self.cache.pool.take(self._device, self._encoder.spec.outputs)
-            for name, buffer in features.buffers.items():
-                binding.bind(name, buffer)
-            target = binding.inputs[sam2.PIXEL_VALUES].array
-            if target is not None:
-                preprocess(image, self.constants, target, self._encoder_scratch)
-            else:
-                staged = self._encoder_scratch.take("staged", binding.inputs[sam2.PIXEL_VALUES].shape)
-                preprocess(image, self.constants, staged, self._encoder_scratch)
-                binding.write(sam2.PIXEL_VALUES, staged)
-            binding.run()
-            self._device.synchronize()
+            with bound(self._encoder.prepare(borrowed=_FEATURES), features) as binding:
+                target = binding.inputs[sam2.PIXEL_VALUES].array
+                if target is not None:
+                    preprocess(image, self.constants, target, self._encoder_scratch)
+                else:
+                    staged = self._encoder_scratch.take("staged", binding.inputs[sam2.PIXEL_VALUES].shape)
+                    preprocess(image, self.constants, staged, self._encoder_scratch)
+                    binding.write(sam2.PIXEL_VALUES, staged)
+                binding.run()
+                self._device.synchronize()
             return features
 
     def _write_masks(self, binding: Binding, masks: Sequence[npt.NDArray[np.float32] | None]) -> None:

@@ -156,9 +156,13 @@ def _floats(where: str, what: str, values: npt.ArrayLike | None) -> npt.NDArray[
     if values is None:
         return np.empty(0)
     try:
-        array = np.asarray(values, np.float64)
+        given = np.asarray(values)
     except (TypeError, ValueError) as error:
         raise PromptError(f"{where}: {what} cannot be read as numbers: {error}.", "Send numbers only.") from error
+    # By the kind, not by trying: numpy would parse texts and take True for 1.
+    if given.size and given.dtype.kind not in ("iufb" if what == "labels" else "iuf"):
+        raise PromptError(f"{where}: {what} are not numbers (numpy reads them as {given.dtype}).", "Send numbers only.")
+    array = given.astype(np.float64)
     if not np.isfinite(array).all():
         raise PromptError(f"{where}: {what} hold NaN or infinity.", "Send finite pixel coordinates.")
     return array

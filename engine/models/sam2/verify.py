@@ -20,6 +20,7 @@ from ...bundle import Bundle, GoldenSample
 from ...contracts import sam2
 from ...errors import BundleError, ImageError, PromptError
 from ..images import decode_image
+from ..masks import mask_iou
 from .postprocess import write_mask
 from .predictor import Embedding, Sam2ImagePredictor
 from .preprocess import Scratch, preprocess
@@ -217,8 +218,7 @@ def _run_prompt(
             masks = np.empty((2, *embedding.original_size), np.bool_)
             write_mask(got, threshold, masks[0], scratch)
             write_mask(np.ascontiguousarray(want), threshold, masks[1], scratch)
-            union = int(np.count_nonzero(masks[0] | masks[1]))
-            ious.append(int(np.count_nonzero(masks[0] & masks[1])) / union if union else 1.0)
+            ious.append(mask_iou(masks[0], masks[1]))
         return ious
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,37 @@ def test_bad_npz(bundle_dir: Path, data: bytes) -> None:
     _replace(bundle_dir, "golden/one.npz", data)
     with pytest.raises(BundleError, match="cannot be read as arrays"):
         Bundle.open(bundle_dir).load_npz("golden/one.npz")
+
+
+def _flag_entry(data: bytes, offset: int, value: int) -> bytes:
+    """Sets a 16-bit field of the first entry's local and central header (`offset` counts in the local one)."""
+    changed = bytearray(data)
+    changed[offset : offset + 2] = value.to_bytes(2, "little")
+    central = data.index(b"PK\x01\x02") + offset + 2
+    changed[central : central + 2] = value.to_bytes(2, "little")
+    return bytes(changed)
+
+
+def _huge_header() -> bytes:
+    """An array that says it has 2**44 floats."""
+    inner = io.BytesIO()
+    np.lib.format.write_array_header_1_0(inner, {"descr": "<f4", "fortran_order": False, "shape": (1 << 44,)})
+    outer = io.BytesIO()
+    with zipfile.ZipFile(outer, "w") as archive:
+        archive.writestr("a.npy", inner.getvalue())
+    return outer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [_flag_entry(npz(a=np.arange(9)), 6, 1), _flag_entry(npz(a=np.arange(9)), 8, 99), _huge_header()],
+    ids=["encrypted", "unknown compression", "more than the memory"],
+)
+def test_npz_that_zipfile_or_numpy_give_up_on(bundle_dir: Path, data: bytes) -> None:
+    _replace(bundle_dir, "golden/one.npz", data)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle_dir).load_npz("golden/one.npz")
+    assert caught.value.action
 
 
 def test_npz_bomb(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

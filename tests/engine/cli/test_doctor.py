@@ -14,6 +14,7 @@ from pixano_edge.engine.cli.host import parse_cpuinfo, read_host
 from pixano_edge.engine.cli.libraries import Finding, Library
 from pixano_edge.engine.cli.main import app
 from pixano_edge.engine.cli.probe import ProviderState, probe_graph, probe_provider
+from tests.support.system import write_system
 
 INSTALLED = {"onnxruntime": "1.32.0", "opencv-python-headless": "5.0.0", "numpy": "2.0"}
 
@@ -130,14 +131,30 @@ def test_only_problems_fail(monkeypatch: pytest.MonkeyPatch, finding: Finding, c
     assert f"fix: {finding.action}" in result.stdout
 
 
-def test_gpu_without_cuda_provider_is_a_warning_with_the_right_wheel():
+@pytest.mark.parametrize("more", [[], [ProviderState("CUDAExecutionProvider", True)]])
+def test_a_gpu_is_said_to_be_unused_and_no_gpu_wheel_is_advised(more: list[ProviderState]):
     host = read_host()
-    cpu = [ProviderState("CPUExecutionProvider", True)]
-    (finding,) = doctor._provider_findings(cpu, [{"name": "GPU"}], replace(host, jetson=None))
-    assert "pixano-edge[cuda]" in finding.action
-    (finding,) = doctor._provider_findings(cpu, [], replace(host, jetson="NVIDIA Jetson AGX Orin"))
-    assert "JetPack" in finding.action
-    assert doctor._provider_findings(cpu, [], replace(host, jetson=None)) == []
+    states = [ProviderState("CPUExecutionProvider", True), *more]
+    for gpus, board in (([{"name": "GPU"}], None), ([], "NVIDIA Jetson AGX Orin")):
+        (finding,) = doctor._provider_findings(states, gpus, replace(host, jetson=board))
+        assert finding.level == "note"
+        assert "CUDA back end is not there yet" in finding.message
+        assert "[cuda]" not in finding.message + finding.action
+    assert doctor._provider_findings(states, [], replace(host, jetson=None)) == []
+
+
+def test_a_cuda_provider_that_does_not_load_is_only_a_note():
+    states = [ProviderState("CUDAExecutionProvider", False, "no libcudnn")]
+    (finding,) = doctor._provider_findings(states, [], replace(read_host(), jetson=None))
+    assert (finding.level, "no libcudnn" in finding.message, finding.action) == ("note", True, "")
+
+
+@pytest.mark.parametrize("command", ["segment", "demo", "verify", "info"])
+def test_help_says_what_works_now(command: str):
+    shown = CliRunner().invoke(app, [command, "--help"]).stdout
+    text = " ".join(shown.replace("│", " ").split())  # without the frame of the table, whose width varies
+    for words in ("auto or cpu; cuda:N comes with a later version", "auto or onnxruntime;", "auto, fp32 or fp16,"):
+        assert words in text
 
 
 def test_cpu_provider_that_fails_is_a_problem():
@@ -147,16 +164,14 @@ def test_cpu_provider_that_fails_is_a_problem():
 
 
 def test_host_of_a_jetson(tmp_path: Path):
-    for path, text in {
+    files = {
         "proc/cpuinfo": "processor : 0\nFeatures : fp asimd asimdhp asimddp i8mm bf16\n",
         "proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
         "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
         "etc/nv_tegra_release": "# R36 (release), REVISION: 4.0\n",
         "etc/os-release": 'PRETTY_NAME="Ubuntu 22.04"\n',
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    host = read_host(tmp_path)
+    }
+    host = read_host(write_system(tmp_path, files))
     assert host.jetson == "NVIDIA Jetson AGX Orin Developer Kit"
     assert host.l4t == "# R36 (release), REVISION: 4.0"
     assert host.cpu_flags == ("NEON", "FP16", "DOTPROD", "BF16", "I8MM")
@@ -165,14 +180,12 @@ def test_host_of_a_jetson(tmp_path: Path):
 
 
 def test_container_limits_are_seen(tmp_path: Path):
-    for path, text in {
+    files = {
         "proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
         "sys/fs/cgroup/memory.max": "4000000000\n",
         "sys/fs/cgroup/cpu.max": "150000 100000\n",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    host = read_host(tmp_path)
+    }
+    host = read_host(write_system(tmp_path, files))
     assert host.memory_total == 4_000_000_000
     assert host.cpu_quota == 1.5
 

@@ -61,10 +61,44 @@ def test_sam2_constants_round_trip_through_json_types() -> None:
     assert Sam2Constants.from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}) == constants
 
 
-@pytest.mark.parametrize("values", [{"image_size": 100}, {"hidden_dim": 30}, {"image_size": 0}, {"unknown": 1}])
-def test_sam2_constants_refuse_what_does_not_fit(values: dict[str, int]) -> None:
-    with pytest.raises(ContractError):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": 100},
+        {"image_size": 0},
+        {"image_size": 128.0},
+        {"image_size": True},
+        {"hidden_dim": 30},
+        {"hidden_dim": -8},
+        {"hidden_dim": "32"},
+        {"mean": [0.5, 0.5]},
+        {"mean": 0.5},
+        {"mean": ["a", "b", "c"]},
+        {"mean": [0.1, 0.2, float("nan")]},
+        {"std": [0.2, 0.2, 0.0]},
+        {"std": [0.2, 0.2, -0.2]},
+        {"std": [0.2, 0.2, float("inf")]},
+        {"mask_threshold": None},
+        {"mask_threshold": float("nan")},
+        {"dynamic_multimask_via_stability": 1},
+        {"stability_delta": -0.1},
+        {"stability_delta": "0.05"},
+        {"stability_threshold": True},
+    ],
+)
+def test_sam2_constants_refuse_what_does_not_fit(change: dict[str, object]) -> None:
+    with pytest.raises(ContractError, match=next(iter(change))):
+        Sam2Constants.from_dict({**Sam2Constants().to_dict(), **change})
+
+
+@pytest.mark.parametrize("key", Sam2Constants().to_dict())
+def test_sam2_constants_have_no_defaults_in_a_manifest(key: str) -> None:
+    values = Sam2Constants().to_dict()
+    del values[key]
+    with pytest.raises(ContractError, match=f"'{key}' is missing"):
         Sam2Constants.from_dict(values)
+    with pytest.raises(ContractError, match="'extra' is unknown"):
+        Sam2Constants.from_dict({**Sam2Constants().to_dict(), "extra": 1})
 
 
 def test_unknown_tensor_is_named() -> None:

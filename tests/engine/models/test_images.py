@@ -6,6 +6,7 @@ import base64
 import io
 import struct
 import tracemalloc
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixano_edge.engine.errors import ImageError
+from pixano_edge.engine.errors import EdgeError, ImageError
 from pixano_edge.engine.models.images import ImageLimits, decode_image, load_data_uri
 
 FORMATS = {"JPEG": {}, "JPEG2000": {}, "PNG": {}, "BMP": {}, "GIF": {}, "TIFF": {}, "WEBP": {"lossless": True}}
@@ -132,14 +133,52 @@ def test_first_frame_of_an_animation() -> None:
         assert image[0, 0, 1] < 50
 
 
-def test_exif_orientation_is_ignored() -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+    ids=["jpeg", "png", "webp", "tiff", "tiff-lzw"],
+)
+def test_exif_orientation_is_ignored(kind: str, options: dict[str, Any], orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    content = encode(Image.fromarray(gradient(12, 17)), "JPEG", exif=exif, quality=95)
-    assert decode_image(content).shape == (12, 17, 3)
+    exif[0x0112] = orientation
+    content = encode(Image.fromarray(gradient(12, 17)), kind, exif=exif, **options)
+    with Image.open(io.BytesIO(content)) as written:
+        assert written.getexif().get(0x0112, 1) == orientation  # the file really asks for the rotation
+    image = decode_image(content)
+    assert image.shape == (12, 17, 3)
+    assert image.flags.c_contiguous
+    assert np.abs(image.astype(int) - gradient(12, 17)).mean() < 3
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_no_memory_is_not_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", full)
+    with pytest.raises(EdgeError, match="not enough memory") as caught:
+        decode_image(encode(Image.fromarray(gradient())))
+    assert not isinstance(caught.value, ImageError)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_the_cap_decides_and_pillow_does_not_warn(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encode(Image.fromarray(gradient()), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # the picture has 204
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert np.array_equal(decode_image(content), gradient())
+    assert seen == []
+
+
+@pytest.mark.filterwarnings("error")
 def test_size_is_refused_from_the_header() -> None:
     tracemalloc.start()
     try:

@@ -65,7 +65,15 @@ def test_locate_by_name_by_path_and_by_store_name(known: Catalogue, root: Path, 
 def test_a_hub_id_is_told_to_be_exported_elsewhere(known: Catalogue, name: str, path: str | None) -> None:
     with pytest.raises(InvalidRequestError, match="no torch") as caught:
         known.locate(ModelConfig(name, _TASK, path))
+    assert "not a bundle on this box: a hub id or a path that does not exist" in caught.value.message
     assert "pixano-edge export sam2 facebook/sam2.1-hiera-tiny -o sam2.1-hiera-tiny" in caught.value.action
+
+
+def test_the_home_folder_is_expanded(known: Catalogue, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    assert known.locate(ModelConfig("mine", _TASK, "~/alpha")).path == (root / "alpha").resolve()
+    with pytest.raises(InferenceError):
+        known.locate(ModelConfig("mine", _TASK, "~nobody-by-that-name/alpha"))
 
 
 @pytest.mark.parametrize(

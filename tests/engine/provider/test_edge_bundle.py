@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixano_edge.engine import runtime
 from pixano_edge.engine.bundle import BundleStore, pack
+from pixano_edge.engine.errors import CancelledError, DeviceError
 from pixano_edge.engine.models.rle import decode_rle
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
@@ -24,7 +26,10 @@ from pixano_edge.engine.provider import (
     ModelNotFoundError,
     NDArrayData,
     TaskNotSupportedError,
+    families,
 )
+from pixano_edge.engine.provider.settings import LoadOptions
+from pixano_edge.engine.provider.worker import Job
 
 from .fakes import data_uri
 
@@ -185,6 +190,35 @@ async def test_loading_a_folder_and_a_packed_file(
     assert not unpacked.exists()
     with pytest.raises(ModelNotFoundError):
         await _ask(provider, photo, model="packed")
+
+
+async def test_a_packed_file_is_bounded(
+    provider: EdgeProvider, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "tiny.pxe"
+    pack(tiny_bundle, packed)
+    monkeypatch.setattr(families, "MAX_UNPACKED_BYTES", 1000)
+    with pytest.raises(InvalidRequestError, match="at most 1000") as caught:
+        await provider.instantiate_model("edge", ModelConfig("packed", _TASK, packed))
+    assert "pixano-edge bundle unpack --max-bytes" in caught.value.action
+
+
+def test_an_aborted_load_stops_between_the_sessions(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, opened = Job(), []
+    real = runtime.open_session
+
+    def slow_session(*args: Any, **options: Any) -> Any:
+        session = real(*args, **options)
+        opened.append(session)
+        job.cancel()  # the caller's timeout falls into the first opening
+        return session
+
+    monkeypatch.setattr(runtime, "open_session", slow_session)
+    with pytest.raises(CancelledError):
+        families.open_model(tiny_bundle, _TASK, LoadOptions(threads=1), job)
+    assert len(opened) == 1
+    with pytest.raises(DeviceError, match="closed"):
+        opened[0].info()
 
 
 async def test_half_precision_is_another_model(provider: EdgeProvider, photo: Path) -> None:

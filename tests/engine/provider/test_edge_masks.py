@@ -315,3 +315,18 @@ def _config() -> Any:
     from pixano_edge.engine.provider import ModelConfig
 
     return ModelConfig("alpha", "image_mask_generation")
+
+
+async def test_a_request_without_an_image_attribute(provider: EdgeProvider) -> None:
+    """Requests are read by attribute, so any class may come along."""
+    with pytest.raises(InvalidRequestError, match="image must be") as caught:
+        await provider.image_mask_generation(SimpleNamespace(model="alpha", points=[[[1, 2]]]))  # type: ignore[arg-type]
+    assert caught.value.action
+    with pytest.raises(InvalidRequestError, match="model must be"):
+        await provider.image_mask_generation(SimpleNamespace())  # type: ignore[arg-type]
+
+
+async def test_texts_are_no_coordinates(provider: EdgeProvider) -> None:
+    for fields in ({"points": [[["1", "2"]]]}, {"boxes": [["1", "2", "30", "40"]]}):
+        with pytest.raises(InvalidRequestError, match="not numbers"):
+            await _ask(provider, **fields)

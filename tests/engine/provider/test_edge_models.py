@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from pixano_edge.engine.errors import BundleError, DeviceError, MissingDependencyError
 from pixano_edge.engine.provider import (
     EdgeProvider,
     ImageMaskGenerationInput,
@@ -149,30 +148,6 @@ async def test_unknown_family(provider: EdgeProvider, root: Path) -> None:
     ):
         with pytest.raises(TaskNotSupportedError, match="owlv2"):
             await load
-
-
-@pytest.mark.parametrize(
-    ("raised", "when_asked", "on_demand"),
-    [
-        (BundleError("damaged", "copy again"), InvalidRequestError, InferenceError),
-        (DeviceError("no cuda", "use cpu"), InvalidRequestError, InferenceError),
-        (MissingDependencyError("onnxruntime", "cpu", "Running"), InferenceError, InferenceError),
-        (MemoryError(), InferenceError, InferenceError),
-    ],
-)
-async def test_failed_loads_register_nothing(
-    provider: EdgeProvider, opener: FakeOpener, raised: Exception, when_asked: type, on_demand: type
-) -> None:
-    opener.error = raised
-    with pytest.raises(InferenceError) as caught:
-        await provider.instantiate_model("edge", _config())
-    assert type(caught.value) is when_asked
-    with pytest.raises(InferenceError) as caught:
-        await provider.image_mask_generation(_request())
-    assert type(caught.value) is on_demand
-    assert (await provider.get_server_info()).models_loaded == 0
-    opener.error = None
-    await provider.image_mask_generation(_request())
 
 
 async def test_a_timeout_aborts_the_load_and_frees_it(provider: EdgeProvider, opener: FakeOpener) -> None:
@@ -318,6 +293,17 @@ async def test_capabilities(provider: EdgeProvider, tmp_path: Path) -> None:
     await empty.close()
 
 
+async def test_capabilities_follow_what_is_offered(provider: EdgeProvider, root: Path) -> None:
+    for name in ("alpha", "beta"):
+        await provider.delete_model(name)
+    assert (await provider.get_capabilities()).tasks == []
+    manual = make_provider(root, FakeOpener(), autoload=False)
+    assert (await manual.get_capabilities()).tasks == []
+    await manual.instantiate_model("edge", _config())
+    assert (await manual.get_capabilities()).tasks == [InferenceTask.MASK_GENERATION]
+    await manual.close()
+
+
 async def test_server_info_without_gpu(provider: EdgeProvider, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge, "read_hardware", lambda: Hardware(2, 100, 50, (), "no driver answers"))
     add_bundle(root, "broken")
@@ -384,11 +370,6 @@ def test_one_provider_serves_several_event_loops(root: Path, opener: FakeOpener)
         assert asyncio.run(provider.image_mask_generation(_request())).status == "SUCCESS"
     assert len(opener.opened) == 1
     asyncio.run(provider.close())
-
-
-def test_bad_settings_are_refused_at_once() -> None:
-    with pytest.raises(InvalidRequestError, match="precision"):
-        EdgeProvider(precision="half")
 
 
 @dataclass

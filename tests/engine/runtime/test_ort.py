@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,7 +174,7 @@ def test_float16_stays_float16(tmp_path: Path) -> None:
 
 def test_wrong_names_and_devices(session: OrtSession) -> None:
     binding = session.prepare({"P": 2})
-    with pytest.raises(ContractError, match=r"no input 'y'.*\['x'\]"):
+    with pytest.raises(ContractError, match=r"no bound input 'y'.*\['x'\]"):
         binding.write("y", ONES)
     with pytest.raises(ContractError, match="no tensor 'z'"):
         binding.bind("z", CPU.wrap(ONES.copy()))
@@ -331,3 +333,27 @@ def test_importing_the_runtime_loads_no_back_end() -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert open_device("auto").name == "cpu"
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_released_buffers_are_freed(session: OrtSession, name: str) -> None:
+    """An idle binding must not keep the features of an evicted image, or a client's arrays, alive."""
+    binding = session.prepare({"P": 2}, borrowed=(name,))
+    array = np.ones((2, 4), np.float32)
+    binding.bind(name, session.device.wrap(array))
+    binding.run()
+    gone = weakref.ref(array)
+    del array
+    gc.collect()
+    assert gone() is not None  # control: while bound, it is kept
+    binding.release(name)
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(ContractError, match="no memory"):
+        binding.run()
+    again = np.full((2, 4), 3, np.float32)
+    binding.bind(name, session.device.wrap(again))
+    if name == "y":
+        binding.write("x", again)
+    binding.run()
+    assert (binding.read("y") == 6).all()

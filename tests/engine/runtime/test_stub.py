@@ -135,3 +135,74 @@ def test_session_bookkeeping() -> None:
     assert session.runs == 1
     with pytest.raises(ContractError, match="lives on cpu"):
         two.bind("x", CpuDevice().empty((2, 1), "float32"))
+
+
+def test_kept_bindings_are_bounded_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = StubSession(spec(), StubDevice(), double)
+    assert session.prepare({"P": 2}).nbytes == 2 * 2 * 4 * 4  # input and output of 2 x 4 floats
+    monkeypatch.setattr(StubSession, "max_binding_bytes", 200)
+    two, three = session.prepare({"P": 2}), session.prepare({"P": 3})
+    assert session.prepare({"P": 2}) is two  # 64 + 96 bytes fit
+    session.prepare({"P": 4})  # 128 more do not: P=3, used longest ago, goes, and then P=2
+    assert session.prepare({"P": 3}) is not three
+    huge = session.prepare({"P": 7})
+    assert session.prepare({"P": 7}) is huge, "the newest is kept whatever its size"
+    assert sum(b.nbytes for b in session._bindings.values()) == huge.nbytes
+
+
+def test_room_is_made_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StubSession, "max_binding_bytes", 200)
+    session = StubSession(spec(), StubDevice(), double)
+    session.prepare({"P": 5})
+    held: list[int] = []
+    real = StubDevice.empty
+
+    def empty(self: StubDevice, *args: object) -> object:
+        held.append(len(session._bindings))
+        return real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StubDevice, "empty", empty)
+    session.prepare({"P": 4})
+    assert held == [0, 0]
+
+
+def test_borrowed_tensors_get_no_memory_and_must_be_bound() -> None:
+    device = StubDevice()
+    session = StubSession(spec(), device, double)
+    binding = session.prepare({"P": 2}, borrowed=("x",))
+    assert device.ops == ["empty"]
+    assert binding.nbytes == 32
+    with pytest.raises(ContractError, match=r"no memory: \['x'\]"):
+        binding.run()
+    with pytest.raises(ContractError, match="no bound input 'x'"):
+        binding.write("x", ONES)
+    binding.bind("x", device.wrap(ONES))
+    binding.run()
+    assert (binding.read("y") == 2).all()
+    binding.release("x")
+    with pytest.raises(ContractError, match="no memory"):
+        binding.run()
+    # Asked for without borrowing, the same binding gets memory of its own.
+    assert session.prepare({"P": 2}) is binding
+    binding.write("x", ONES * 3)
+    binding.run()
+    assert (binding.read("y") == 6).all()
+
+
+def test_release_gives_back_the_own_buffer() -> None:
+    device = StubDevice()
+    binding = StubSession(spec(), device, double).prepare({"P": 2})
+    own = dict(binding.inputs), dict(binding.outputs)
+    binding.bind("x", device.wrap(ONES))
+    binding.bind("y", device.wrap(np.zeros((2, 4), np.float32)))
+    binding.release("x", "y")
+    assert (binding.inputs, binding.outputs) == own
+    binding.release("x")  # nothing borrowed: nothing happens
+    assert device.ops.count("empty") == 2
+
+
+def test_a_released_output_cannot_be_read() -> None:
+    device = StubDevice()
+    binding = StubSession(spec(), device, double).prepare({"P": 2}, borrowed=("y",))
+    with pytest.raises(ContractError, match="no bound output 'y'"):
+        binding.read("y")

@@ -10,6 +10,7 @@ import pytest
 
 from pixano_edge.engine.errors import CancelledError, PromptError
 from pixano_edge.engine.models.images import decode_image
+from pixano_edge.engine.models.masks import mask_box
 from pixano_edge.engine.models.rle import decode_rle
 from pixano_edge.engine.models.sam2.automatic import (
     Filters,
@@ -17,7 +18,6 @@ from pixano_edge.engine.models.sam2.automatic import (
     non_maximum_suppression,
     point_grid,
 )
-from pixano_edge.engine.models.sam2.postprocess import mask_box
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from tests.engine.models.sam2.fake import fake_predictor

@@ -13,7 +13,6 @@ import pytest
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.models.sam2.postprocess import (
     choose_masks,
-    mask_box,
     resize_logits,
     stability_score,
     write_mask,
@@ -100,10 +99,3 @@ def test_empty_single_mask_is_stable() -> None:
 def test_multimask_keeps_model_order() -> None:
     logits, scores = np.zeros((4, 8, 8), np.float32), np.array([0.9, 0.1, 0.8, 0.5], np.float32)
     assert choose_masks(logits, scores, True, CONSTANTS, Scratch()) == [1, 2, 3]
-
-
-def test_mask_box() -> None:
-    mask = np.zeros((161, 97), np.bool_)
-    assert mask_box(mask) is None
-    mask[100, 20] = mask[150, 33] = True
-    assert mask_box(mask) == (20, 100, 33, 150)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,9 +16,10 @@ import pytest
 
 from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.errors import DeviceError, ImageError, PromptError
+from pixano_edge.engine.models.masks import mask_box
 from pixano_edge.engine.models.sam2 import predictor as module
 from pixano_edge.engine.models.sam2.cache import EmbeddingCache
-from pixano_edge.engine.models.sam2.postprocess import LOGIT_CLAMP, mask_box
+from pixano_edge.engine.models.sam2.postprocess import LOGIT_CLAMP
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.runtime import StubDevice, StubSession
@@ -322,3 +325,21 @@ def test_a_click_allocates_nothing_of_tensor_size() -> None:
         assert tracemalloc.get_traced_memory()[1] - before < out.nbytes + 16 * 1024
     finally:
         tracemalloc.stop()
+
+
+def test_idle_sessions_keep_no_features() -> None:
+    """What the cache evicted, or a client sent, is freed although the sessions ran on it last."""
+    predictor = fake_predictor()
+    embedding = predictor.encode(image())
+    arrays = [embedding.image_embed.copy(), *(f.copy() for f in embedding.high_res)]
+    predictor.predict(embedding, [Prompt(points=[[70, 40]])])
+    cached = weakref.ref(embedding.features.buffers[sam2.HIGH_RES_0].array)
+    sent = weakref.ref(arrays[1])
+    theirs = predictor.embedding_from_arrays(arrays[0], arrays[1:], (HEIGHT, WIDTH))
+    predictor.predict(theirs, [Prompt(points=[[70, 40]] * 2)])
+    del embedding, theirs, arrays
+    predictor.cache.clear()
+    predictor.cache.pool.clear()  # where the buffers went with their last user
+    gc.collect()
+    assert cached() is None
+    assert sent() is None

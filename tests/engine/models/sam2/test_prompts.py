@@ -34,6 +34,10 @@ def test_labels_default_to_foreground() -> None:
     assert one(Prompt(points=[[1, 2], [3, 4]]))[1] == [1, 1, -1]
 
 
+def test_labels_may_be_truth_values() -> None:
+    assert one(Prompt(points=[[1, 2], [3, 4]], labels=[True, False]))[1] == [1, 0, -1]
+
+
 def test_box_is_two_corners() -> None:
     coords, labels = one(Prompt(box=[0, 0, 97, 80.5]))
     assert coords == [[0, 0], [128, 64], [0, 0]]
@@ -111,7 +115,15 @@ NAN, INF = float("nan"), float("inf")
         (Prompt(points=[[1, 2, 3]]), "shape"),
         (Prompt(points=[[1, 2], [3]]), "numbers"),
         (Prompt(points=[["a", "b"]]), "numbers"),
-        (Prompt(points=[[None, 2]]), "NaN|numbers"),
+        (Prompt(points=[[None, 2]]), "numbers"),
+        (Prompt(points=[["1", "2"]]), "not numbers"),
+        (Prompt(points=[["1", 2]]), "not numbers"),
+        (Prompt(points=[[b"1", b"2"]]), "not numbers"),
+        (Prompt(points=[[True, False]]), "not numbers"),
+        (Prompt(points=[[1j, 2]]), "not numbers"),
+        (Prompt(points=[[1, 2]], labels=["1"]), "not numbers"),
+        (Prompt(box=["1", "2", "3", "4"]), "not numbers"),
+        (Prompt(box="1234"), "not numbers"),
         (Prompt(points=[[98 * 2, 0]]), "far outside"),
         (Prompt(points=[[0, -162]]), "far outside"),
         (Prompt(points=[[1e30, 1]]), "far outside"),

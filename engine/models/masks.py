@@ -1,0 +1,29 @@
+"""Figures of binary masks: overlap of two, and the box around one. numpy only."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Mask = npt.NDArray[np.bool_]
+
+
+def mask_iou(a: Mask, b: Mask) -> float:
+    """Intersection over union of two masks of equal shape; two empty masks agree: 1.
+
+    Raises:
+        ValueError: Other shapes, or not bool.
+    """
+    if a.shape != b.shape or a.dtype != np.bool_ or b.dtype != np.bool_:
+        raise ValueError(f"mask_iou compares bool masks of one shape, got {a.dtype}{a.shape} and {b.dtype}{b.shape}")
+    union = int(np.count_nonzero(a | b))
+    return int(np.count_nonzero(a & b)) / union if union else 1.0
+
+
+def mask_box(mask: Mask) -> tuple[int, int, int, int] | None:
+    """x1, y1, x2, y2 of the outermost foreground pixels (inclusive), or None for an empty mask."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if rows.size == 0:
+        return None
+    columns = np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
