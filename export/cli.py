@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pixano_edge.engine.errors import EdgeError, MissingDependencyError
+from pixano_edge.engine.cli.output import JsonOption, print_json, print_table, progress
+
+from .extras import missing
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pixano_edge.engine.bundle.manifest import Manifest, ParityReport
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Export a checkpoint to a bundle that is proven equal to its PyTorch original.",
 )
-_NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors")
+_NEEDED = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime")
 
 
 @app.callback()
@@ -37,114 +37,117 @@ def sam2(
     name: Annotated[str | None, typer.Option(help="Name in the bundle; from the checkpoint by default.")] = None,
     variants: Annotated[str, typer.Option(help="fp32, or fp32,fp16.")] = "fp32,fp16",
     photos: Annotated[
-        Path | None, typer.Option(help="Folder of photos to measure parity on; synthetic pictures by default.")
+        Path | None,
+        typer.Option(
+            help="Folder of photos to measure parity on, such as the model will see; two of them go into the bundle "
+            "as golden samples. By default two CC0 photos of the scikit-image wheel."
+        ),
     ] = None,
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="SPDX identifier of the weights' licence.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at the output folder.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Export SAM 2 / 2.1 image segmentation (every size).
 
     Writes the image encoder and the mask decoder as ONNX, measures them against PyTorch on photos, and leaves no
     bundle when they differ.
     """
-    from rich.console import Console
-
-    console = Console()
-    errors = Console(stderr=True)
-    try:
-        absent = next((m for m in _NEEDED if importlib.util.find_spec(m) is None), None)
-        if absent:
-            raise MissingDependencyError(absent, "export", "Exporting")
-        bundle = _export_sam2(console, checkpoint, output, name, variants, photos, licence, revision, force)
-    except EdgeError as error:
-        report = getattr(error, "report", None)
-        if report is not None:
-            print_parity(errors, report)
-        errors.print(f"Error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        if error.action:
-            errors.print(error.action, markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    console.print(f"Bundle: {bundle}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _export_sam2(
-    console: Console,
-    checkpoint: str,
-    output: Path,
-    name: str | None,
-    variants: str,
-    photos: Path | None,
-    licence: str | None,
-    revision: str | None,
-    force: bool,
-) -> Path:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
+    absent = next((m for m in _NEEDED if importlib.util.find_spec(m) is None), None)
+    if absent:
+        raise missing(absent, "Exporting")
     from pixano_edge.engine.bundle import Bundle
     from pixano_edge.export.photos import find_photos
-    from pixano_edge.export.sam2 import export_sam2
+    from pixano_edge.export.sam2.export import count_steps, export_sam2
+    from pixano_edge.export.sam2.parity import ParityError
 
-    files = find_photos(photos) if photos else None
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("Starting", total=None)
+    wanted = [v.strip() for v in variants.split(",") if v.strip()]
+    with progress("Starting", count_steps(wanted), enabled=not as_json) as bar:
 
-        def progress(step: str, done: int, total: int) -> None:
-            bar.update(task, description=step, completed=done, total=total)
+        def step(name: str, done: int, total: int) -> None:
+            bar.label(name)
+            if done:
+                bar.step()
 
-        bundle = export_sam2(
-            checkpoint,
-            output,
-            name=name,
-            variants=[v.strip() for v in variants.split(",") if v.strip()],
-            photos=files,
-            progress=progress,
-            revision=revision,
-            licence=licence,
-            force=force,
-        )
-    print_summary(console, Bundle.open(bundle).manifest)
-    return bundle
+        try:
+            folder = export_sam2(
+                checkpoint,
+                output,
+                name=name,
+                variants=wanted,
+                photos=find_photos(photos) if photos else None,
+                progress=step,
+                revision=revision,
+                licence=licence,
+                force=force,
+            )
+        except ParityError as error:
+            if not as_json:
+                print_parity(error.report)
+            raise
+    manifest = Bundle.open(folder).manifest
+    if as_json:
+        print_json(result(folder, manifest))
+    else:
+        print_summary(folder, manifest)
 
 
-def print_summary(console: Console, manifest: Manifest) -> None:
-    """Prints architecture, licence, parity and notes of a new bundle."""
-    console.print(
-        f"{manifest.name}: {manifest.source.architecture}", style="bold", markup=False, highlight=False, soft_wrap=True
-    )
-    known = manifest.licence.spdx != "unknown"
-    console.print(
-        f"Licence of the weights: {manifest.licence.spdx} ({manifest.licence.text})",
-        style=None if known else "yellow",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+def warnings_of(manifest: Manifest) -> list[str]:
+    """What the user should act on: an unknown licence, and operators that TensorRT 10.3 may refuse."""
+    from pixano_edge.export.operators import FINDING
+
+    found = [note for note in manifest.notes if note.startswith(FINDING)]
+    if manifest.licence.spdx == "unknown":
+        found.insert(0, f"The licence of the weights is unknown. {manifest.licence.text}")
+    return found
+
+
+def result(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    warnings = warnings_of(manifest)
+    return {
+        "bundle": folder,
+        "name": manifest.name,
+        "architecture": manifest.source.architecture,
+        "licence": manifest.licence,
+        "variants": sorted({v for g in manifest.graphs.values() for v in g.variants}, reverse=True),
+        "parity": manifest.parity,
+        "warnings": warnings,
+        "notes": [note for note in manifest.notes if note not in warnings],
+    }
+
+
+def print_summary(folder: Path, manifest: Manifest) -> None:
+    """Prints architecture, licence, parity and notes of a new bundle; warnings go to stderr."""
+    typer.secho(f"{manifest.name}: {manifest.source.architecture}", bold=True)
+    typer.echo(f"Licence of the weights: {manifest.licence.spdx} ({manifest.licence.text})")
     if manifest.parity:
-        print_parity(console, manifest.parity)
+        print_parity(manifest.parity)
+    warnings = warnings_of(manifest)
     for note in manifest.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+        if note not in warnings:
+            typer.echo(f"Note: {note}")
+    for warning in warnings:
+        typer.secho("Warning: ", fg=typer.colors.YELLOW, bold=True, nl=False, err=True)
+        typer.echo(warning, err=True)
+    typer.echo(f"Bundle: {folder}")
 
 
-def print_parity(console: Console, report: ParityReport) -> None:
+def print_parity(report: ParityReport) -> None:
     """Prints the figures of a parity report as two tables."""
-    from rich.table import Table
-
-    tensors = Table(title=f"Against {report.reference}", title_justify="left")
-    for heading in ("variant", "graph", "tensor", "max error", "relative"):
-        tensors.add_column(heading, justify="right" if heading in ("max error", "relative") else "left")
-    for t in report.tensors:
-        tensors.add_row(t.variant, t.graph, t.tensor, f"{t.max_abs:.2e}", f"{t.max_rel:.2e}")
-    masks = Table(title=f"Masks on {', '.join(report.inputs)}", title_justify="left")
-    for heading in ("variant", "pictures", "prompts", "mean IoU", "lowest IoU"):
-        masks.add_column(heading, justify="left" if heading == "variant" else "right")
-    for m in report.masks:
-        masks.add_row(m.variant, str(m.images), str(m.prompts), f"{m.mean_iou:.5f}", f"{m.min_iou:.5f}")
-    console.print(tensors)
-    console.print(masks)
-    console.print("Parity: passed" if report.passed else "Parity: FAILED", style="bold", highlight=False)
+    print_table(
+        ("variant", "graph", "tensor", "max error", "relative"),
+        [(t.variant, t.graph, t.tensor, f"{t.max_abs:.2e}", f"{t.max_rel:.2e}") for t in report.tensors],
+        title=f"Against {report.reference}",
+        right=("max error", "relative"),
+    )
+    columns = ("variant", "pictures", "prompts", "mean IoU", "lowest IoU")
+    print_table(
+        columns,
+        [(m.variant, m.images, m.prompts, f"{m.mean_iou:.5f}", f"{m.min_iou:.5f}") for m in report.masks],
+        title=f"Masks on {', '.join(report.inputs)}",
+        right=columns[1:],
+    )
+    typer.secho("Parity: passed" if report.passed else "Parity: FAILED", bold=True)

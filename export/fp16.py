@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from pixano_edge.engine.errors import ExportError, MissingDependencyError
+from pixano_edge.engine.errors import ExportError
+from pixano_edge.export.extras import missing
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -23,7 +24,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         from onnxruntime.transformers.float16 import convert_float_to_float16
     except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "export", "Making fp16 graphs") from error
+        raise missing("onnxruntime", "Making fp16 graphs") from error
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     converted = convert_float_to_float16(copy, keep_io_types=True, node_block_list=sorted(fp32_nodes(model)))

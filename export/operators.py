@@ -18,6 +18,8 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 MAX_OPSET = 18
+FINDING = "TensorRT 10.3: "
+"""Start of the manifest notes that hold what the check found."""
 
 _FLOAT = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16})
 _INT = frozenset({TensorProto.INT32, TensorProto.INT64})

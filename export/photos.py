@@ -1,12 +1,12 @@
-"""Pictures that parity is measured on: the user's photos, else synthetic ones, named for what they are."""
+"""Pictures that parity is measured on: the user's photos, else two CC0 ones, named for what they are."""
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PHOTOS = 4
 MAX_SIDE = 1600
 """Longer photos are reduced for parity; masks are compared at this size."""
-_SCENE_SEEDS = (900_001, 900_002)
+# File in scikit-image's `skimage/data`, where it comes from (docstrings of `skimage.data`), and top, left, height and
+# width of the part that is used.
+_BUNDLED = (
+    ("coffee.png", "photo by Rachel Michetti, CC0-1.0, from scikit-image", (0, 1, 399, 599)),
+    ("chelsea.png", "photo by Stefan van der Walt, CC0-1.0, from scikit-image", (1, 82, 299, 263)),
+)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -28,12 +33,14 @@ class Photo:
     """One picture.
 
     Attributes:
-        name: Shown in the parity report; a file name, never a path.
+        name: Shown in the parity report; never a path.
         pixels: (H, W, 3) uint8 RGB, C-contiguous.
+        origin: Author and licence, empty where only the user knows them.
     """
 
     name: str
     pixels: Pixels
+    origin: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -85,19 +92,31 @@ def reduce(pixels: Pixels, longest: int) -> Pixels:
 
 
 def default_photos() -> list[Photo]:
-    """Two deterministic pictures for exports without photos: held-out demo scenes, else plain gradients and discs."""
-    try:
-        from pixano_edge.export.demo.scenes import generate_scene
+    """Two real photos for exports without the user's own, cut to odd sizes; drawn pictures where they are not there.
 
-        scenes: list[Any] = [generate_scene(seed, "heldout", 256) for seed in _SCENE_SEEDS]
-    except ImportError:
-        warnings.warn("scikit-image is not installed; parity is measured on simple drawn pictures.", stacklevel=2)
-        return [Photo(f"drawn-{seed}.png", draw(seed)) for seed in (1, 2)]
-    # Not square and of odd size, so that a mix-up of width and height or of scales shows.
-    return [
-        Photo(f"synthetic-scene-{seed}.png", np.ascontiguousarray(scene.image[:height, :width]))
-        for seed, scene, height, width in zip(_SCENE_SEEDS, scenes, (201, 255), (255, 189))
-    ]
+    The files are read from the scikit-image wheel (`skimage/data`); nothing is imported from it or downloaded.
+    """
+    folder = _bundled_folder()
+    photos = []
+    for name, origin, (top, left, height, width) in _BUNDLED:
+        if folder is None or not (folder / name).is_file():
+            warnings.warn(
+                "scikit-image and its photos are not installed; parity is measured on simple drawn pictures. "
+                "Give real ones with --photos.",
+                stacklevel=2,
+            )
+            return [Photo(f"drawn-{seed}", draw(seed), "drawn by pixano-edge") for seed in (1, 2)]
+        # Not square and of odd size, so that a mix-up of width and height or of scales shows.
+        pixels = np.ascontiguousarray(_open(folder / name)[top : top + height, left : left + width])
+        photos.append(Photo(f"skimage-{Path(name).stem}-{width}x{height}", pixels, origin))
+    return photos
+
+
+def _bundled_folder() -> Path | None:
+    """`skimage/data` of the installed scikit-image, or None."""
+    spec = importlib.util.find_spec("skimage")
+    locations = spec.submodule_search_locations if spec else None
+    return Path(next(iter(locations))) / "data" if locations else None
 
 
 def draw(seed: int, height: int = 213, width: int = 255) -> Pixels:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Sam2Model
 from transformers.utils import logging as transformers_logging
 
+from pixano_edge.engine.bundle.files import hash_file
 from pixano_edge.engine.bundle.manifest import Licence, Source
 from pixano_edge.engine.contracts.sam2 import NUM_MASKS, Sam2Constants
 from pixano_edge.engine.errors import ContractError, ExportError
@@ -50,6 +52,7 @@ OFFICIAL_LICENCES = {
     for generation in ("sam2", "sam2.1")
     for size in ("tiny", "small", "base-plus", "large")
 }
+_OTHER_DOWNLOAD_ERRORS = ("InvalidURL", "RevisionResolutionError", "XetDownloadError")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -98,32 +101,37 @@ def load(source: str | Path, *, revision: str | None = None, licence: str | None
     return _load_folder(folder, label=text, licence=licences.detect(folder, text, licence, OFFICIAL_LICENCES))
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, lower-case hex."""
-    with path.open("rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def weights_sha256(files: list[Path]) -> str:
     """Hash of a checkpoint: the file's own, or the hash over the sorted per-file hashes when sharded."""
-    hashes = sorted(file_sha256(f) for f in files)
+    hashes = sorted(hash_file(f) for f in files)
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except download_errors() as error:
         raise ExportError(
             f"'{hub_id}' could not be downloaded: {_first_line(error)}",
             "Check the id and the network, or download the checkpoint elsewhere and give its folder.",
         ) from error
+
+
+def download_errors() -> tuple[type[Exception], ...]:
+    """What a download from the hub may raise.
+
+    Errors of its HTTP client (httpx, httpx2 in newer releases) are no OSError; the client is known by what the hub's
+    own HTTP error derives from. Its storage back end, written in Rust, raises RuntimeError.
+    """
+    from huggingface_hub import errors
+
+    hub = {c for c in errors.HfHubHTTPError.__mro__ if issubclass(c, Exception)} - {Exception}
+    clients = [sys.modules[c.__module__.partition(".")[0]] for c in hub if c.__module__ != "builtins"]
+    # Names that not every release has.
+    others = [getattr(m, name, None) for m in (errors, *clients) for name in _OTHER_DOWNLOAD_ERRORS]
+    return (*hub, *(c for c in others if c is not None), OSError, ValueError, RuntimeError)
 
 
 def _load_folder(folder: Path, label: str, licence: Licence) -> Checkpoint:

@@ -7,23 +7,23 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from pixano_edge.engine.bundle.manifest import Graph, GraphVariant, Postprocess, Preprocess
+from pixano_edge.engine.bundle.manifest import NAME_PATTERN, Graph, GraphVariant, Postprocess, Preprocess
 from pixano_edge.engine.bundle.writer import BundleWriter
 from pixano_edge.engine.contracts import sam2 as contract
 from pixano_edge.engine.errors import BundleError, ExportError
+from pixano_edge.engine.libraries import ORT_WHEELS, installed_version, module_version
 from pixano_edge.export.fp16 import rounded, to_fp16
 from pixano_edge.export.onnx_graph import count_parameters, export_graph
-from pixano_edge.export.operators import check_tensorrt_10_3
+from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
 from pixano_edge.export.photos import default_photos, load_photos
 from pixano_edge.export.sam2 import checkpoint as checkpoints
 from pixano_edge.export.sam2 import graphs, parity
-from pixano_edge.export.sam2.golden import add_golden
+from pixano_edge.export.sam2.golden import add_golden, picture_note
 
 VARIANTS = ("fp32", "fp16")
 Progress = Callable[[str, int, int], None]
@@ -50,7 +50,8 @@ def export_sam2(
         destination: Folder of the bundle; made only when everything has passed.
         name: Name in the manifest; from the checkpoint if None.
         variants: ``fp32``, or ``fp32`` and ``fp16``.
-        photos: Picture files for parity and golden samples; synthetic pictures if None.
+        photos: Picture files for parity and golden samples (the first two go into the bundle, reduced); two real
+            photos of the scikit-image wheel if None. A model that knows no photos needs pictures of its own kind.
         progress: Called before each step.
         revision: Branch, tag or commit of a hub id.
         licence: SPDX identifier that overrides what the checkpoint says.
@@ -87,10 +88,10 @@ def _export(
     unknown = [v for v in variants if v not in VARIANTS]
     if unknown or "fp32" not in variants:
         raise ExportError(f"Variants {list(variants)} cannot be exported.", "Use fp32, or fp32,fp16.")
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+    if name is not None and not re.fullmatch(NAME_PATTERN, name):
         raise ExportError(f"'{name}' is not a bundle name.", "Use letters, digits, '.', '_' and '-'.")
     ordered = [v for v in VARIANTS if v in variants]
-    step = _Steps(progress, total=3 + len(contract.graphs(contract.Sam2Constants())) + len(ordered))
+    step = _Steps(progress, total=count_steps(ordered))
 
     # Opened first: a taken or read-only destination is found out before minutes of work.
     with BundleWriter(destination, overwrite=force) as writer:
@@ -113,7 +114,7 @@ def _export(
             model = export_graph(modules[graph], spec, graphs.example_inputs(graph, constants))
             for variant in ordered:
                 stored = model if variant == "fp32" else to_fp16(model)
-                notes += [f"TensorRT 10.3: {variant} {graph}: {p}" for p in check_tensorrt_10_3(stored)]
+                notes += [f"{FINDING}{variant} {graph}: {p}" for p in check_tensorrt_10_3(stored)]
                 entries[graph][variant] = _add_graph(writer, stored, graph, variant)
         step("Asking PyTorch")
         suite = parity.build_suite(loaded.model, pictures, constants)
@@ -125,6 +126,7 @@ def _export(
         report = parity.require(suite, measured)
         step("Writing golden samples")
         golden = add_golden(writer, loaded.model, pictures, constants)
+        notes += [picture_note(g, photo) for g, photo in zip(golden, pictures)]
         return writer.finish(
             {
                 "name": name or default_name(loaded.source.checkpoint),
@@ -146,6 +148,11 @@ def _export(
         )
 
 
+def count_steps(variants: Sequence[str]) -> int:
+    """Number of steps that `export_sam2` reports for these variants."""
+    return 3 + len(contract.graphs(contract.Sam2Constants())) + len(variants)
+
+
 def default_name(checkpoint: str) -> str:
     """Bundle name from a hub id or file name: ``facebook/sam2.1-hiera-tiny`` gives ``sam2.1-hiera-tiny``."""
     stem = re.sub(r"\.(pt|pth)$", "", checkpoint.rsplit("/", 1)[-1])
@@ -155,15 +162,12 @@ def default_name(checkpoint: str) -> str:
 
 def tool_versions() -> dict[str, str]:
     """Versions of everything that shapes the graphs."""
-    packages = ("pixano-edge", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed as a package"
+    packages = ("pixano-edge", "torch", "transformers", "onnx", "onnxscript")
+    return {
+        "python": platform.python_version(),
+        **{package: installed_version(package) or "not installed as a package" for package in packages},
+        "onnxruntime": module_version("onnxruntime", ORT_WHEELS) or "not installed",
+    }
 
 
 def _add_graph(writer: BundleWriter, model: onnx.ModelProto, graph: str, variant: Any) -> GraphVariant:

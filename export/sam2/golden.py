@@ -25,6 +25,7 @@ is 1), as the number of points differs; answering prompts 0 and 1 in one call is
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +53,7 @@ def add_golden(
     """Writes `SAMPLES` golden samples into the bundle and returns their manifest entries."""
     samples = []
     for index, photo in enumerate(photos[:SAMPLES]):
-        small = Photo(photo.name, reduce(photo.pixels, min(MAX_SIDE, 2 * constants.image_size)))
+        small = dataclasses.replace(photo, pixels=reduce(photo.pixels, min(MAX_SIDE, 2 * constants.image_size)))
         name = f"golden-{index}"
         buffer = io.BytesIO()
         # PNG: every decoder gives the same pixels, which JPEG does not promise.
@@ -64,6 +65,12 @@ def add_golden(
         writer.add_file(f"golden/{name}.npz", stored.getvalue())
         samples.append(GoldenSample(name=name, image=f"golden/{name}.png", tensors=f"golden/{name}.npz"))
     return samples
+
+
+def picture_note(sample: GoldenSample, photo: Photo) -> str:
+    """Manifest note that says whose picture a golden sample holds."""
+    origin = photo.origin or "the user's own picture; its rights go with every copy of this bundle"
+    return f"{sample.image} is {photo.name}, reduced ({origin})."
 
 
 def make_sample(model: Any, photo: Photo, constants: Sam2Constants) -> dict[str, npt.NDArray[Any]]:

@@ -18,7 +18,8 @@ import torch
 from pixano_edge.engine.bundle.manifest import MaskParity, ParityReport, TensorParity
 from pixano_edge.engine.contracts import sam2 as contract
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
-from pixano_edge.engine.errors import ExportError, MissingDependencyError
+from pixano_edge.engine.errors import ExportError
+from pixano_edge.export.extras import missing
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.sam2 import reference
 
@@ -233,7 +234,7 @@ def onnx_runner(files: Mapping[str, Path], threads: int | None = None, optimise:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "export", "Measuring parity") from error
+        raise missing("onnxruntime", "Measuring parity") from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if not optimise:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,16 +55,40 @@ def test_grey_and_alpha_become_rgb(tmp_path: Path) -> None:
         assert photo.pixels.shape == (6, 8, 3)
 
 
-def test_default_photos_are_deterministic_and_not_square() -> None:
+def test_default_photos_are_real_deterministic_and_not_square() -> None:
+    pytest.importorskip("skimage", reason="the photos come with pixano-edge[export]")
     first, second = photos.default_photos(), photos.default_photos()
+    assert [p.name for p in first] == ["skimage-coffee-599x399", "skimage-chelsea-263x299"]
     assert [p.name for p in first] == [p.name for p in second]
     assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(first, second))
-    assert all(p.size[0] != p.size[1] and "synthetic" in p.name for p in first)
+    assert all(p.size[0] != p.size[1] and p.size[0] % 2 and p.size[1] % 2 for p in first)
+    assert all(p.name.endswith(f"{p.size[1]}x{p.size[0]}") for p in first)
+    assert all("CC0-1.0" in p.origin and p.pixels.std() > 20 for p in first)
+    assert {p.size[0] > p.size[1] for p in first} == {True, False}
 
 
-def test_default_photos_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pixano_edge.export.demo.scenes", None)
+def test_default_photos_are_those_of_scikit_image() -> None:
+    data = pytest.importorskip("skimage.data", reason="the photos come with pixano-edge[export]")
+    coffee, chelsea = photos.default_photos()
+    assert np.array_equal(coffee.pixels, data.coffee()[:399, 1:600])
+    assert np.array_equal(chelsea.pixels, data.chelsea()[1:300, 82:345])
+
+
+def test_default_photos_import_no_scikit_image() -> None:
+    """Its import is slow, and its loader would download a missing file."""
+    code = (
+        "import sys\n"
+        "from pixano_edge.export.photos import default_photos\n"
+        "default_photos()\n"
+        "assert 'skimage' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("absent", ["package", "files"])
+def test_default_photos_without_scikit_image(absent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(photos, "_bundled_folder", lambda: None if absent == "package" else tmp_path)
     with pytest.warns(UserWarning, match="scikit-image"):
         found = photos.default_photos()
-    assert [p.name for p in found] == ["drawn-1.png", "drawn-2.png"]
+    assert [p.name for p in found] == ["drawn-1", "drawn-2"]
     assert all(p.pixels.std() > 20 for p in found)

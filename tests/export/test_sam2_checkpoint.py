@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ def test_tiny_checkpoint(tiny_checkpoint: Path) -> None:
     assert loaded.source.format == "transformers"
     assert loaded.source.checkpoint == tiny_checkpoint.name
     assert loaded.source.architecture == "sam2.1-hiera-custom"
-    assert loaded.source.sha256 == checkpoint.file_sha256(tiny_checkpoint / "model.safetensors")
+    weights = (tiny_checkpoint / "model.safetensors").read_bytes()
+    assert loaded.source.sha256 == hashlib.sha256(weights).hexdigest()
     assert loaded.licence.spdx == "Apache-2.0"
     assert not loaded.model.training
 
@@ -103,6 +106,33 @@ def test_hub_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     with pytest.raises(ExportError, match=r"sam2\.1-hiera-tiny' could not be downloaded") as error:
         checkpoint.load("facebook/sam2.1-hiera-tiny")
     assert "network" in error.value.action
+
+
+@pytest.mark.parametrize("name", ["ConnectError", "ReadTimeout", "RemoteProtocolError", "InvalidURL"])
+def test_errors_of_the_hub_client_are_export_errors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    base = next(c for c in errors.HfHubHTTPError.__mro__ if c.__module__.startswith("httpx"))
+    error = getattr(sys.modules[base.__module__.partition(".")[0]], name)
+    # Why they need a word of their own.
+    assert not issubclass(error, OSError | ValueError | RuntimeError)
+
+    def download(*args: Any, **options: Any) -> str:
+        raise error("connection refused")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ExportError, match="could not be downloaded: connection refused") as caught:
+        checkpoint.load("facebook/sam2.1-hiera-tiny")
+    assert "network" in caught.value.action
+
+
+def test_mistake_in_our_code_is_not_taken_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*args: Any, **options: Any) -> str:
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(TypeError):
+        checkpoint.load("facebook/sam2.1-hiera-tiny")
 
 
 def test_hub_id_downloads_no_code_and_states_the_licence(

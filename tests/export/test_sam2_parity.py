@@ -124,11 +124,13 @@ def test_fp16_cost_is_measured_as_a_gpu_computes(
     assert gpu.problems() == cpu.problems() == []
     assert gpu.masks is not None
     assert 0.99 <= gpu.masks.mean_iou < 1.0
-    # ONNX Runtime's CPU provider must not be what the fp16 figure rests on.
-    errors = [{(t.graph, t.tensor): t.max_rel for t in v.tensors} for v in (gpu, cpu)]
-    encoder = ("image_encoder", "image_embed")
-    assert errors[0][encoder] > 1.5 * errors[1][encoder]
-    assert errors[0][encoder] > parity.FP32_MAX_REL
+    # ONNX Runtime's CPU provider must not be what the fp16 figure rests on. One largest error alone is noisy.
+    errors = [{t.tensor: t.max_rel for t in v.tensors if t.graph == contract.IMAGE_ENCODER} for v in (gpu, cpu)]
+    ratios = [errors[0][name] / errors[1][name] for name in errors[0]]
+    assert len(ratios) == 3
+    assert min(ratios) > 1.1
+    assert float(np.mean(ratios)) > 1.25
+    assert min(errors[0].values()) > parity.FP32_MAX_REL
 
 
 # --- negative controls: each deliberate mistake must be far outside the bar ---
