@@ -86,6 +86,7 @@ class MaskParity(_Model):
     prompts: int
     images: int
     mean_iou: float
+    """Pixels whose reference logit lies within the tensors' tolerance of the threshold count as equal."""
     min_iou: float
 
 
