@@ -17,7 +17,7 @@ Click = tuple[int, int]
 Box = tuple[int, int, int, int]
 
 FLOOD_TOLERANCE = {"click": 38, "box": 50}  # largest difference to the seed's colour, for each channel
-FLOOD_BLUR = {"click": 9, "box": 9}  # side of the median filter that comes first, 0 for none
+FLOOD_BLUR = {"click": 13, "box": 13}  # side of the median filter that comes first, 0 for none
 DISK = 0.07  # GrabCut from a click: radius of the probable foreground, in sides of the image
 GRABCUT_ROUNDS = 5
 
