@@ -1,8 +1,9 @@
 """Encoder, decoder and whole-click times of the engine, interleaved with PyTorch and plain ONNX Runtime.
 
 All contenders get the same weights, the same input and the same number of threads, in one process. They take turns
-call by call, in an order that rotates, so that a slow minute of the machine hits all of them alike. Accuracy against
-PyTorch in fp32 stands beside each time.
+call by call, in an order that rotates, so that a slow minute of the machine hits all of them alike, with a pause
+between turns: idle threads of a contender that spins would otherwise take their time from whoever comes next.
+Accuracy against PyTorch in fp32 stands beside each time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ ORIGINAL_SIZE = (540, 960)
 """Height and width of the picture that the whole click returns masks for."""
 
 REFERENCE = "PyTorch fp32"
+
+SETTLE_SECONDS = 0.06
+"""Pause before a turn. ONNX Runtime's threads were seen to spin for more than 10 and less than 30 ms."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,16 @@ def make_inputs(c: Sam2Constants, seed: int = 0) -> Inputs:
 Contender = EngineContender | OrtContender | TorchContender
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, settle: float = SETTLE_SECONDS
+) -> dict[str, list[float]]:
     """Times every call `rounds` times, taking turns; the order rotates from round to round.
+
+    Args:
+        calls: What to time, by name.
+        rounds: Timed calls of each.
+        warmup: Calls of each before that.
+        settle: Seconds to wait before each call, not timed.
 
     Returns:
         Seconds per call by name, without the warm-up.
@@ -99,6 +111,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: i
     for turn in range(-warmup, rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            time.sleep(settle)
             start = time.perf_counter()
             calls[name]()
             if turn >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,22 @@ def test_environment_and_tables(tmp_path: Path):
     assert markdown(("a", "b"), [("x", "1.0"), ("y", "2.5")]) == "| a | b |\n|---|---:|\n| x | 1.0 |\n| y | 2.5 |"
     write_json(tmp_path / "sub" / "x.json", {"value": float("inf"), "array": np.arange(2)})
     assert json.loads((tmp_path / "sub" / "x.json").read_text()) == {"value": None, "array": [0, 1]}
+
+
+def test_a_contender_that_keeps_spinning_does_not_slow_the_next_one() -> None:
+    """Work that a call leaves behind must end in the pause; without the pause it falls into the next turn."""
+    busy_until = 0.0
+
+    def spins() -> None:
+        nonlocal busy_until
+        busy_until = time.perf_counter() + 0.02
+
+    def waits_for_the_core() -> None:
+        while time.perf_counter() < busy_until:
+            pass
+
+    calls = {"spins": spins, "next": waits_for_the_core}
+    settled = segment.interleave(calls, rounds=2, warmup=0)
+    assert max(settled["next"]) < 0.01
+    crowded = segment.interleave(calls, rounds=2, warmup=0, settle=0)
+    assert max(crowded["next"]) > 0.01
