@@ -96,6 +96,57 @@ def segment(
 
 
 @app.command()
+def gpu(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
+    device: Annotated[str, typer.Option(help="cuda:N.")] = "cuda:0",
+    precision: Annotated[
+        list[str] | None, typer.Option("--precision", "-p", help="Variants to take; default: fp32 and fp16.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The checkpoint in transformers' format, for the comparison with PyTorch.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls per contender and case.")] = 50,
+    power_seconds: Annotated[float, typer.Option(min=0, help="Load per contender for the power; 0: no power.")] = 2.0,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Encoder and decoder on a GPU: ONNX Runtime and TensorRT, launch by launch and as recorded graphs, and PyTorch.
+
+    Prints wall clock and the GPU's own clock, first runs, memory and power. Refuses on a machine without a GPU.
+    """
+    from .gpu import COLUMNS, START_COLUMNS, measure_gpu, require_gpu, start_rows, table_rows
+
+    require_gpu(device)
+    opened = open_bundle(bundle)
+    facts = environment(None)
+    with progress("Preparing", None, enabled=not as_json) as steps:
+        figures = measure_gpu(
+            opened,
+            device,
+            precisions=precision or ("fp32", "fp16"),
+            checkpoint=checkpoint,
+            rounds=rounds,
+            power_seconds=power_seconds,
+            step=steps.label,
+        )
+
+    def show() -> None:
+        gpu = figures.device
+        title = f"{opened.manifest.name}, input {opened.manifest.preprocess.image_size} px, on {gpu.name}"
+        print_table(COLUMNS, table_rows(figures), title=title, right=COLUMNS[2:])
+        typer.echo()
+        print_table(START_COLUMNS, start_rows(figures), title="First run, memory, power", right=START_COLUMNS[1:])
+        for name, why in figures.skipped.items():
+            typer.echo(f"not measured: {name}: {why}")
+        for name, said in figures.warnings.items():
+            for text in said:
+                typer.echo(f"warning: {name}: {text}")
+
+    content = {"benchmark": "gpu", "bundle": opened.manifest.name, "rounds": rounds, **figures.to_dict()}
+    _report({**content, "environment": facts}, show, as_json, output)
+
+
+@app.command()
 def quality(
     bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,

@@ -30,7 +30,7 @@ CLICK_CASE = "whole click to 960x540"
 FEATURES = (sam2.IMAGE_EMBED, sam2.HIGH_RES_0, sam2.HIGH_RES_1)
 
 
-def _prompt_arrays(inputs: Inputs, use_mask: bool) -> dict[str, npt.NDArray[Any]]:
+def prompt_arrays(inputs: Inputs, use_mask: bool) -> dict[str, npt.NDArray[Any]]:
     """Decoder inputs of one click: the point and the padding point, and the mask input with its switch."""
     return {
         sam2.POINT_COORDS: np.array([[inputs.point, (0.0, 0.0)]], np.float32),
@@ -47,7 +47,7 @@ def _signs(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
 class EngineContender:
     """The engine's own sessions with bound buffers, and its predictor for the whole click."""
 
-    def __init__(self, bundle: Bundle, constants: Sam2Constants, inputs: Inputs, threads: int) -> None:
+    def __init__(self, bundle: Bundle, constants: Sam2Constants, inputs: Inputs, threads: int | None) -> None:
         device = open_device("cpu")
         specs = sam2.graphs(constants)
         self._encoder, self._decoder = (
@@ -55,7 +55,7 @@ class EngineContender:
             for name in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)
         )
         self._inputs = inputs
-        self._prompts = {use: _prompt_arrays(inputs, use) for use in (False, True)}
+        self._prompts = {use: prompt_arrays(inputs, use) for use in (False, True)}
         self._encoding = self._encoder.prepare()
         self._decoding = self._decoder.prepare({"P": 1, "N": 2})
         for name in FEATURES:  # the encoder writes where the decoder reads, as in the predictor
@@ -66,6 +66,12 @@ class EngineContender:
         x, y = inputs.point
         point = (x * width / constants.image_size, y * height / constants.image_size)
         self._click = Prompt(points=[point], labels=[1])
+
+    def close(self) -> None:
+        """Frees the sessions."""
+        self._predictor.close()
+        self._decoder.close()
+        self._encoder.close()
 
     def encode(self) -> None:
         self._encoding.write(sam2.PIXEL_VALUES, self._inputs.pixels)
@@ -112,7 +118,7 @@ class OrtContender:
         )
         self._inputs = inputs
         self._features: Outputs = {}
-        self._prompts = {use: _prompt_arrays(inputs, use) for use in (False, True)}
+        self._prompts = {use: prompt_arrays(inputs, use) for use in (False, True)}
         self.encode()
 
     def encode(self) -> None:

@@ -119,10 +119,14 @@ def interleave(
     return seconds
 
 
-def _compare(
+def compare(
     case: str, outputs: Mapping[str, npt.NDArray[np.float32]], reference: Mapping[str, npt.NDArray[np.float32]]
 ) -> tuple[float | None, float | None]:
-    """Worst relative error over the tensors, and worst IoU over the masks; None for what the case does not have."""
+    """Worst relative error over the tensors, and worst IoU over the masks; None for what the case does not have.
+
+    Raises:
+        ValueError: The contenders return other tensors or shapes.
+    """
     worst = None if case == CLICK_CASE else max(relative_error(outputs[name], reference[name]) for name in reference)
     if case == ENCODER_CASE:
         return worst, None
@@ -165,7 +169,7 @@ def measure(
         outputs = {name: contenders[name].outputs(case) for name in calls}
         reference = seconds.get(REFERENCE)
         for name in calls:
-            error, agreement = _compare(case, outputs[name], outputs[REFERENCE]) if reference else (None, None)
+            error, agreement = compare(case, outputs[name], outputs[REFERENCE]) if reference else (None, None)
             ratio = reference.p50 / seconds[name].p50 if reference else None
             rows.append(Row(case, name, seconds[name], ratio, error, agreement))
     return rows

@@ -45,6 +45,10 @@ class DeviceError(EdgeError):
     """A device, back end or execution provider is missing, did not load or failed."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A device has not enough free memory for a buffer, a session or a run; what was loaded before still works."""
+
+
 class ImageError(EdgeError):
     """An image cannot be decoded or is outside the limits."""
 
@@ -55,6 +59,10 @@ class PromptError(EdgeError):
 
 class ExportError(EdgeError):
     """A checkpoint cannot be loaded, exported, or misses the parity bar."""
+
+
+class BuildError(EdgeError):
+    """TensorRT does not take a graph, or building its engine crashed or ran out of time or memory."""
 
 
 class CancelledError(EdgeError):

@@ -84,3 +84,15 @@ def jetson(root: Path = ROOT) -> Jetson | None:
     if capability is None and not named and not release:
         return None
     return Jetson(model or "NVIDIA Jetson (model unknown)", capability, release[0] if release else None)
+
+
+def nvidia_driver(root: Path = ROOT) -> str | None:
+    """Version of the NVIDIA kernel driver, for example "580.65.06"; on a Jetson without one the L4T release.
+
+    None where there is neither.
+    """
+    for line in read_text(root / "proc/driver/nvidia/version").splitlines():
+        if line.startswith("NVRM version:"):
+            return next((word for word in line.split() if word[0].isdigit() and "." in word), None)
+    board = jetson(root)
+    return board.l4t.lstrip("# ") if board is not None and board.l4t else None

@@ -112,7 +112,9 @@ def result(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "name": manifest.name,
         "architecture": manifest.source.architecture,
         "licence": manifest.licence,
-        "variants": sorted({v for g in manifest.graphs.values() for v in g.variants}, reverse=True),
+        "variants": sorted(
+            {k for g in manifest.graphs.values() for k, v in g.variants.items() if v.target == "onnx"}, reverse=True
+        ),
         "parity": manifest.parity,
         "warnings": warnings,
         "notes": [note for note in manifest.notes if note not in warnings],

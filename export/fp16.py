@@ -7,6 +7,8 @@ Fourier features reach tens of radians, where fp16 has steps of 0.03, so everyth
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -15,8 +17,12 @@ from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.extras import missing
 
 
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_fp16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
     """A copy of `model` that computes in fp16, with `Cast` at its inputs and outputs.
+
+    Args:
+        model: Computes in fp32.
+        keep: Names of nodes that stay in fp32, beside those of `fp32_nodes`.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -27,7 +33,8 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         raise missing("onnxruntime", "Making fp16 graphs") from error
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    converted = convert_float_to_float16(copy, keep_io_types=True, node_block_list=sorted(fp32_nodes(model)))
+    blocked = sorted(fp32_nodes(model) | set(keep))
+    converted = convert_float_to_float16(copy, keep_io_types=True, node_block_list=blocked)
     drop_round_trips(converted.graph)
     sort_nodes(converted.graph)
     onnx.checker.check_model(converted, full_check=True)

@@ -2,7 +2,8 @@
 
 No table of exactly that release was at hand. This one is conservative: an operator is listed when onnx-tensorrt's
 ``docs/operators.md`` of TensorRT 8.5 has it, or when ``docs/Changelog.md`` adds it in a release up to 10.3. Types add
-INT64 to INT32 (native since 9.0) where the table of 10.15 agrees. A restriction counts when any of these tables states
+INT64 to INT32 (native since 9.0) where the table of 10.15 agrees, and to casts BFLOAT16 (a data type since the table
+of 9.2; also in that of 10.0). A restriction counts when any of these tables states
 it, and what later releases allowed (tensor `axes` of `Pad` in 10.4) is refused. The parser of 8.6 was built with ONNX
 1.13 (opset 18), so opset 18 is safe in 10.3; newer ones may be.
 
@@ -26,6 +27,7 @@ _INT = frozenset({TensorProto.INT32, TensorProto.INT64})
 _BOOL = frozenset({TensorProto.BOOL})
 _NUMBER = _FLOAT | _INT
 _ANY = _NUMBER | _BOOL
+_CASTABLE = _ANY | {TensorProto.BFLOAT16}
 
 
 def _table() -> dict[str, frozenset[int]]:
@@ -58,7 +60,8 @@ def _table() -> dict[str, frozenset[int]]:
         ("QuantizeLinear", _FLOAT),
         ("DequantizeLinear", {TensorProto.INT8}),
     ]
-    return {op: frozenset(types) for names, types in groups for op in names.split()}
+    table = {op: frozenset(types) for names, types in groups for op in names.split()}
+    return {**table, "Cast": _CASTABLE}
 
 
 OPERATORS = _table()
@@ -223,7 +226,7 @@ def _grid_sample(node: NodeProto, graph: _Graph) -> list[str]:
 
 def _cast(node: NodeProto, graph: _Graph) -> list[str]:
     target = _attribute(node, "to")
-    return [] if target in _ANY else [f"target type {_type_name(int(str(target)))} is not supported"]
+    return [] if target in _CASTABLE else [f"target type {_type_name(int(str(target)))} is not supported"]
 
 
 _SPECIAL: dict[str, Callable[[NodeProto, _Graph], list[str]]] = {

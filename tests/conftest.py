@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _no_gpu_reason() -> str | None:
-    try:
-        import pynvml
+    """Why no GPU test can run, None where CUDA itself (not NVML, which a Jetson may lack) sees a device."""
+    from pixano_edge.engine.runtime.gpu_info import cuda_facts
 
-        pynvml.nvmlInit()
-        return None if pynvml.nvmlDeviceGetCount() else "no CUDA device on this machine"
-    except ImportError:
-        return "nvidia-ml-py is not installed: pip install nvidia-ml-py"
-    except pynvml.NVMLError as error:
-        return f"no CUDA device on this machine ({error})"
+    facts, reason = cuda_facts()
+    return None if facts else reason or "no CUDA device on this machine"
+
+
+@pytest.fixture(autouse=True)
+def _own_verdicts(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test verifies is remembered neither by the next test nor by the user's own store."""
+    from pixano_edge.engine.models import verdicts
+
+    root = tmp_path_factory.getbasetemp() / "verdicts" / uuid.uuid4().hex  # made when something is put there
+    monkeypatch.setattr(verdicts, "verdicts_root", lambda: root)
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,15 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import BundleError
 from .bundle import MAX_MANIFEST_BYTES, Bundle, check_manifest, parse_manifest
+from .engines import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from .files import CHUNK, ZIP_ERRORS, Progress, Staging, check_names, os_errors
-from .manifest import MANIFEST_NAME, Manifest
+from .manifest import MANIFEST_NAME, FileEntry, Manifest
 
 MAX_BYTES = 32 << 30
 MAX_FILES = 1000
@@ -52,7 +54,7 @@ def pack(folder: Path | str, file: Path | str, *, overwrite: bool = False, progr
         raise BundleError(f"'{target}' exists already.", "Choose another name or ask to overwrite it.")
     if bundle.root.resolve() in target.parents:
         raise BundleError(f"'{target}' is inside the bundle.", "Choose a name outside of it.")
-    names = [MANIFEST_NAME, *sorted(bundle.manifest.files)]
+    names = bundle.contents()
     total = sum((bundle.root / name).stat().st_size for name in names)
     temporary = target.with_name(f".{target.name[:100]}.tmp-{secrets.token_hex(4)}")
     done = 0
@@ -100,15 +102,18 @@ def unpack(
         BundleError: Damaged, truncated, hostile, too large, or the destination is taken or full.
     """
     with _open_archive(file) as archive:
-        entries, manifest, data = _check(archive, file, max_bytes, max_files)
+        found = _check(archive, file, max_bytes, max_files)
         with Staging(destination, overwrite) as staging:
-            for rel in manifest.files:
+            for rel in found.listed:
                 target = staging.root / rel
                 with os_errors(f"writing '{target}'"):
                     target.parent.mkdir(parents=True, exist_ok=True)
-            _stream(archive, entries, manifest, staging.root, progress)
+            _stream(archive, found, staging.root, progress)
             with os_errors(f"writing '{staging.destination}'"):
-                (staging.root / MANIFEST_NAME).write_bytes(data)
+                if found.index is not None:
+                    (staging.root / INDEX_NAME).parent.mkdir(exist_ok=True)  # an index may list nothing
+                    (staging.root / INDEX_NAME).write_bytes(found.index)
+                (staging.root / MANIFEST_NAME).write_bytes(found.data)
             return staging.publish()
 
 
@@ -117,9 +122,20 @@ def inspect_archive(
 ) -> tuple[Manifest, str]:
     """Checks a packed bundle like `unpack` does, without writing. Returns its manifest and its bundle hash."""
     with _open_archive(file) as archive:
-        entries, manifest, data = _check(archive, file, max_bytes, max_files)
-        _stream(archive, entries, manifest, None, None)
-    return manifest, hashlib.sha256(data).hexdigest()
+        found = _check(archive, file, max_bytes, max_files)
+        _stream(archive, found, None, None)
+    return found.manifest, hashlib.sha256(found.data).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A packed bundle whose names and sizes are right: its entries by name, what is listed of them, and the lists."""
+
+    entries: dict[str, zipfile.ZipInfo]
+    manifest: Manifest
+    data: bytes
+    listed: dict[str, FileEntry]
+    index: bytes | None
 
 
 def _add(archive: zipfile.ZipFile, source: Path, name: str) -> Iterator[int]:
@@ -144,10 +160,8 @@ def _open_archive(file: Path | str) -> Iterator[zipfile.ZipFile]:
         raise BundleError(f"'{path}' is damaged, truncated or not a packed bundle: {error}", _DAMAGED) from error
 
 
-def _check(
-    archive: zipfile.ZipFile, file: Path | str, max_bytes: int, max_files: int
-) -> tuple[dict[str, zipfile.ZipInfo], Manifest, bytes]:
-    """Everything that can be known before unpacking. Returns the entries, the manifest and its bytes."""
+def _check(archive: zipfile.ZipFile, file: Path | str, max_bytes: int, max_files: int) -> _Checked:
+    """Everything that can be known before unpacking."""
     infos = archive.infolist()
     # A cut archive may end in an .npz, which is a zip itself: its entries would be taken for the bundle's.
     if not infos or min(info.header_offset for info in infos) != 0:
@@ -173,17 +187,24 @@ def _check(
     data = archive.read(entries[MANIFEST_NAME])
     manifest = parse_manifest(data)
     check_manifest(manifest)
-    present, listed = set(entries) - {MANIFEST_NAME}, set(manifest.files)
-    if missing := sorted(listed - present):
+    listed, index = dict(manifest.files), None
+    present = set(entries) - {MANIFEST_NAME}
+    if INDEX_NAME in present - set(listed):
+        if entries[INDEX_NAME].file_size > MAX_INDEX_BYTES:
+            raise BundleError(f"'{INDEX_NAME}' in '{file}' is larger than {MAX_INDEX_BYTES} bytes.", _DISTRUST)
+        index = archive.read(entries[INDEX_NAME])
+        listed |= parse_index(index, hashlib.sha256(data).hexdigest(), (MANIFEST_NAME, *listed)).engines
+        present -= {INDEX_NAME}
+    if missing := sorted(set(listed) - present):
         raise BundleError(f"'{file}' lacks the files {missing[:5]}.", _DAMAGED)
-    if extra := sorted(present - listed):
+    if extra := sorted(present - set(listed)):
         raise BundleError(f"'{file}' holds files that its manifest does not list: {extra[:5]}.", _DISTRUST)
-    for rel, entry in manifest.files.items():
+    for rel, entry in listed.items():
         if entries[rel].file_size != entry.size:
             raise BundleError(
                 f"'{rel}' in '{file}' has {entries[rel].file_size} bytes, the manifest says {entry.size}.", _DAMAGED
             )
-    return entries, manifest, data
+    return _Checked(entries, manifest, data, listed, index)
 
 
 def _check_entry(info: zipfile.ZipInfo) -> None:
@@ -202,18 +223,12 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
         )
 
 
-def _stream(
-    archive: zipfile.ZipFile,
-    entries: dict[str, zipfile.ZipInfo],
-    manifest: Manifest,
-    root: Path | None,
-    progress: Progress | None,
-) -> None:
+def _stream(archive: zipfile.ZipFile, found: _Checked, root: Path | None, progress: Progress | None) -> None:
     """Reads every file, checks size and hash, and writes it below `root` if given."""
-    done, total = 0, sum(entry.size for entry in manifest.files.values())
-    for rel, entry in manifest.files.items():
+    done, total = 0, sum(entry.size for entry in found.listed.values())
+    for rel, entry in found.listed.items():
         digest, size = hashlib.sha256(), 0
-        with archive.open(entries[rel]) as reader, _sink(root, rel) as writer:
+        with archive.open(found.entries[rel]) as reader, _sink(root, rel) as writer:
             # The entry's declared size may lie, so what really comes out is counted.
             while chunk := reader.read(CHUNK):
                 size += len(chunk)

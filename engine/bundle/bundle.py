@@ -15,14 +15,16 @@ from pydantic import BaseModel, StrictInt, ValidationError
 from ..contracts import sam2
 from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError
+from .engines import ENGINES_FOLDER, INDEX_NAME, EngineIndex, read_index
 from .files import ZIP_ERRORS, check_names, hash_file, list_files, os_errors
-from .manifest import MANIFEST_NAME, PRECISIONS, SCHEMA_VERSION, GoldenSample, Manifest
+from .manifest import MANIFEST_NAME, PRECISIONS, SCHEMA_VERSION, FileEntry, GoldenSample, Manifest
 
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NPZ_BYTES = 1 << 30
 """Most bytes one ``.npz`` may hold once unpacked."""
 
 _REPAIR = "Copy or download the bundle again, or export it again."
+_REBUILD = f"Remove the folder '{ENGINES_FOLDER}', or build: pixano-edge build <bundle> --bundle-engines"
 _NEWER = "Install a newer pixano-edge: pip install --upgrade pixano-edge"
 
 
@@ -43,13 +45,22 @@ class Bundle:
         hash: SHA-256 of the manifest's bytes. The manifest holds the hash of every other file, so this changes
             when anything changes.
         specs: The contract of each graph of the family, by graph name.
+        engines: Index of the engines that travel with it, or None.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, digest: str, specs: dict[str, GraphSpec]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        digest: str,
+        specs: dict[str, GraphSpec],
+        engines: EngineIndex | None = None,
+    ) -> None:
         self.root = root
         self.manifest = manifest
         self.hash = digest
         self.specs = specs
+        self.engines = engines
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -83,9 +94,16 @@ class Bundle:
             data = file.read_bytes()
         manifest = parse_manifest(data)
         specs = check_manifest(manifest)
+        digest = hashlib.sha256(data).hexdigest()
+        engines = None if INDEX_NAME in manifest.files else read_index(root, digest, (MANIFEST_NAME, *manifest.files))
         with os_errors(f"reading '{root}'"):
-            _check_files(root, manifest, verify)
-        return cls(root, manifest, hashlib.sha256(data).hexdigest(), specs)
+            _check_files(root, manifest, engines, verify)
+        return cls(root, manifest, digest, specs, engines)
+
+    def contents(self) -> list[str]:
+        """POSIX paths of every file that belongs to the bundle: manifest, its files, engines and their index."""
+        engines = [INDEX_NAME, *sorted(self.engines.engines)] if self.engines is not None else []
+        return [MANIFEST_NAME, *sorted(self.manifest.files), *engines]
 
     def graph_path(self, graph: str, variant: str = "fp32", target: str = "onnx") -> Path:
         """File of one graph.
@@ -233,22 +251,24 @@ def _check_processing(manifest: Manifest) -> None:
             )
 
 
-def _check_files(root: Path, manifest: Manifest, verify: bool) -> None:
-    present = set(list_files(root)) - {MANIFEST_NAME}
-    if missing := sorted(set(manifest.files) - present):
+def _check_files(root: Path, manifest: Manifest, engines: EngineIndex | None, verify: bool) -> None:
+    listed: dict[str, FileEntry] = {**manifest.files, **(engines.engines if engines is not None else {})}
+    present = set(list_files(root)) - ({MANIFEST_NAME} if engines is None else {MANIFEST_NAME, INDEX_NAME})
+    if missing := sorted(set(listed) - present):
         raise BundleError(f"Bundle '{manifest.name}' lacks the files {missing[:5]}.", _REPAIR)
-    if extra := sorted(present - set(manifest.files)):
+    if extra := sorted(present - set(listed)):
         raise BundleError(
             f"The folder of bundle '{manifest.name}' holds files that its manifest does not list: {extra[:5]}.",
             "Remove them if you put them there; otherwise get the bundle again from a source you trust.",
         )
-    for rel, entry in manifest.files.items():
+    for rel, entry in listed.items():
+        repair = _REPAIR if rel in manifest.files else _REBUILD
         size = (root / rel).stat().st_size
         if size != entry.size:
             kind = "truncated" if size < entry.size else "damaged"
-            raise BundleError(f"'{root / rel}' is {kind}: {size} bytes instead of {entry.size}.", _REPAIR)
+            raise BundleError(f"'{root / rel}' is {kind}: {size} bytes instead of {entry.size}.", repair)
         if verify and hash_file(root / rel) != entry.sha256:
-            raise BundleError(f"'{root / rel}' is damaged: its SHA-256 differs from the manifest's.", _REPAIR)
+            raise BundleError(f"'{root / rel}' is damaged: its SHA-256 differs from the manifest's.", repair)
 
 
 def _problems(error: ValidationError) -> str:

@@ -86,7 +86,7 @@ class BundleStore:
         target = self._free(name or bundle.manifest.name)
         with Staging(target) as staging:
             with os_errors(f"copying to '{target}'"):
-                for rel in (*bundle.manifest.files, MANIFEST_NAME):
+                for rel in bundle.contents():
                     copy = staging.root / rel
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(bundle.root / rel, copy)

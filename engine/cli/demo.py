@@ -82,7 +82,7 @@ def run_picture(predictor: Sam2ImagePredictor, picture: Path, objects: list[Demo
     """Clicks on every object of a picture, then gives every box; writes one overlay for each way of asking."""
     image = decode_image(picture)
     start = time.perf_counter()
-    embedding = predictor.encode(image)
+    embedding = predictor.encode(image, wait=True)
     encode_seconds = time.perf_counter() - start
     clicks = [ParsedPrompt(points=[o.click], labels=[1]) for o in objects]
     boxes = [ParsedPrompt(box=o.box) for o in objects]

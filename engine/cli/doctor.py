@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ctypes.util import find_library
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import EdgeError
 from ..libraries import OPENCV_WHEELS, ORT_WHEELS, installed_version, module_version
+from .gpu_parts import GpuPart, gpu_part_findings, gpu_parts
 from .host import Host, read_host
-from .libraries import Finding, Library, base_findings, libraries, runtime_findings, wheel_conflicts
+from .libraries import Finding, Level, Library, base_findings, libraries, runtime_findings, wheel_conflicts
 from .output import JsonOption, bytes_text, print_facts, print_json, print_table
 from .probe import ProviderState, compiled_providers, probe_provider
 
-app = typer.Typer(rich_markup_mode="markdown")
+if TYPE_CHECKING:
+    from ..runtime.cuda_open import AutoDevice
 
-_RTX_WHEELS = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx", "tensorrt-rtx-cu12-bindings")
+app = typer.Typer(rich_markup_mode="markdown")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Report:
     runtimes: list[str]
     opencv: list[str]
     providers: list[ProviderState]
-    tensorrt: dict[str, str]
+    gpu_parts: list[GpuPart]
     store: Store
     findings: list[Finding]
 
@@ -50,24 +51,18 @@ class Report:
         return not any(f.level == "problem" for f in self.findings)
 
 
-def _tensorrt() -> dict[str, str]:
-    """What of TensorRT is here, by name; absent parts say so."""
-    library = find_library("nvinfer")
-    return {
-        "tensorrt (Python)": module_version("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")) or "absent",
-        "libnvinfer (system)": library or "absent",
-        "TensorRT-RTX (Python)": module_version("tensorrt_rtx_bindings", _RTX_WHEELS)
-        or module_version("tensorrt_rtx", _RTX_WHEELS)
-        or "absent",
-    }
-
-
 def _gpus() -> tuple[list[dict[str, Any]], str, list[Finding]]:
     """CUDA devices, the reason when there are none, and what could not be read about them."""
     from ..provider.hardware import read_hardware
 
     hardware = read_hardware()
     return hardware.gpu_dicts(), hardware.reason or "", [Finding("note", text) for text in hardware.notes]
+
+
+def _auto_device() -> AutoDevice:
+    from ..runtime.cuda_open import auto_device
+
+    return auto_device()
 
 
 def _store() -> tuple[Store, list[Finding]]:
@@ -94,21 +89,21 @@ def _provider_findings(providers: Sequence[ProviderState], gpus: Sequence[object
                 )
             )
         elif state.name in ("CUDAExecutionProvider", "TensorrtExecutionProvider") and not state.loads:
-            findings.append(
-                Finding(
-                    "note",
-                    f"{state.name} is compiled in but does not load: {state.reason}. This version does not use it.",
-                )
-            )
-    if gpus or host.jetson:
-        findings.append(
-            Finding(
-                "note",
-                "There is an NVIDIA GPU, but the CUDA back end is not there yet: this version of pixano-edge runs on "
-                "the CPU, with any ONNX Runtime.",
-            )
-        )
+            if state.name == "CUDAExecutionProvider" and (gpus or host.jetson):
+                continue  # `gpu_part_findings` says it, with the command that helps
+            level: Level = "warning" if gpus or host.jetson else "note"
+            findings.append(Finding(level, f"{state.name} is compiled in but does not load: {state.reason}"))
     return findings
+
+
+def _gpu_findings(gpus: Sequence[object], host: Host, auto: AutoDevice) -> list[Finding]:
+    """Whether the GPU of this machine is used."""
+    if auto.gpus:
+        return [Finding("note", f"Device 'auto' is {auto.gpus[0]}: {auto.reason}. Check it with 'pixano-edge verify'.")]
+    if gpus or host.jetson:
+        text = f"There is an NVIDIA GPU, but pixano-edge runs on the CPU: {auto.reason}"
+        return [Finding("warning", text, auto.action)]
+    return []
 
 
 def examine() -> Report:
@@ -123,13 +118,15 @@ def examine() -> Report:
     if not broken_base:
         gpus, reason, remarks = _gpus()
         store, more = _store()
-        findings += remarks + more
+        findings += remarks + more + _gpu_findings(gpus, host, _auto_device())
     providers: list[ProviderState] = []
     ort_version = None
     if not broken_runtime:
         ort_version = module_version("onnxruntime", ORT_WHEELS)
         providers = [probe_provider(name) for name in compiled_providers()]
         findings += _provider_findings(providers, gpus, host)
+    parts = gpu_parts()
+    findings += gpu_part_findings(parts, providers, gpus, host.jetson is not None)
     return Report(
         host=host,
         gpus=gpus,
@@ -139,7 +136,7 @@ def examine() -> Report:
         runtimes=[w for w in ORT_WHEELS if installed_version(w)],
         opencv=[f"{w} {installed_version(w)}" for w in OPENCV_WHEELS if installed_version(w)],
         providers=providers,
-        tensorrt=_tensorrt(),
+        gpu_parts=parts,
         store=store,
         findings=findings,
     )
@@ -175,6 +172,21 @@ def _library_rows(found: Sequence[Library], runtimes: Sequence[str]) -> list[tup
     return rows
 
 
+def _gpu_text(gpu: Mapping[str, Any]) -> str:
+    """One GPU in one line; what is unknown is left out."""
+    parts = [
+        str(gpu.get("name")),
+        f"compute capability {gpu.get('compute_capability')}",
+        f"driver {gpu.get('driver')}",
+        str(gpu.get("runtime") or ""),
+        f"{bytes_text(gpu.get('memory_free'))} free of {bytes_text(gpu.get('memory_total'))}",
+    ]
+    sensors = (("utilisation", "load {} %"), ("temperature", "{} °C"), ("power", "{} W"))
+    parts += [text.format(gpu[key]) for key, text in sensors if gpu.get(key) is not None]
+    shared = (gpu.get("extra") or {}).get("memory")
+    return ", ".join(part for part in (*parts, f"memory {shared}" if shared else "") if part)
+
+
 def _print(report: Report) -> None:
     host = report.host
     quota = f", container quota {host.cpu_quota:g}" if host.cpu_quota else ""
@@ -190,18 +202,14 @@ def _print(report: Report) -> None:
     if not report.gpus:
         facts["GPU"] = f"none: {report.gpu_reason}"
     for gpu in report.gpus:
-        capability = gpu.get("compute_capability")
-        facts[f"GPU {gpu.get('index', 0)}"] = (
-            f"{gpu.get('name')}, compute capability {capability}, driver {gpu.get('driver')}, "
-            f"{bytes_text(gpu.get('memory_free'))} free of {bytes_text(gpu.get('memory_total'))}"
-        )
+        facts[f"GPU {gpu.get('index', 0)}"] = _gpu_text(gpu)
     print_facts("This machine", facts)
     typer.echo()
     print_table(("where", "installed", "missing"), _library_rows(report.libraries, report.runtimes), title="Libraries")
     typer.echo()
     rows: list[tuple[str, str, str]] = [("ONNX Runtime", report.onnxruntime or "absent or broken", "")]
     rows += [(s.name, "loads" if s.loads else "does not load", s.reason) for s in report.providers]
-    rows += [(name, state, "") for name, state in report.tensorrt.items()]
+    rows += [(part.name, part.state, part.reason) for part in report.gpu_parts]
     print_table(("back end", "state", "why"), rows, title="Back ends")
     typer.echo()
     print_facts("Model store", {"folder": report.store.root, "bundles": ", ".join(report.store.bundles) or "none"})

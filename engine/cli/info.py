@@ -79,8 +79,7 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
         found.append("The licence of the weights is unknown; check it before use.")
     if facts["engine_error"]:
         found.append(f"It does not open here: {facts['engine_error']}")
-    for session in ("image_encoder", "mask_decoder"):
-        found += ((facts["engine"] or {}).get(session) or {}).get("warnings", [])
+    found += (facts["engine"] or {}).get("warnings", [])
     return found
 
 

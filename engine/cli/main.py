@@ -31,6 +31,7 @@ class _Known:
 
 _KNOWN = {
     "bench": _Known("Measure speed, memory and mask quality.", "benchmarks", "psutil"),
+    "build": _Known("Build TensorRT engines for this GPU, or ahead of time for others."),
     "bundle": _Known("Inspect, pack, unpack and store bundles."),
     "demo": _Known("Segment the bundled pictures with the bundled model."),
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),

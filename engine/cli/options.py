@@ -9,21 +9,26 @@ import typer
 
 from ..bundle import Bundle, BundleStore
 
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="auto or cpu; cuda:N comes with a later version and is an error until then.")
-]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 BackendOption = Annotated[
     str,
     typer.Option(
-        "--backend", help="auto or onnxruntime; tensorrt comes with a later version and is an error until then."
+        "--backend",
+        help="auto, onnxruntime, or tensorrt (build its engines first: pixano-edge build). auto takes the fastest that "
+        "passed the bundle's golden samples on this device; the first load there runs them.",
     ),
 ]
 PrecisionOption = Annotated[
     str,
     typer.Option(
         "--precision",
-        help="auto, fp32 or fp16, where the bundle has it; bf16, int8 and int4 come with a later version and are an "
-        "error until then.",
+        help="auto, or a precision that the bundle has: fp32, fp16, bf16, int8, int4.",
+    ),
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Use this --backend and --precision although their golden samples failed on this device."
     ),
 ]
 ThreadsOption = Annotated[

@@ -16,7 +16,7 @@ from ..errors import EdgeError
 from ..models.images import decode_image
 from .coco import CocoWriter
 from .draw import overlay, write_masks, write_png
-from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption, open_bundle
+from .options import BackendOption, DeviceOption, ForceOption, PrecisionOption, ThreadsOption, open_bundle
 from .output import JsonOption, make_folder, milliseconds, note, print_json, print_table, progress
 from .prompts import BOX_HELP, POINT_HELP, PROMPT_HELP, ParsedPrompt, parse_prompts
 
@@ -157,7 +157,7 @@ def segment_file(
     image = decode_image(file)
     height, width = image.shape[:2]
     start = time.perf_counter()
-    embedding = predictor.encode(image)
+    embedding = predictor.encode(image, wait=True)
     encoded = time.perf_counter()
     if points_per_side:
         from ..models.sam2.automatic import generate_masks
@@ -215,6 +215,7 @@ def segment(
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Segment an image or a folder of images.
@@ -236,7 +237,9 @@ def segment(
 
     from ..models.sam2.predictor import Sam2ImagePredictor
 
-    predictor = Sam2ImagePredictor.open(opened, device=device, backend=backend, precision=precision, threads=threads)
+    predictor = Sam2ImagePredictor.open(
+        opened, device=device, backend=backend, precision=precision, threads=threads, force=force
+    )
     make_folder(out)
     coco = CocoWriter(f"pixano-edge segment, {opened.manifest.name}")
     results: list[ImageResult] = []
@@ -261,6 +264,8 @@ def segment(
         coco.write(out / COCO_NAME)
     info = predictor.info()
     predictor.close()
+    for warning in info["warnings"]:
+        note(f"Warning: {warning}")
     if as_json:
         print_json(
             {

@@ -11,26 +11,50 @@ from .output import JsonOption, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from ..models.sam2.verify import VerifyReport
+    from ..models.verdicts import Verdict
 
 app = typer.Typer(rich_markup_mode="markdown")
 
+_COLUMNS = ("tensor", "graph", "relative error", "tolerance", "absolute error")
 
-def _print(report: VerifyReport) -> None:
+
+def _print(report: VerifyReport, verdict: Verdict) -> None:
     title = f"{report.bundle}: {report.precision} on {report.device} through {report.backend}"
-    rows = [(t.name, f"{t.max_rel:.1e}", f"{t.max_abs:.1e}") for t in report.tensors]
-    columns = ("tensor", "relative error", "absolute error")
-    print_table(columns, rows, title=title, right=columns[1:])
+    if report.product and report.product != report.device:
+        title += f" ({report.product}, compute capability {report.compute_capability}, driver {report.driver})"
+    rows = [
+        (t.name, t.graph, f"{t.max_rel:.1e}", "" if t.tolerance is None else f"{t.tolerance:.1e}", f"{t.max_abs:.1e}")
+        for t in report.tensors
+    ]
+    print_table(_COLUMNS, rows, title=title, right=_COLUMNS[2:])
     typer.echo(
         f"\nmask IoU with PyTorch: mean {report.mean_iou:.4f}, lowest {report.min_iou:.4f} "
         f"({report.samples} samples, {report.seconds:.1f} s)"
     )
+    for warning in report.warnings:
+        _line("warning: ", typer.colors.YELLOW, warning)
     for problem in report.problems:
-        typer.secho("problem: ", fg=typer.colors.RED, bold=True, nl=False)
-        typer.echo(problem)
+        _line("problem: ", typer.colors.RED, problem)
     if report.passed:
         typer.secho("Passed.", fg=typer.colors.GREEN)
+        return
+    if report.suspect is not None:
+        _line("look at: ", typer.colors.CYAN, report.suspect.text())
+        for advice in report.suspect.advice:
+            typer.echo(f"  {advice}")
+    what = f"{report.backend} {report.precision} on {report.product or report.device}"
+    if verdict.forced:
+        typer.echo(f"Forced: {what} may be used all the same; every load of it will warn.")
     else:
-        typer.echo("Do not use this bundle here; try --precision fp32 or another --backend, or export it again.")
+        typer.echo(
+            f"{what} is not used for this bundle from now on; 'verify --force' allows it, and so does --force of a "
+            "single command. Or take --precision fp32 or another --backend, or export the bundle again."
+        )
+
+
+def _line(label: str, colour: str, text: str) -> None:
+    typer.secho(label, fg=colour, bold=True, nl=False)
+    typer.echo(text)
 
 
 @app.command()
@@ -40,23 +64,31 @@ def verify(
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep what failed in use; every load of it then says so. Still ends with 1.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle on this machine against its golden samples.
 
     Runs the whole pipeline as for a user and compares it with what PyTorch answered at export; torch is not needed.
-    Ends with 1 when a figure misses its bar.
+    The verdict is kept for this bundle, back end, precision and device: what failed is not used until it passes or is
+    forced. Ends with 1 when a figure misses its bar, and says which graph to look at.
     """
-    from ..models.sam2.verify import verify_bundle
+    from ..models.sam2.verify import record_verdict, verify_bundle
+    from ..models.verdicts import VerdictStore
 
     opened = open_bundle(bundle)
     with progress("Golden samples", len(opened.golden()), enabled=not as_json) as bar:
         report = verify_bundle(
             opened, device, backend, precision, threads=threads, progress=lambda done, of: bar.step()
         )
+    store = VerdictStore()
+    verdict = record_verdict(report, store, forced=force)
+    report.warnings += store.warnings
     if as_json:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), "forced": verdict.forced})
     else:
-        _print(report)
+        _print(report, verdict)
     if not report.passed:
         raise typer.Exit(1)

@@ -123,6 +123,21 @@ class Catalogue:
         raise unknown_model(wanted, {*names, *loaded})
 
 
+def refreshed(source: Source) -> Source:
+    """The same place as it is now, for loading a model again.
+
+    Raises:
+        ModelNotFoundError: The bundle is gone.
+    """
+    path = source.path
+    try:
+        return Source(path, _stamp(path / MANIFEST_NAME if path.is_dir() else path))
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"The bundle at '{path}' cannot be read again: {error}.", "Put it back, or load the model from elsewhere."
+        ) from error
+
+
 def unknown_model(name: str, known: Iterable[str]) -> ModelNotFoundError:
     """The error for a name that means nothing here."""
     listed = ", ".join(sorted(known)) or "none"

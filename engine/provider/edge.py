@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from ..bundle import BundleStore
 from ..errors import BundleError, ContractError, DeviceError, EdgeError
-from ..libraries import engine_versions
 from .absent import AbsentTasks
 from .base import InferenceProvider
-from .catalogue import Catalogue, Entry, FilesState, Store, files_state, unknown_model
+from .budget import MemoryBudget, read_devices
+from .catalogue import Catalogue, Entry, FilesState, Source, Store, files_state, refreshed, unknown_model
 from .errors import (
     InferenceError,
     InvalidRequestError,
@@ -28,13 +28,15 @@ from .errors import (
     TaskNotSupportedError,
     provider_errors,
 )
-from .families import FAMILIES, TASKS, Opener, check_task, open_model
+from .families import TASKS, Opener, check_task, open_model
 from .hardware import read_hardware
 from .media import MediaPolicy
-from .models import ModelTable, Slot
+from .models import ModelTable, Slot, Unloaded
+from .placement import auto_gpus
 from .registry import register_provider
 from .segmentation import segment
-from .settings import DEFAULT_CACHE_MB, DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, LoadOptions
+from .server_info import offered, server_info
+from .settings import DEFAULT_CACHE_MB, DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, Limit, LoadOptions, read_limits
 from .types import (
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
@@ -44,9 +46,12 @@ from .types import (
     ProviderCapabilities,
     ServerInfo,
 )
-from .worker import QUEUE_DEPTH, Deadline, Job, wait_for
+from .worker import QUEUE_DEPTH, Deadline, wait_for
 
 T = TypeVar("T")
+
+LoadArguments = tuple[str, Source, str, LoadOptions]
+"""Of `ModelTable.start`."""
 
 ACCEPTED_PROVIDERS = ("edge", "pixano-edge")
 """What `instantiate_model` takes as its `provider`."""
@@ -62,7 +67,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         url: Ignored; Pixano passes it to every provider it connects to.
         api_key: Ignored, for the same reason.
         store: Local model store, its folder, or None for the user's own (see `BundleStore`).
-        device: Default device of models: ``auto``, ``cpu`` or ``cuda:N``.
+        device: Default device of models: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. With several GPUs ``auto`` and
+            ``cuda`` take the one with the most free memory.
         backend: Default back end: ``auto``, ``onnxruntime`` or ``tensorrt``.
         precision: Default precision: ``auto``, ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
         threads: Threads of one inference; None lets the back end choose.
@@ -75,6 +81,11 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         max_image_pixels: Larger images are refused before they are decoded.
         max_image_bytes: Larger encoded images are refused.
         queue_depth: Requests that may run or wait per model; one more gets `ModelBusyError` at once.
+        memory_limits: Memory that models may take: one limit for every device or a mapping (``cpu``, ``cuda:N``,
+            ``cuda``, ``*``) to bytes, a share or text such as ``6GiB`` and ``80%``. None takes the environment's
+            ``PIXANO_EDGE_MEMORY``, and without that 80 % of RAM and 90 % of each GPU. What other processes use counts
+            too, unless the limit is in bytes. Idle models are unloaded, the least recently used first, when another
+            one needs the room; they come back at their next request.
         opener: Opens bundles; replaced in tests.
 
     Raises:
@@ -98,13 +109,16 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         max_image_bytes: int = DEFAULT_MAX_BYTES,
         queue_depth: int = QUEUE_DEPTH,
+        memory_limits: Limit | str | Mapping[str, Limit | str] | None = None,
         opener: Opener = open_model,
     ) -> None:
         self._options = LoadOptions(
             device, backend, precision, threads, cache_mb, verify, max_image_pixels, max_image_bytes
         ).check()
         self._catalogue = Catalogue(BundleStore(store) if store is None or isinstance(store, str | Path) else store)
-        self._table = ModelTable(opener, queue_depth)
+        # read_hardware is looked up at each call.
+        budget = MemoryBudget(read_limits(memory_limits), lambda: read_devices(read_hardware()))
+        self._table = ModelTable(opener, queue_depth, budget, auto_gpus)
         self._media = MediaPolicy(media_roots)
         self._autoload = autoload
         # Names that delete_model took away: their bundles stay in the store but no request loads them again. Only
@@ -208,11 +222,9 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             if model_name not in (info.name for info in infos):
                 raise unknown_model(model_name, (info.name for info in infos))
         self._withdrawn.add(model_name)
-        # Looked up again: a load may have started while the store was read.
-        slot = slot or self._table.get(model_name)
-        if slot is not None:
-            with provider_errors():
-                await wait_for(self._table.retire(slot), Deadline(None), f"Unloading model '{model_name}'")
+        with provider_errors():
+            for freed in self._table.remove(model_name):
+                await wait_for(freed, Deadline(None), f"Unloading model '{model_name}'")
 
     async def image_mask_generation(
         self, input_data: ImageMaskGenerationInput, timeout: float = 60.0
@@ -235,14 +247,13 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         started = time.perf_counter()
         deadline = Deadline(timeout)
         with provider_errors():
-            slot = await self._slot(getattr(input_data, "model", None), InferenceTask.MASK_GENERATION, deadline)
-            model = await wait_for(slot.ready, deadline, f"Loading model '{slot.name}'")
-
-            def work(job: Job) -> Any:
-                return segment(model, input_data, self._media, job)
-
-            job, future = slot.worker.submit(work)
-            output = await wait_for(future, deadline, f"Segmentation with model '{slot.name}'", job)
+            slot = await self._held(getattr(input_data, "model", None), InferenceTask.MASK_GENERATION, deadline)
+            try:
+                model = await wait_for(slot.ready, deadline, f"Loading model '{slot.name}'")
+                job, future = self._table.submit(slot, lambda m, job: segment(m, input_data, self._media, job))
+                output = await wait_for(future, deadline, f"Segmentation with model '{slot.name}'", job)
+            finally:
+                self._table.let_go(slot)
         return ImageMaskGenerationResult(
             data=output,
             timestamp=datetime.now(timezone.utc),
@@ -263,22 +274,31 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             await wait_for(freed, Deadline(None), "Unloading")
         self._files.shutdown(wait=False)
 
+    async def _held(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:
+        """The slot of a model that does `task`, kept from being unloaded to make room; `ModelTable.let_go` ends it."""
+        while True:
+            slot = await self._slot(name, task, deadline)
+            if self._table.hold(slot):
+                return slot
+
     async def _slot(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:
-        """The slot of a model that does `task`; with `autoload`, loading starts here."""
+        """The slot of a model that does `task`. Loading starts here with `autoload`, or if it made room for another."""
         if not isinstance(name, str) or not name:
             raise InvalidRequestError("model must be the name of a model.", "list_models has the names.")
         slot = self._table.get(name)
         if slot is None:
             slot = await self._autoloaded(name, task, deadline)
-        if slot.task != task.value:
-            raise TaskNotSupportedError(f"Model '{name}' does {slot.task}, not {task.value}.", "Name another model.")
+        _check_task(name, slot.task, task)
         return slot
 
     async def _autoloaded(self, name: str, task: InferenceTask, deadline: Deadline) -> Slot:
-        entries, faults, state = await self._in_files(lambda: self._look_up(name), deadline)
+        entries, faults, state, back = await self._in_files(lambda: self._look_up(name), deadline)
         held = self._table.get(name)
         if held is not None:
             return held
+        if back is not None:
+            _check_task(name, back[2], task)
+            return self._table.start(*back)[0]
         entry = entries.get(name)
         if name in self._withdrawn or not self._autoload or (entry is None and name not in faults):
             known = {slot.name for slot in self._table.slots()}
@@ -296,9 +316,20 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             slot.ready.add_done_callback(lambda done: self._note_failure(name, state, done.exception()))
         return slot
 
-    def _look_up(self, name: str) -> tuple[dict[str, Entry], dict[str, str], FilesState]:
+    def _look_up(self, name: str) -> tuple[dict[str, Entry], dict[str, str], FilesState, LoadArguments | None]:
+        """Bundles and faults of the store, the state of this one's files, and how to load a model that made room."""
         entries, faults = self._catalogue.scan()
-        return entries, faults, files_state(entries[name].source.path) if name in entries else ()
+        gone = next((u for u in self._table.unloaded() if u.name == name), None)
+        entry = entries.get(name)
+        state = files_state(entry.source.path) if entry is not None else ()
+        usual = self._autoload and entry is not None and name not in self._withdrawn
+        if gone is None or (usual and entry is not None and self._is_usual(gone, entry)):
+            return entries, faults, state, None
+        return entries, faults, state, (name, refreshed(gone.source), gone.task, gone.options)
+
+    def _is_usual(self, gone: Unloaded, entry: Entry) -> bool:
+        """Whether an unloaded model is what a first request would load from the store."""
+        return (gone.source.path, gone.options) == (entry.source.path, self._options)
 
     def _note_failure(self, name: str, state: FilesState, error: BaseException | None) -> None:
         # What the system refused (rights, open files) may work the next time.
@@ -309,59 +340,13 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
 
     def _offered(self) -> tuple[list[ModelInfo], dict[str, str]]:
         """Models that requests may name, by name, and the store's faults."""
-        infos: dict[str, ModelInfo] = {}
         entries, faults = self._catalogue.scan()
-        if self._autoload:
-            infos.update({e.name: _entry_info(e) for e in entries.values() if e.family in FAMILIES})
-            for name in tuple(self._withdrawn):
-                infos.pop(name, None)
-        for slot in self._table.slots():
-            model = slot.model
-            if model is not None:
-                infos[slot.name] = ModelInfo(slot.name, slot.task, model.checkpoint, model.model_class, self.name)
-            elif slot.name not in infos:
-                infos[slot.name] = ModelInfo(slot.name, slot.task, provider=self.name)
-        return [infos[name] for name in sorted(infos)], faults
+        stored = [e for e in entries.values() if self._autoload and e.name not in self._withdrawn]
+        return offered(stored, self._table), faults
 
     def _server_info(self) -> ServerInfo:
         infos, faults = self._offered()
-        hardware = read_hardware()
-        loaded = [(slot.name, model) for slot in self._table.slots() if (model := slot.model) is not None]
-        on_gpu: dict[str, list[str]] = {}
-        warnings = [*faults.values(), *hardware.notes]
-        for name, model in loaded:
-            warnings.extend(f"Model '{name}': {warning}" for warning in model.warnings)
-            if model.device.startswith("cuda"):
-                on_gpu.setdefault(model.device.partition(":")[2] or "0", []).append(name)
-            elif hardware.gpus:
-                warnings.append(
-                    f"Model '{name}' runs on the CPU although {len(hardware.gpus)} CUDA device(s) are there."
-                )
-        versions = engine_versions()
-        return ServerInfo(
-            version=versions["pixano-edge"],
-            models_loaded=len(loaded),
-            num_gpus=len(hardware.gpus),
-            gpu_info={
-                "devices": hardware.gpu_dicts(),
-                "reason": hardware.reason,
-                "model_to_device": {name: model.device for name, model in loaded},
-                "memory_total": hardware.memory_total,
-                "memory_available": hardware.memory_available,
-            },
-            models=[info.name for info in infos],
-            models_to_task={info.name: info.task for info in infos},
-            ready=not self._closed,
-            app_name="Pixano Edge",
-            app_version=versions["pixano-edge"],
-            app_description="Torch-free inference for Pixano on this machine",
-            num_cpus=hardware.num_cpus,
-            num_nodes=1,
-            gpus_used=sorted(int(index) for index in on_gpu),
-            gpu_to_model={index: ", ".join(names) for index, names in sorted(on_gpu.items())},
-            versions=versions,
-            warnings=warnings,
-        )
+        return server_info(infos, faults, self._table, read_hardware(), not self._closed)
 
     async def _in_files(self, work: Callable[[], T], deadline: Deadline | None = None) -> T:
         """Runs what touches files or drivers on a thread of its own."""
@@ -370,6 +355,6 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         return await wait_for(self._files.submit(work), deadline or Deadline(None), "Reading the model store")
 
 
-def _entry_info(entry: Entry) -> ModelInfo:
-    family = FAMILIES[entry.family]
-    return ModelInfo(entry.name, family.task.value, entry.checkpoint, family.model_class, "edge")
+def _check_task(name: str, does: str, asked: InferenceTask) -> None:
+    if does != asked.value:
+        raise TaskNotSupportedError(f"Model '{name}' does {does}, not {asked.value}.", "Name another model.")

@@ -40,6 +40,13 @@ class ModelBusyError(InferenceError):
     """Too many requests wait for this model already; an addition of Pixano Edge to the interface."""
 
 
+class OutOfMemoryError(InferenceError):
+    """A device has no memory left for a model or a request, in the budget or for real; the message has the numbers.
+
+    An addition of Pixano Edge to the interface. Other models go on answering.
+    """
+
+
 @contextmanager
 def provider_errors(invalid: tuple[type[EdgeError], ...] = ()) -> Iterator[None]:
     """Turns the engine's errors into the provider's.
@@ -61,7 +68,9 @@ def provider_errors(invalid: tuple[type[EdgeError], ...] = ()) -> Iterator[None]
     except EdgeError as error:
         raise InferenceError(error.message, error.action) from error
     except MemoryError as error:
-        raise InferenceError("Not enough memory for this request.", "Use a smaller image or fewer prompts.") from error
+        raise OutOfMemoryError(
+            "Not enough memory for this request.", "Use a smaller image or fewer prompts."
+        ) from error
     except OSError as error:
         # A full temporary folder, a bundle that is replaced while it is looked up, too many open files.
         raise InferenceError(

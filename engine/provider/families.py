@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from ..contracts import sam2
+from ..runtime.memory import MemoryUse
 from .convert import LogitsMemory
 from .errors import TaskNotSupportedError
 from .settings import LoadOptions
@@ -53,6 +54,9 @@ class LoadedModel:
         warnings: Fallbacks taken at loading.
         cleanup: Folder to remove when the model is freed.
         memory: Scores of recent answers, for mask inputs that come back.
+        use: Tells what the model takes now; called on the model's own thread. None where nothing can be told.
+        warm: Whether it ran at loading already, so that its activations have their memory.
+        shrink: Drops caches that can be computed again, after memory ran out; called on the model's own thread.
     """
 
     predictor: MaskPredictor
@@ -65,6 +69,9 @@ class LoadedModel:
     warnings: tuple[str, ...] = ()
     cleanup: Path | None = None
     memory: LogitsMemory = field(default_factory=LogitsMemory)
+    use: Callable[[], MemoryUse] | None = None
+    warm: bool = False
+    shrink: Callable[[], None] | None = None
 
     def close(self) -> None:
         """Frees the sessions, their memory and temporary files."""
@@ -154,7 +161,6 @@ def _open_sam2(bundle: Any, family: Family, options: LoadOptions, cleanup: Path 
         check=job.check,
     )
     info = predictor.info()
-    warnings = [w for graph in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER) for w in info[graph]["warnings"]]
     return LoadedModel(
         predictor=predictor,
         task=family.task,
@@ -163,6 +169,9 @@ def _open_sam2(bundle: Any, family: Family, options: LoadOptions, cleanup: Path 
         device=info["device"],
         options=options,
         details={key: info[key] for key in ("bundle", "architecture", "precision", "backend")},
-        warnings=tuple(dict.fromkeys(warnings)),
+        warnings=tuple(info["warnings"]),
         cleanup=cleanup,
+        use=predictor.memory,
+        warm=bool(info.get("warm_up")),
+        shrink=predictor.cache.clear,
     )

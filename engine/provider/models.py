@@ -1,16 +1,37 @@
-"""The models in memory: loading, sharing, unloading and freeing, each on the model's own thread."""
+"""The models in memory: loading, sharing, unloading and freeing, each on the model's own thread.
+
+A load first gets its place in the memory books (`MemoryBudget`). Where there is no room, idle models are unloaded, the
+least recently used first; they are remembered, and come back at their next request.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
+from ..runtime.memory import MemoryUse, readable
+from .budget import ADVICE, Booking, MemoryBudget
 from .catalogue import Source
-from .errors import InferenceError, InvalidRequestError
+from .errors import InferenceError, InvalidRequestError, OutOfMemoryError
 from .families import LoadedModel, Opener
+from .needs import declared_needs
+from .placement import Plan, candidates, make_room, plan
 from .settings import LoadOptions
+from .watch import MemoryWatch, Tally
 from .worker import QUEUE_DEPTH, Job, ModelWorker, settled
+
+T = TypeVar("T")
+
+Needs = Callable[[Path, LoadOptions], MemoryUse]
+"""What the bundle at a path will take with these settings."""
+
+_CLOCK = itertools.count()
 
 
 class Slot:
@@ -20,11 +41,14 @@ class Slot:
         name: What requests call the model.
         source: Bundle it is loaded from.
         task: What it was asked to do.
-        options: How it is loaded.
+        options: How it was asked to be loaded.
         worker: Its thread; the load is the first thing there, freeing is the last.
         ready: Gets the loaded model, or the load's error. Cannot be cancelled by those who wait for it.
         freed: Set once the memory is free.
         model: The loaded model, None until then.
+        booking: Its place in the memory books, None until then.
+        placement: Why it is on its device; empty when that was the only choice.
+        evicted: Whether it was taken out of the table to make room, not by anyone's wish.
     """
 
     def __init__(self, name: str, source: Source, task: str, options: LoadOptions, depth: int) -> None:
@@ -38,10 +62,59 @@ class Slot:
         self.model: LoadedModel | None = None
         self.load_job = Job()
         self.retired = False
+        self.booking: Booking | None = None
+        self.placement = ""
+        self.evicted = False
+        self.tally = Tally()
+        self.users = 0  # requests between finding the slot and having their answer
+        self.turn = next(_CLOCK)  # order of use: times can be equal
+        self.used_at = time.monotonic()
 
     def same(self, source: Source, task: str, options: LoadOptions) -> bool:
         """Whether this is what a load with these arguments would give."""
         return (self.source, self.task, self.options) == (source, task, options)
+
+    def touch(self) -> None:
+        """Makes it the most recently used one."""
+        self.turn = next(_CLOCK)
+        self.used_at = time.monotonic()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is loaded and nobody runs, waits for or is about to send anything."""
+        return self.ready.done() and self.model is not None and self.users == 0 and self.worker.idle
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """A model that had to go to make room, and how to load it again.
+
+    Attributes:
+        name, source, task, options: As in `Slot`.
+        checkpoint, model_class: As in `LoadedModel`.
+        device: Where it was.
+        nbytes: What it had reserved.
+        idle_s: Seconds since its last use.
+        reason: Whom it made room for, with the numbers.
+    """
+
+    name: str
+    source: Source
+    task: str
+    options: LoadOptions
+    checkpoint: str
+    model_class: str
+    device: str
+    nbytes: int
+    idle_s: float
+    reason: str
+
+    def describe(self) -> str:
+        """One sentence for the administrator."""
+        return (
+            f"Model '{self.name}' ({readable(self.nbytes)} on {self.device}, idle for {self.idle_s:.0f} s) was "
+            f"unloaded: {self.reason} It comes back at its next request."
+        )
 
 
 class ModelTable:
@@ -50,14 +123,29 @@ class ModelTable:
     Args:
         opener: Opens a bundle; runs on the slot's thread.
         depth: Requests that may wait per model.
+        budget: The memory books; RAM with the default limit if not given.
+        gpus: Names of the GPUs that device ``auto`` may take now.
+        needs: Reads what a bundle declares; runs on the slot's thread.
     """
 
-    def __init__(self, opener: Opener, depth: int = QUEUE_DEPTH) -> None:
+    def __init__(
+        self,
+        opener: Opener,
+        depth: int = QUEUE_DEPTH,
+        budget: MemoryBudget | None = None,
+        gpus: Callable[[], Iterable[str]] = tuple,
+        needs: Needs = declared_needs,
+    ) -> None:
         self._opener = opener
         self._depth = depth
+        self.budget = budget if budget is not None else MemoryBudget()
+        self._watch = MemoryWatch(self.budget)
+        self._gpus = gpus
+        self._needs = needs
         self._lock = threading.Lock()
         self._slots: dict[str, Slot] = {}
         self._draining: set[Slot] = set()
+        self._unloaded: dict[str, Unloaded] = {}
         self._closed = False
 
     def get(self, name: str) -> Slot | None:
@@ -69,6 +157,11 @@ class ModelTable:
         """All slots, loading or loaded, in order of their start."""
         with self._lock:
             return list(self._slots.values())
+
+    def unloaded(self) -> list[Unloaded]:
+        """Models that made room for others and were not asked for since."""
+        with self._lock:
+            return list(self._unloaded.values())
 
     def start(self, name: str, source: Source, task: str, options: LoadOptions) -> tuple[Slot, bool]:
         """The slot for these arguments, and whether it was made now; wait for its `ready`.
@@ -99,6 +192,30 @@ class ModelTable:
         loading.add_done_callback(lambda done: self._loaded(slot, done))
         return slot, True
 
+    def hold(self, slot: Slot) -> bool:
+        """Keeps a slot from being unloaded to make room, until `let_go`. False when that has happened already."""
+        with self._lock:
+            if slot.evicted:
+                return False
+            slot.users += 1
+            slot.touch()
+            return True
+
+    def let_go(self, slot: Slot) -> None:
+        """Ends one `hold`."""
+        with self._lock:
+            slot.users -= 1
+            slot.touch()
+
+    def submit(self, slot: Slot, work: Callable[[LoadedModel, Job], T]) -> tuple[Job, Future[T]]:
+        """Queues one request on a loaded model, see `ModelWorker.submit`; what it takes goes into the books.
+
+        Raises:
+            ModelNotFoundError: The model was unloaded.
+            ModelBusyError: The queue is full.
+        """
+        return slot.worker.submit(lambda job: self._request(slot, work, job))
+
     def retire(self, slot: Slot) -> Future[None]:
         """Takes the model out of the table: a load under way is aborted, accepted requests finish, then it is freed.
 
@@ -106,38 +223,154 @@ class ModelTable:
             The slot's `freed`.
         """
         with self._lock:
-            if self._slots.get(slot.name) is slot:
-                del self._slots[slot.name]
-            if slot.retired:
-                return slot.freed
-            slot.retired = True
-            self._draining.add(slot)
-        slot.load_job.cancel()
-        slot.worker.finish(lambda: _free(slot)).add_done_callback(lambda done: self._freed(slot, done))
+            first = self._take_out(slot)
+        if first:
+            self._finish(slot)
         return slot.freed
+
+    def remove(self, name: str) -> list[Future[None]]:
+        """Retires a model by name and forgets it, if it was unloaded to make room; the futures to wait for."""
+        with self._lock:
+            self._unloaded.pop(name, None)
+            slots = [s for s in self._draining if s.name == name]
+            if name in self._slots:
+                slots.append(self._slots[name])
+        return [self.retire(slot) for slot in slots]
 
     def close(self) -> list[Future[None]]:
         """Retires every model and takes no new one; the futures of all memory still to be freed."""
         with self._lock:
             self._closed = True
+            self._unloaded.clear()
             slots = [*self._slots.values(), *self._draining]
         return [self.retire(slot) for slot in slots]
 
     def _load(self, slot: Slot, job: Job) -> LoadedModel:
-        # Set here, on the thread that will free it: when the load was aborted meanwhile, freeing comes right after.
-        slot.model = self._opener(slot.source.path, slot.task, slot.options, job)
-        job.check()
-        return slot.model
+        options = self._admit(slot, job)
+        assert slot.booking is not None
+        try:
+            with self._watch.load(slot.booking) as growth:
+                # Set here, on the thread that will free it: when the load was aborted meanwhile, freeing comes right
+                # after, and with it the release of the booking.
+                slot.model = self._opener(slot.source.path, slot.task, options, job)
+            job.check()
+            self._watch.loaded(slot.booking, slot.model, slot.tally, growth)
+            if not self._make_room(slot.booking, f"'{slot.name}' takes more than it declared"):
+                raise OutOfMemoryError(
+                    f"Model '{slot.name}' takes {readable(slot.booking.need.total)}, more than it declared and than "
+                    f"there is room for. On {slot.booking.device}: {self.budget.explain(slot.booking.place)}",
+                    ADVICE,
+                )
+            return slot.model
+        finally:
+            if slot.model is None:
+                self.budget.release(slot.booking)
+
+    def _admit(self, slot: Slot, job: Job) -> LoadOptions:
+        """Gives a load its place in the books, unloading idle models where it must, and waits until they are gone.
+
+        Returns:
+            The slot's options with the device that was chosen.
+        """
+        need = self._needs(slot.source.path, slot.options)
+        choices = candidates(slot.options.device, self.budget.probe(), self._gpus())
+        gone: list[Slot] = []
+        try:
+            with self._lock:
+                if slot.retired:
+                    job.cancel()
+                job.check()  # a load that was given up meanwhile must unload nothing
+                found = plan(slot.name, slot.options.device, need, choices, self.budget, self._idle())
+                numbers = self.budget.explain(found.device, need) if found.victims else ""
+                gone = self._evict(found, f"'{slot.name}' had no room on {found.device.name}; {numbers}")
+                slot.booking = self.budget.reserve(slot.name, found.device, need)
+                slot.placement = found.reason
+        finally:
+            for victim in gone:
+                self._finish(victim)
+        arrived = False
+        try:
+            self.budget.wait(slot.booking, job.check)
+            arrived = True
+        finally:
+            if not arrived:
+                self.budget.release(slot.booking)
+        # Without a choice, auto stays auto: the loader then tells why it is what it is, and may take the CPU instead.
+        return replace(slot.options, device=found.device.name) if len(choices) > 1 else slot.options
+
+    def _idle(self) -> list[Booking]:
+        """Bookings of models that may be unloaded, least recently used first. Under the lock."""
+        slots = sorted((s for s in self._slots.values() if s.idle), key=lambda s: s.turn)
+        return [s.booking for s in slots if s.booking is not None]
+
+    def _evict(self, found: Plan, reason: str) -> list[Slot]:
+        """Takes the victims out of the table and notes why; `_finish` them outside the lock, under which this runs."""
+        gone = []
+        for slot in [s for s in self._slots.values() if s.booking in found.victims]:
+            assert slot.booking is not None
+            assert slot.model is not None
+            slot.evicted = True
+            self._unloaded[slot.name] = Unloaded(
+                slot.name, slot.source, slot.task, slot.options, slot.model.checkpoint, slot.model.model_class,
+                slot.booking.device, slot.booking.need.total, time.monotonic() - slot.used_at, reason,
+            )  # fmt: skip
+            self._take_out(slot)
+            gone.append(slot)
+        return gone
+
+    def _make_room(self, booking: Booking, reason: str) -> bool:
+        """Unloads idle models when corrected figures passed the budget; whether the pool is within it now."""
+        with self._lock:
+            over = self.budget.over(booking)
+            if over is None:
+                return True
+            victims = make_room(MemoryUse(), replace(over, reported=None), booking.pool, self._idle())
+            gone = [] if victims is None else self._evict(Plan(booking.place, "", victims), f"{reason}.")
+        for victim in gone:
+            self._finish(victim)
+        return victims is not None
+
+    def _request(self, slot: Slot, work: Callable[[LoadedModel, Job], T], job: Job) -> T:
+        model, booking = slot.model, slot.booking
+        assert model is not None
+        assert booking is not None
+        with self._watch.request(booking, model, slot.tally):
+            result = work(model, job)
+        slot.touch()
+        self._make_room(booking, f"requests made '{slot.name}' grow")
+        return result
 
     def _loaded(self, slot: Slot, done: Future[LoadedModel]) -> None:
         error = done.exception()
         if error is None:
+            with self._lock:
+                self._unloaded.pop(slot.name, None)
+            slot.touch()
             slot.ready.set_result(done.result())
         else:
             self.retire(slot)
             slot.ready.set_exception(error)
 
+    def _take_out(self, slot: Slot) -> bool:
+        """Under the lock: the table forgets the slot; whether that had not happened yet."""
+        if self._slots.get(slot.name) is slot:
+            del self._slots[slot.name]
+        if slot.retired:
+            return False
+        slot.retired = True
+        self._draining.add(slot)
+        if slot.booking is not None:
+            self.budget.leave(slot.booking)
+        return True
+
+    def _finish(self, slot: Slot) -> None:
+        """Lets a slot that was taken out end."""
+        slot.load_job.cancel()
+        slot.worker.finish(lambda: _free(slot)).add_done_callback(lambda done: self._freed(slot, done))
+
     def _freed(self, slot: Slot, done: Future[Any]) -> None:
+        if slot.booking is not None:
+            self.budget.release(slot.booking)
         with self._lock:
             self._draining.discard(slot)
         error = done.exception()

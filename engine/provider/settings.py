@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..bundle.manifest import PRECISIONS
-from ..runtime.factory import BACKENDS, LATER_BACKENDS
+from ..runtime.factory import BACKENDS
 from .errors import InvalidRequestError
 
-_BACKENDS = (*BACKENDS, *LATER_BACKENDS)
 _PRECISIONS = ("auto", *PRECISIONS)
 
 DEFAULT_CACHE_MB = 256.0
@@ -25,8 +25,8 @@ class LoadOptions:
     """Settings of one model; two loads are the same when these and the bundle are.
 
     Attributes:
-        device: ``auto``, ``cpu`` or ``cuda:N``.
-        backend: ``auto``, ``onnxruntime``, or ``tensorrt``, which does not open yet.
+        device: ``auto``, ``cpu``, ``cuda`` (the GPU with the most free memory) or ``cuda:N``.
+        backend: ``auto``, ``onnxruntime`` or ``tensorrt``.
         precision: ``auto`` or one of the manifest's `PRECISIONS`.
         threads: Threads of one inference; None lets the back end choose.
         cache_mb: Budget of the model's embedding cache in MiB; 0 turns it off.
@@ -86,8 +86,8 @@ def _size(value: Any) -> bool:
 _Rule = tuple[Callable[[Any], bool], str]
 
 CONFIG_KEYS: Mapping[str, _Rule] = {
-    "device": (_device, "'auto', 'cpu' or 'cuda:N'"),
-    "backend": (lambda v: v in _BACKENDS, f"one of {', '.join(_BACKENDS)}"),
+    "device": (_device, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    "backend": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
     "precision": (lambda v: v in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
     "threads": (_whole, "a whole number above 0"),
     "cache_mb": (_size, "MiB, 0 or more"),
@@ -110,3 +110,62 @@ def _checked(where: str, rules: Mapping[str, _Rule], values: Any) -> dict[str, A
         if value is not None and not fits(value):
             raise InvalidRequestError(f"{where}['{key}'] must be {meaning}, got {value!r}.", "Correct the value.")
     return {k: v for k, v in values.items() if v is not None}
+
+
+Limit = int | float
+"""An ``int`` is bytes, a ``float`` a share (above 0, at most 1) of the device's whole memory."""
+Limits = Mapping[str, Limit]
+"""Limit by device: ``cpu``, ``cuda:N``, ``cuda`` (GPUs without one of their own) or ``*`` (all without one)."""
+
+MEMORY_VARIABLE = "PIXANO_EDGE_MEMORY"
+
+_LIMIT_FORMS = "bytes, '6GiB', '500MB', '80%', a share such as 0.8, or one of them per device: 'cpu=4GiB,cuda:0=90%'"
+_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+
+
+def read_limits(value: Any, environ: Mapping[str, str] | None = None) -> dict[str, Limit]:
+    """How much memory the models may take per device.
+
+    Args:
+        value: One limit for every device, a mapping from device to limit, or text as in ``PIXANO_EDGE_MEMORY``;
+            None takes that variable. Limits are bytes (int), shares of the device's memory (float) or text such as
+            ``6GiB``, ``500MB`` or ``80%``.
+        environ: Environment; the process's own when None.
+
+    Raises:
+        InvalidRequestError: Not of that form, a share outside 0 to 1, or an unknown device.
+    """
+    where = "memory_limits"
+    if value is None:
+        where, value = MEMORY_VARIABLE, (os.environ if environ is None else environ).get(MEMORY_VARIABLE, "").strip()
+        if not value:
+            return {}
+    if isinstance(value, str) and "=" in value:
+        pairs = [part.partition("=") for part in value.split(",")]
+        value = {name.strip(): limit for name, _, limit in pairs}
+    given = value if isinstance(value, Mapping) else {"*": value}
+    for name in given:
+        if not isinstance(name, str) or not re.fullmatch(r"\*|cpu|cuda(:\d{1,3})?", name):
+            raise InvalidRequestError(f"{where} names no device: {name!r}.", "Use cpu, cuda:N, cuda or *.")
+    return {name: _limit(where, limit) for name, limit in given.items()}
+
+
+def _limit(where: str, value: Any) -> Limit:
+    if _whole(value):
+        return int(value)
+    share: float | None = value if isinstance(value, float) else None
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[a-z]*)", value.strip().lower())
+        number, unit = (float(match[1]), match[2]) if match else (0.0, "?")
+        if unit in _UNITS and (unit or number > 1):
+            size = int(number * _UNITS[unit])
+            if size > 0:
+                return size
+        elif unit == "%":
+            share = number / 100
+        elif not unit:
+            share = number
+    if share is None or not 0 < share <= 1:
+        raise InvalidRequestError(f"{where} has {value!r}, which is no amount of memory.", f"Use {_LIMIT_FORMS}.")
+    return share

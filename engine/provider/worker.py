@@ -78,6 +78,12 @@ class ModelWorker:
         self._pending = 0
         self._closed = False
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        with self._lock:
+            return self._pending == 0
+
     def submit(self, work: Callable[[Job], T], job: Job | None = None) -> tuple[Job, Future[T]]:
         """Queues `work`; it is called with its `Job`.
 

@@ -1,4 +1,4 @@
-"""Sessions, bindings, buffers and devices: the part that knows tensors and nothing of models.
+"""Sessions and bindings, and (from `device`) buffers and devices: the part that knows tensors and nothing of models.
 
 `Session` opens one graph once. `Session.prepare` allocates (or borrows) one C-contiguous buffer per input and
 output for a set of shapes and binds them; `Binding.run` then only launches. Back ends implement the ``_impl``
@@ -10,129 +10,15 @@ from __future__ import annotations
 import abc
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..contracts.base import GraphSpec, TensorSpec
 from ..errors import ContractError
+from .device import Array, Buffer, CapturedGraph, Device, DeviceInfo, Shape
 
-Array = npt.NDArray[Any]
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DeviceInfo:
-    """What a device is, for `doctor`, `info` and server info. Memory in bytes; None where unknown."""
-
-    name: str
-    kind: str
-    index: int = 0
-    compute_capability: str | None = None
-    driver: str | None = None
-    runtime: str | None = None
-    memory_total: int | None = None
-    memory_free: int | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)
-
-
-class Buffer:
-    """C-contiguous memory of one tensor on one device.
-
-    Attributes:
-        array: numpy view of host memory, or None when the memory is on a device only.
-        pointer: Address of the first byte on the device.
-        owned: Whether the device allocated it; borrowed memory is kept alive by `owner`.
-        handle: Back-end object wrapping the same memory, made once (for example an OrtValue).
-    """
-
-    __slots__ = ("array", "device", "dtype", "handle", "nbytes", "owned", "owner", "pointer", "shape")
-
-    def __init__(
-        self,
-        device: Device,
-        shape: Shape,
-        dtype: np.dtype[Any],
-        pointer: int,
-        array: Array | None = None,
-        owned: bool = True,
-        owner: object = None,
-    ) -> None:
-        self.device = device
-        self.shape = shape
-        self.dtype = dtype
-        self.pointer = pointer
-        self.array = array
-        self.owned = owned
-        self.owner = owner
-        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        self.handle: Any = None
-
-    def host(self) -> Array:
-        """The numpy view; raises ContractError for memory that lives on a device only."""
-        if self.array is None:
-            raise ContractError("This buffer has no host memory.", "Copy it with Device.copy first.")
-        return self.array
-
-
-class Device(abc.ABC):
-    """Memory, one stream and copies on one device. One file per implementation."""
-
-    kind: str = "abstract"
-
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """``cpu`` or ``cuda:0``; what `--device` takes."""
-
-    @property
-    @abc.abstractmethod
-    def stream(self) -> int:
-        """Handle of the device's stream, 0 where there is none (CPU)."""
-
-    @abc.abstractmethod
-    def info(self) -> DeviceInfo:
-        """Current facts; cheap enough to call per request."""
-
-    @abc.abstractmethod
-    def empty(self, shape: Shape, dtype: npt.DTypeLike) -> Buffer:
-        """Allocates uninitialised memory that graphs can read and write (64-byte aligned on CPU)."""
-
-    @abc.abstractmethod
-    def host_empty(self, shape: Shape, dtype: npt.DTypeLike) -> Buffer:
-        """Allocates host memory that copies to this device can use directly (page-locked on CUDA)."""
-
-    @abc.abstractmethod
-    def wrap(self, source: object) -> Buffer:
-        """Borrows a C-contiguous buffer on this device without a copy.
-
-        Args:
-            source: numpy array, memoryview or other buffer-protocol object, DLPack or
-                ``__cuda_array_interface__`` exporter.
-
-        Raises:
-            ContractError: Not C-contiguous, on another device, or of an unsupported kind.
-        """
-
-    @abc.abstractmethod
-    def copy(self, target: Buffer, source: Buffer) -> None:
-        """Queues a copy of equal shape and dtype on the stream; done at `synchronize`, at once on CPU."""
-
-    @abc.abstractmethod
-    def synchronize(self) -> None:
-        """Waits until everything queued on the stream is done."""
-
-    def record(self) -> object:
-        """Marks the point reached on the stream, for `wait` on another device object. None on CPU: all is done."""
-        return None
-
-    def wait(self, event: object) -> None:  # noqa: B027 (nothing to wait for on CPU)
-        """Lets the stream wait for a point that `record` marked; does not block the caller."""
-
-    def close(self) -> None:  # noqa: B027 (optional hook)
-        """Frees the stream; buffers free themselves with their last reference."""
+__all__ = ["Array", "Binding", "Buffer", "CapturedGraph", "Device", "DeviceInfo", "Session", "Shape"]
 
 
 class Binding:
@@ -271,6 +157,12 @@ class Session(abc.ABC):
     """
 
     backend: str = "abstract"
+    capturable: bool = False
+    """Whether `Device.capture` can record `Binding.run`: a launch that neither allocates nor waits, on the device's
+    stream, with nothing shared between the graphs of two bindings that a launch of the other one would change."""
+    self_recording: bool = False
+    """Whether the session records launches itself and replays them while a binding's buffers stay where they are.
+    Models then keep the buffers of its bindings and leave recording to it."""
     max_bindings: int = 8
     """Bindings kept (least recently used go first), so that changing shapes cannot grow memory."""
     max_binding_bytes: int = 128 << 20

@@ -104,6 +104,20 @@ class CpuDevice(Device):
         check_copy(target, source)
         np.copyto(target.host(), source.host(), casting="no")
 
+    def upload(self, target: Buffer, source: Array) -> None:
+        """Copies at once, without staging memory."""
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise ContractError(
+                f"Cannot copy {source.dtype}{list(source.shape)} to {target.dtype}{list(target.shape)}.",
+                "Copies never reshape nor convert.",
+            )
+        check_writable(target)
+        np.copyto(target.host(), source, casting="no")
+
+    def download(self, source: Buffer) -> Array:
+        """The memory itself."""
+        return source.host()
+
     def synchronize(self) -> None:
         """Nothing to wait for."""
 

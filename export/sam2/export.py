@@ -23,7 +23,9 @@ from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
 from pixano_edge.export.photos import default_photos, load_photos
 from pixano_edge.export.sam2 import checkpoint as checkpoints
 from pixano_edge.export.sam2 import graphs, parity
+from pixano_edge.export.sam2.feeds import random_feeds
 from pixano_edge.export.sam2.golden import add_golden, picture_note
+from pixano_edge.export.tensorrt_graph import SUFFIX, TensorrtVariants
 
 VARIANTS = ("fp32", "fp16")
 Progress = Callable[[str, int, int], None]
@@ -116,13 +118,21 @@ def _export(
                 stored = model if variant == "fp32" else to_fp16(model)
                 notes += [f"{FINDING}{variant} {graph}: {p}" for p in check_tensorrt_10_3(stored)]
                 entries[graph][variant] = _add_graph(writer, stored, graph, variant)
+        tensorrt = TensorrtVariants(writer, random_feeds, threads)
+        for graph, spec in specs.items():
+            step(f"Fitting {graph} for TensorRT")
+            entries[graph] |= tensorrt.add(spec, dict(entries[graph]))
+        tensorrt.finish()
+        notes += [f"{FINDING}{finding}" for finding in tensorrt.findings()]
         step("Asking PyTorch")
         suite = parity.build_suite(loaded.model, pictures, constants)
         measured = []
-        for variant in ordered:
+        for variant in [*ordered, *(v + SUFFIX for v in ordered)]:
             step(f"Measuring {variant}")
-            files = {graph: writer.root / entries[graph][variant].file for graph in specs}
-            measured += _measure(files, suite, variant, threads)
+            # A TensorRT variant that is the plain file has the plain variant's figures.
+            if variant in ordered or tensorrt.changed(variant):
+                files = {graph: writer.root / entries[graph][variant].file for graph in specs}
+                measured += _measure(files, suite, variant, threads)
         report = parity.require(suite, measured)
         step("Writing golden samples")
         golden = add_golden(writer, loaded.model, pictures, constants)
@@ -150,7 +160,7 @@ def _export(
 
 def count_steps(variants: Sequence[str]) -> int:
     """Number of steps that `export_sam2` reports for these variants."""
-    return 3 + len(contract.graphs(contract.Sam2Constants())) + len(variants)
+    return 3 + 2 * len(contract.graphs(contract.Sam2Constants())) + 2 * len(variants)
 
 
 def default_name(checkpoint: str) -> str:
@@ -186,13 +196,15 @@ def _measure(
     files: dict[str, Path], suite: parity.Suite, variant: str, threads: int | None
 ) -> list[parity.VariantParity]:
     """Figures of one variant; fp16 twice, since ONNX Runtime's CPU provider hides most of its error."""
-    if variant == "fp32":
+    if variant.startswith("fp32"):
         return [parity.compare(parity.onnx_runner(files, threads), suite, variant)]
     with tempfile.TemporaryDirectory() as folder:
         copies = {graph: Path(folder) / f"{graph}.onnx" for graph in files}
         for graph, file in files.items():
             onnx.save(rounded(onnx.load(file)), copies[graph])
-        as_on_gpu = parity.compare(parity.onnx_runner(copies, threads, optimise=False), suite, parity.FP16)
+        as_on_gpu = parity.compare(parity.onnx_runner(copies, threads, optimise=False), suite, variant)
+    if variant != parity.FP16:
+        return [as_on_gpu]
     return [as_on_gpu, parity.compare(parity.onnx_runner(files, threads), suite, parity.FP16_CPU)]
 
 

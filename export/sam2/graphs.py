@@ -118,6 +118,21 @@ class MaskDecoder(nn.Module):
         has_mask_input: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns `masks`, `iou_scores`, `object_score_logits`."""
+        return self.decode(image_embed, high_res_0, high_res_1, point_coords, point_labels, mask_input, has_mask_input)[
+            :3
+        ]
+
+    def decode(
+        self,
+        image_embed: Tensor,
+        high_res_0: Tensor,
+        high_res_1: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The outputs and, last, the (P, 4, C) tokens of the four masks; tracking makes object pointers of them."""
         sparse = self.embed_points(point_coords, point_labels)
         use_mask = (has_mask_input > 0.5).reshape(-1, 1, 1, 1)
         dense = torch.where(use_mask, self.mask_embed(mask_input), self.no_mask)
@@ -135,7 +150,7 @@ class MaskDecoder(nn.Module):
         image = self.activation(self.upscale_conv2(self.activation(image)) + high_res_0)
         kernels = torch.stack([mlp(queries[:, 2 + i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)
         masks = (kernels @ image.flatten(2)).unflatten(2, image.shape[-2:])
-        return masks, self.iou_head(queries[:, 1]), self.score_head(queries[:, 0])
+        return masks, self.iou_head(queries[:, 1]), self.score_head(queries[:, 0]), queries[:, 2:6]
 
 
 def example_inputs(graph: str, constants: contract.Sam2Constants) -> tuple[Tensor, ...]:

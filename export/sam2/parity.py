@@ -19,11 +19,11 @@ from pixano_edge.engine.bundle.manifest import MaskParity, ParityReport, TensorP
 from pixano_edge.engine.contracts import sam2 as contract
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.errors import ExportError
+from pixano_edge.export.differences import Arrays, Worst
 from pixano_edge.export.extras import missing
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.sam2 import reference
 
-Arrays = dict[str, npt.NDArray[Any]]
 Runner = Callable[[str, Arrays], Arrays]
 """Runs a graph by contract name: inputs by name to outputs by name."""
 
@@ -73,31 +73,6 @@ class Suite:
 
 
 @dataclass
-class _Worst:
-    """Largest error seen of one tensor, and its largest reference value.
-
-    The relative error is against the largest value over all inputs: a single object score may be close to 0.
-    """
-
-    absolute: float = 0.0
-    scale: float = 0.0
-
-    @property
-    def relative(self) -> float:
-        return self.absolute / (self.scale + 1e-12)
-
-    def add(self, got: npt.NDArray[Any], want: npt.NDArray[Any]) -> None:
-        if got.shape != want.shape:
-            self.absolute = float("inf")
-            return
-        difference = float(np.abs(got.astype(np.float64) - want).max())
-        # NaN compares as no difference at all; it must count as the largest.
-        difference = difference if np.isfinite(difference) else float("inf")
-        self.absolute = max(self.absolute, difference)
-        self.scale = max(self.scale, float(np.abs(want).max()))
-
-
-@dataclass
 class VariantParity:
     """Result of one variant."""
 
@@ -108,12 +83,13 @@ class VariantParity:
         """Every figure that misses the bar, in words."""
         found = []
         for t in self.tensors:
-            if t.variant == "fp32" and not t.max_rel <= FP32_MAX_REL:
-                found.append(f"{t.graph}.{t.tensor}: relative error {t.max_rel:.2e} > {FP32_MAX_REL:.0e}")
+            if t.variant.startswith("fp32") and not t.max_rel <= FP32_MAX_REL:
+                name = "" if t.variant == "fp32" else f"{t.variant} "
+                found.append(f"{name}{t.graph}.{t.tensor}: relative error {t.max_rel:.2e} > {FP32_MAX_REL:.0e}")
             elif not np.isfinite(t.max_rel):
                 found.append(f"{t.variant} {t.graph}.{t.tensor}: not finite, or of another shape")
-        if self.masks and self.masks.variant == "fp32" and not self.masks.min_iou >= FP32_MIN_IOU:
-            found.append(f"fp32 masks: lowest IoU {self.masks.min_iou:.4f} < {FP32_MIN_IOU}")
+        if self.masks and self.masks.variant.startswith("fp32") and not self.masks.min_iou >= FP32_MIN_IOU:
+            found.append(f"{self.masks.variant} masks: lowest IoU {self.masks.min_iou:.4f} < {FP32_MIN_IOU}")
         if self.masks and self.masks.variant.startswith("fp16") and not self.masks.mean_iou >= FP16_MEAN_IOU:
             found.append(f"{self.masks.variant} masks: mean IoU {self.masks.mean_iou:.4f} < {FP16_MEAN_IOU}")
         return found
@@ -141,8 +117,8 @@ def compare(run: Runner, suite: Suite, variant: str) -> VariantParity:
         suite: PyTorch's answers.
         variant: Name that goes into the report.
     """
-    worst: dict[tuple[str, str], _Worst] = {
-        (g.name, t.name): _Worst() for g in contract.graphs(suite.constants).values() for t in g.outputs
+    worst: dict[tuple[str, str], Worst] = {
+        (g.name, t.name): Worst() for g in contract.graphs(suite.constants).values() for t in g.outputs
     }
     ious: list[float] = []
     prompts = 0

@@ -77,10 +77,10 @@ def test_segment_without_torch_times_the_engine_and_says_so(tiny_bundle: Path, m
 def test_swapped_features_would_show(tiny_bundle: Path):
     """Negative control: the accuracy columns see a contender that decodes the wrong features."""
     reference = {"masks": np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)}
-    error, agreement = segment._compare("decoder, one click", {"masks": reference["masks"][:, ::-1]}, reference)
+    error, agreement = segment.compare("decoder, one click", {"masks": reference["masks"][:, ::-1]}, reference)
     assert error > 0.1
     assert agreement < 0.9
-    assert segment._compare("decoder, one click", reference, reference) == (0.0, 1.0)
+    assert segment.compare("decoder, one click", reference, reference) == (0.0, 1.0)
 
 
 def test_random_checkpoints_are_refused_by_name_and_size():

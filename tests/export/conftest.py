@@ -36,7 +36,12 @@ def suite(loaded: checkpoint.Checkpoint) -> parity.Suite:
 def files(tiny_bundle: Path) -> Callable[[str], dict[str, Path]]:
     """ONNX files of the tiny bundle by graph, for a variant."""
     bundle = Bundle.open(tiny_bundle)
-    return lambda variant: {g: bundle.graph_path(g, variant) for g in bundle.manifest.graphs}
+
+    def find(variant: str) -> dict[str, Path]:
+        target = "tensorrt" if variant.endswith("-tensorrt") else "onnx"
+        return {g: bundle.graph_path(g, variant, target) for g in bundle.manifest.graphs}
+
+    return find
 
 
 @pytest.fixture(scope="session")

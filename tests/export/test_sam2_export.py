@@ -59,8 +59,9 @@ def test_bundle_says_what_it_is(tiny_bundle: Path) -> None:
         assert all(v.opset == 18 and v.nodes > 100 and v.parameters > 10_000 for v in graph.variants.values())
     assert manifest.parity is not None
     assert manifest.parity.passed
-    assert len(manifest.parity.tensors) == 18
-    assert {m.variant: m.images for m in manifest.parity.masks} == {"fp32": 2, "fp16": 2, "fp16-cpu": 2}
+    assert len(manifest.parity.tensors) == 30
+    measured = ("fp32", "fp16", "fp16-cpu", "fp32-tensorrt", "fp16-tensorrt")
+    assert {m.variant: m.images for m in manifest.parity.masks} == dict.fromkeys(measured, 2)
     assert manifest.parity.reference.startswith("transformers ")
     assert all("/" not in name for name in manifest.parity.inputs)
     # A finding of the TensorRT 10.3 check would be a note.
@@ -96,7 +97,7 @@ def test_photos_progress_and_variants(tiny_checkpoint: Path, output: Path, tmp_p
     assert manifest.parity is not None
     assert manifest.parity.inputs == ["grey.png"]
     assert any("grey.png" in note and "user's own picture" in note for note in manifest.notes)
-    assert {v for g in manifest.graphs.values() for v in g.variants} == {"fp32"}
+    assert {v for g in manifest.graphs.values() for v in g.variants} == {"fp32", "fp32-tensorrt"}
     assert [done for _, done, _ in steps] == list(range(steps[0][2]))
     assert list(output.parent.iterdir()) == [output]
 

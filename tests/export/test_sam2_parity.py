@@ -13,6 +13,7 @@ import torch
 
 from pixano_edge.engine.contracts import sam2 as contract
 from pixano_edge.export import fp16
+from pixano_edge.export.differences import Worst
 from pixano_edge.export.sam2 import graphs, parity, reference
 from pixano_edge.export.sam2.checkpoint import Checkpoint
 
@@ -254,7 +255,7 @@ def test_nan_and_wrong_shape_are_caught(suite: parity.Suite, run: parity.Runner)
 
     result = parity.compare(nan, suite, "fp16")
     assert any("not finite" in p for p in result.problems())
-    worst = parity._Worst()
+    worst = Worst()
     worst.add(np.zeros((1, 3)), np.zeros((1, 4)))
     assert worst.relative == float("inf")
 

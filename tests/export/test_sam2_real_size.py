@@ -46,10 +46,16 @@ def test_parity_on_real_photos(bundle: Bundle) -> None:
     assert masks["fp16"].mean_iou >= 0.99
 
 
-@pytest.mark.parametrize("variant", ["fp32", "fp16"])
+def test_tensorrt_variants_cost_next_to_nothing(bundle: Bundle) -> None:
+    files = [f for f in bundle.manifest.files if f.endswith(".tensorrt.onnx")]
+    assert len(files) == 4
+    assert sum(bundle.manifest.files[f].size for f in files) < 1_000_000
+
+
+@pytest.mark.parametrize("variant", ["fp32", "fp16", "fp32-tensorrt", "fp16-tensorrt"])
 @pytest.mark.parametrize("graph", ["image_encoder", "mask_decoder"])
 def test_tensorrt(graph: str, variant: str, bundle: Bundle) -> None:
-    path = bundle.graph_path(graph, variant)
+    path = bundle.graph_path(graph, variant, "tensorrt" if variant.endswith("-tensorrt") else "onnx")
     assert check_tensorrt_10_3(onnx.load(path)) == []
     if tensorrt_rtx.missing_module():
         pytest.skip("pip install 'pixano-edge[tensorrt-rtx]'")

@@ -1,13 +1,18 @@
 """SAM 2 image predictor: encode an image once, then answer prompts with the mask decoder alone.
 
 Reference: upstream ``sam2/sam2_image_predictor.py`` and transformers' ``Sam2Model``. Steps: `preprocess` writes the
-encoder's bound input, the encoder writes the buffers of a cache entry, the decoder binds those same buffers, and
+encoder's input, the encoder writes the buffers of a cache entry, the decoder reads those same buffers, and
 `postprocess` writes the chosen masks at the size of the original image.
+
+On a GPU everything from the upload of the pixels to the download of the masks is queued on one stream without a wait
+between (see `Chain`): features stay on the device, and the host waits once per batch of prompts, for its answer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,24 +22,30 @@ import numpy.typing as npt
 
 from ...bundle import Bundle
 from ...contracts import sam2
-from ...contracts.base import TensorSpec
 from ...contracts.sam2 import Sam2Constants
-from ...errors import BundleError, DeviceError, PromptError
-from ...runtime.base import Array, Binding, Buffer, Session
+from ...errors import DeviceError, DeviceMemoryError, PromptError
+from ...runtime.base import Array, Binding, Session
+from ...runtime.memory import MemoryUse, model_memory
+from ..chain import Chain
+from ..verdicts import VerdictStore
 from .cache import EmbeddingCache, EmbeddingKey, Features, bound, pixel_digest
+from .encoding import FEATURES, ImageEncoder
 from .postprocess import LOGIT_CLAMP, choose_masks, mask_count, write_mask
-from .preprocess import Scratch, check_image, preprocess
+from .preprocess import Scratch, check_image
 from .prompts import DEFAULT_BATCH, Prompt, PromptBatch, build_prompts
-from .results import Embedding, RawOutputs, Sam2Prediction
+from .results import Embedding, RawOutputs, Sam2Prediction, answer_masks
 
-__all__ = ["Embedding", "RawOutputs", "Sam2ImagePredictor", "Sam2Prediction", "choose_precision"]
+__all__ = ["Embedding", "RawOutputs", "Sam2ImagePredictor", "Sam2Prediction"]
 
 MAX_KEPT_BYTES = 128 << 20
 """Work memory kept between clicks; a photo of 33 megapixels needs as much."""
 MAX_ANSWER_BYTES = 2 << 30
 """Largest `Sam2Prediction.masks` that is allocated for the caller."""
 
-_FEATURES = (sam2.IMAGE_EMBED, sam2.HIGH_RES_0, sam2.HIGH_RES_1)
+WARM_UP_POINTS = (2, 3)
+"""Points of the prompts that `Sam2ImagePredictor.warm_up` runs, padding included: one click; a box, or two clicks."""
+
+_ANSWERS = (sam2.MASKS, sam2.IOU_SCORES, sam2.OBJECT_SCORE_LOGITS)
 
 
 class Sam2ImagePredictor:
@@ -49,7 +60,8 @@ class Sam2ImagePredictor:
         bundle_hash: `Bundle.hash`.
         variant: Name of the variant that the sessions run.
         cache: Shared or own; never closed here.
-        description: Facts for `info`.
+        description: Facts for `info`; its ``warnings`` stay in front.
+        capture: Record launches and replay them where device and sessions can.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class Sam2ImagePredictor:
         variant: str,
         cache: EmbeddingCache | None = None,
         description: dict[str, Any] | None = None,
+        capture: bool = True,
     ) -> None:
         self.constants = constants
         self.cache = cache if cache is not None else EmbeddingCache()
@@ -73,9 +86,12 @@ class Sam2ImagePredictor:
         self._description = description or {}
         self._closed = False
         self._opened = contextlib.ExitStack()
-        # Each is used under the lock of its session only.
-        self._encoder_scratch = Scratch()
-        self._decoder_scratch = Scratch()
+        self._chain = Chain(self._device, capture=capture)
+        self._images = ImageEncoder(encoder, self._chain, self.cache, constants)
+        self._blank: weakref.WeakSet[Binding] = weakref.WeakSet()  # bindings whose mask input holds zeros only
+        self._warm_up: dict[str, Any] | None = None
+        self._halved = 0
+        self._decoder_scratch = Scratch()  # used under the decoder's lock only
 
     @classmethod
     def open(
@@ -88,70 +104,82 @@ class Sam2ImagePredictor:
         threads: int | None = None,
         cache: EmbeddingCache | None = None,
         check: Callable[[], None] | None = None,
+        force: bool = False,
+        prove: bool = True,
+        warm_up: bool | None = None,
+        capture: bool = True,
+        verdicts: VerdictStore | None = None,
     ) -> Sam2ImagePredictor:
-        """Opens both graphs of a bundle.
+        """Opens both graphs of a bundle, in the asked combination or the fastest one that is proven here.
 
         Args:
             bundle: An open bundle or its folder.
             device: ``auto``, ``cpu`` or ``cuda:N``.
             backend: ``auto`` or a back end's name.
-            precision: ``auto`` (fp32 where the bundle has it, since other precisions are not faster on every CPU)
-                or a variant's name.
+            precision: ``auto`` or a variant's name. See `opening` for what ``auto`` picks.
             threads: Threads of one call; None leaves it to the back end.
             cache: Embedding cache to share; None makes an own one.
-            check: Called before each graph is opened; what it raises ends the opening and closes what is open.
+            check: Called between the steps; what it raises ends the opening and closes what is open.
+            force: Take the asked back end and precision although their check on this device failed.
+            prove: False opens without a verdict, for the check itself.
+            warm_up: Call `warm_up`; None: on devices with a stream.
+            capture: See the class.
+            verdicts: Where verdicts are kept; None for the user's own store.
 
         Raises:
-            BundleError: Not a SAM 2 bundle, damaged, or without the precision.
-            DeviceError: Device or back end is missing or did not load.
+            BundleError: Not a SAM 2 bundle, damaged, without the precision, or without engines for this device.
+            DeviceError: Device or back end is missing or did not load, or the combination failed its check here.
             ContractError: A graph does not have the inputs and outputs of the contract.
         """
-        from ...runtime import open_device, open_session
+        from .opening import Asked, open_predictor
 
-        if not isinstance(bundle, Bundle):
-            bundle = Bundle.open(bundle)
-        if bundle.manifest.family != sam2.FAMILY:
-            raise BundleError(
-                f"Bundle '{bundle.manifest.name}' holds '{bundle.manifest.family}', not '{sam2.FAMILY}'.",
-                "Open it with its own model class.",
-            )
-        constants = Sam2Constants.from_dict(bundle.manifest.constants)
-        specs = sam2.graphs(constants)
-        variant, reason = choose_precision(bundle, precision)
-        with contextlib.ExitStack() as opened:
-            on = open_device(device)
-            opened.callback(on.close)
-            sessions: dict[str, Session] = {}
-            for name, spec in specs.items():
+        asked = Asked(device, backend, precision, threads, force, prove)
+        predictor = open_predictor(cls, bundle, asked, cache=cache, check=check, capture=capture, verdicts=verdicts)
+        if warm_up or (warm_up is None and predictor._device.stream):
+            with contextlib.ExitStack() as failed:
+                failed.callback(predictor.close)
                 if check is not None:
                     check()
-                path = bundle.graph_path(name, variant)
-                sessions[name] = open_session(path, spec, on, backend=backend, threads=threads)
-                opened.callback(sessions[name].close)
-            predictor = cls(
-                sessions[sam2.IMAGE_ENCODER],
-                sessions[sam2.MASK_DECODER],
-                constants,
-                bundle_hash=bundle.hash,
-                variant=variant,
-                cache=cache,
-                description={
-                    "bundle": bundle.manifest.name,
-                    "architecture": bundle.manifest.source.architecture,
-                    "precision_reason": reason,
-                },
-            )
-            predictor._opened = opened.pop_all()
+                predictor.warm_up()
+                failed.pop_all()
         return predictor
 
-    def encode(self, image: npt.NDArray[np.uint8]) -> Embedding:
+    def warm_up(self) -> float:
+        """Runs the encoder on a blank image and the decoder on usual prompt shapes, until their launches are recorded.
+
+        Opening does this on a GPU, so that no user waits for lazy initialisation. The cache is not touched.
+
+        Returns:
+            Seconds it took, also in `info`.
+        """
+        start = time.perf_counter()
+        side = self.constants.image_size
+        blank = np.zeros((side, side, 3), np.uint8)
+        with self._encoder.lock, self._decoder.lock:
+            for _ in range(self._chain.warm_runs(self._encoder)):
+                features = self._images.run(blank)
+            embedding = self._embedding(features, (side, side), self._bundle_hash)
+            for points in WARM_UP_POINTS:
+                coords = np.zeros((1, points, 2), np.float32)
+                labels = np.full((1, points), sam2.LABEL_PAD, np.int32)
+                for _ in range(self._chain.warm_runs(self._decoder)):
+                    with self.decode(embedding, PromptBatch([0], coords, labels, [None])):
+                        pass
+        seconds = time.perf_counter() - start
+        self._warm_up = {"seconds": seconds, "shapes": [f"P=1, N={points}" for points in WARM_UP_POINTS]}
+        return seconds
+
+    def encode(self, image: npt.NDArray[np.uint8], *, wait: bool = False) -> Embedding:
         """Features of an image, computed at the first call for these pixels and then taken from the cache.
 
         Args:
             image: (H, W, 3) uint8 RGB; not kept.
+            wait: Return when the features are computed, for timing. Otherwise, on a GPU, the work may still be
+                queued; whatever uses the embedding comes after it by itself.
 
         Raises:
             ImageError: Not such an array.
+            DeviceMemoryError: No room on the device, also after the cache was emptied; the predictor still works.
             DeviceError: The predictor is closed, or the back end failed.
         """
         check_image(image)
@@ -159,8 +187,11 @@ class Sam2ImagePredictor:
         key = EmbeddingKey(
             self._bundle_hash, self._variant, f"{self._encoder.backend}@{self._device.name}", pixel_digest(image)
         )
-        features = self.cache.get_or_create(key, self._feature_bytes, lambda: self._run_encoder(image))
-        return Embedding(features, (image.shape[0], image.shape[1]), self._bundle_hash, self._device)
+        features = self.cache.get_or_create(key, self._images.nbytes, lambda: self._run_encoder(image))
+        embedding = self._embedding(features, (image.shape[0], image.shape[1]), self._bundle_hash)
+        if wait:
+            self._chain.wait()
+        return embedding
 
     def predict(
         self,
@@ -180,7 +211,7 @@ class Sam2ImagePredictor:
             multimask: True: three masks per prompt in model order (not sorted by score). False: one mask, with
                 upstream's fallback when it is unstable.
             return_logits: Also return the low-resolution logits of the chosen masks.
-            max_batch: Most prompts per decoder call.
+            max_batch: Most prompts per decoder call; halved where the device has no room for it.
             out: (P, M, H, W) bool, C-contiguous, for the masks; it is returned as `Sam2Prediction.masks`.
 
         Raises:
@@ -194,27 +225,35 @@ class Sam2ImagePredictor:
         size = source.original_size if isinstance(source, Embedding) else (source.shape[0], source.shape[1])
         batches = build_prompts(prompts, size, self.constants, max_batch)
         count = mask_count(multimask)
-        masks = _answer((len(prompts), count, *size), out)
+        masks = answer_masks((len(prompts), count, *size), out, MAX_ANSWER_BYTES)
         embedding = source if isinstance(source, Embedding) else self.encode(source)
         scores = np.empty((len(prompts), count), np.float32)
         object_scores = np.empty(len(prompts), np.float32)
         chosen = np.empty((len(prompts), count), np.int8)
         side = self.constants.mask_size
         logits = np.empty((len(prompts), count, side, side), np.float32) if return_logits else None
-        for batch in batches:
-            with self.decode(embedding, batch) as raw:
-                for row, index in enumerate(batch.indices):
-                    picks = choose_masks(
-                        raw.masks[row], raw.scores[row], multimask, self.constants, self._decoder_scratch
-                    )
-                    chosen[index] = picks
-                    scores[index] = raw.scores[row][picks]
-                    object_scores[index] = raw.object_scores[row, 0]
-                    for slot, pick in enumerate(picks):
-                        low = raw.masks[row, pick]
-                        write_mask(low, self.constants.mask_threshold, masks[index, slot], self._decoder_scratch)
-                        if logits is not None:
-                            np.clip(low, -LOGIT_CLAMP, LOGIT_CLAMP, out=logits[index, slot])
+        pending = batches[::-1]
+        while pending:
+            batch = pending.pop()
+            try:
+                with self.decode(embedding, batch) as raw:
+                    for row, index in enumerate(batch.indices):
+                        picks = choose_masks(
+                            raw.masks[row], raw.scores[row], multimask, self.constants, self._decoder_scratch
+                        )
+                        chosen[index] = picks
+                        scores[index] = raw.scores[row][picks]
+                        object_scores[index] = raw.object_scores[row, 0]
+                        for slot, pick in enumerate(picks):
+                            low = raw.masks[row, pick]
+                            write_mask(low, self.constants.mask_threshold, masks[index, slot], self._decoder_scratch)
+                            if logits is not None:
+                                np.clip(low, -LOGIT_CLAMP, LOGIT_CLAMP, out=logits[index, slot])
+            except DeviceMemoryError:
+                if len(batch.indices) == 1:
+                    raise
+                self._halved += 1
+                pending += batch.halves()[::-1]
         with self._decoder.lock:
             self._decoder_scratch.trim(MAX_KEPT_BYTES)
         return Sam2Prediction(masks, scores, object_scores, chosen, logits)
@@ -232,16 +271,23 @@ class Sam2ImagePredictor:
                 "The embedding was made by another model or on another device.",
                 "Encode the image with this predictor.",
             )
-        with self._decoder.lock:
+        with self._decoder.lock, contextlib.ExitStack() as held:
             self._check_open()
-            with bound(self._decoder.prepare(batch.sizes, _FEATURES), embedding.features) as binding:
-                binding.write(sam2.POINT_COORDS, batch.point_coords)
-                binding.write(sam2.POINT_LABELS, batch.point_labels)
+            with self._chain.lock:
+                binding = self._decoder.prepare(batch.sizes, FEATURES)
+                embedding.features.await_on(self._device)
+                if self._chain.captures(self._decoder):
+                    fixed = self._images.fixed()
+                    fixed.bind(binding)
+                    fixed.load(embedding.features)
+                else:
+                    held.enter_context(bound(binding, embedding.features))
+                self._chain.write(binding, sam2.POINT_COORDS, batch.point_coords)
+                self._chain.write(binding, sam2.POINT_LABELS, batch.point_labels)
                 self._write_masks(binding, batch.masks)
-                binding.run()
-                yield RawOutputs(
-                    binding.read(sam2.MASKS), binding.read(sam2.IOU_SCORES), binding.read(sam2.OBJECT_SCORE_LOGITS)
-                )
+                self._chain.launch(binding)
+                outputs = self._chain.fetch(binding, _ANSWERS)
+            yield RawOutputs(*(outputs[name] for name in _ANSWERS))
 
     def embedding_from_arrays(
         self, image_embed: Array, high_res: Sequence[Array], original_size: tuple[int, int]
@@ -257,33 +303,41 @@ class Sam2ImagePredictor:
         Raises:
             PromptError: A wrong number of arrays, a wrong shape or dtype, NaN or infinity, or no image size.
         """
-        if not isinstance(high_res, Sequence) or len(high_res) != 2:
-            given = len(high_res) if isinstance(high_res, Sequence) else type(high_res).__name__
-            raise PromptError(
-                f"SAM 2 needs 2 high-resolution feature maps, got {given}.",
-                "Send both maps of the earlier answer, or none of the features.",
-            )
         if len(original_size) != 2 or min(original_size) < 1:
             raise PromptError(f"An image size is (height, width), got {original_size}.", "Send the size in pixels.")
-        arrays = {sam2.IMAGE_EMBED: image_embed, sam2.HIGH_RES_0: high_res[0], sam2.HIGH_RES_1: high_res[1]}
-        buffers = {spec.name: self._borrow(spec, arrays[spec.name]) for spec in self._encoder.spec.outputs}
-        return Embedding(Features(buffers), (int(original_size[0]), int(original_size[1])), None, self._device)
+        features = self._images.take(image_embed, high_res)
+        return self._embedding(features, (int(original_size[0]), int(original_size[1])), None)
 
     def info(self) -> dict[str, Any]:
-        """Bundle, device, back end, precision and why, cache counters; JSON-ready."""
+        """Bundle, device, back end, precision and why, warnings, warm-up, counters; JSON-ready.
+
+        ``warm_up`` has its seconds, or is None where it did not run; ``stream`` counts launches, replays and waits.
+        """
         stats = self.cache.stats()
+        short = {"cache emptied": self._images.memory_retries, "batch halved": self._halved}
+        notes = [f"The device was short of memory: {what} {n} time(s)." for what, n in short.items() if n]
+        graphs = (self._encoder.info(), self._decoder.info())
+        told = (self._description, {"warnings": (*self._chain.warnings.values(), *notes)}, *graphs)
         return {
             **self._description,
+            "warnings": list(dict.fromkeys(w for one in told for w in one.get("warnings", ()))),
+            "warm_up": self._warm_up,
+            "stream": self._chain.info(),
             "family": sam2.FAMILY,
             "bundle_hash": self._bundle_hash,
             "image_size": self.constants.image_size,
             "precision": self._variant,
             "device": self._device.name,
             "backend": self._encoder.backend,
-            "image_encoder": self._encoder.info(),
-            "mask_decoder": self._decoder.info(),
+            "image_encoder": graphs[0],
+            "mask_decoder": graphs[1],
             "cache": {"entries": stats.entries, "bytes": stats.bytes, "max_bytes": stats.max_bytes},
         }
+
+    def memory(self) -> MemoryUse:
+        """Bytes that sessions, buffers of recorded graphs and cached features take now."""
+        fixed = MemoryUse(bindings=self._images.fixed_bytes)
+        return model_memory((self._encoder, self._decoder), self.cache.stats().bytes) + fixed
 
     @property
     def runs(self) -> tuple[int, int]:
@@ -296,7 +350,11 @@ class Sam2ImagePredictor:
             if self._closed:
                 return
             self._closed = True
-            self._opened.close()
+            with self._opened:  # frees in this order, and all of it whatever fails
+                self._opened.callback(self.cache.forget, self._device)
+                self._opened.callback(self._chain.close)
+                self._opened.callback(self._images.close)
+                self._chain.wait()
 
     def __enter__(self) -> Sam2ImagePredictor:
         return self
@@ -304,93 +362,29 @@ class Sam2ImagePredictor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _feature_bytes(self) -> int:
-        return sum(int(np.prod(s.shape())) * s.np_dtype.itemsize for s in self._encoder.spec.outputs)
+    def _embedding(self, features: Features, size: tuple[int, int], bundle_hash: str | None) -> Embedding:
+        return Embedding(features, size, bundle_hash, self._device, self._chain.lock)
 
     def _run_encoder(self, image: npt.NDArray[np.uint8]) -> Features:
         with self._encoder.lock:
             self._check_open()
-            features = self.cache.pool.take(self._device, self._encoder.spec.outputs)
-            with bound(self._encoder.prepare(borrowed=_FEATURES), features) as binding:
-                target = binding.inputs[sam2.PIXEL_VALUES].array
-                if target is not None:
-                    preprocess(image, self.constants, target, self._encoder_scratch)
-                else:
-                    staged = self._encoder_scratch.take("staged", binding.inputs[sam2.PIXEL_VALUES].shape)
-                    preprocess(image, self.constants, staged, self._encoder_scratch)
-                    binding.write(sam2.PIXEL_VALUES, staged)
-                binding.run()
-                self._device.synchronize()
-            return features
+            return self._images.run(image)
 
     def _write_masks(self, binding: Binding, masks: Sequence[npt.NDArray[np.float32] | None]) -> None:
-        """Fills `mask_input` in place; rows without one are zeroed, since NaN times 0 would still be NaN."""
-        buffer = binding.inputs[sam2.MASK_INPUT]
-        rows = buffer.array if buffer.array is not None else self._decoder_scratch.take("staged", buffer.shape)
-        for row, mask in zip(rows, masks, strict=True):
-            row[0] = 0.0 if mask is None else mask
-        if buffer.array is None:
-            binding.write(sam2.MASK_INPUT, rows)
-        binding.write(sam2.HAS_MASK_INPUT, np.array([mask is not None for mask in masks], np.float32))
+        """Fills `mask_input`; rows without one are zeroed, since NaN times 0 would still be NaN.
 
-    def _borrow(self, spec: TensorSpec, array: Array) -> Buffer:
-        """A client's array as a buffer on the device: in place where the device can read it, else one copy."""
-        shape = spec.shape()
-        if not isinstance(array, np.ndarray) or array.dtype != spec.np_dtype or array.shape not in (shape, shape[1:]):
-            given = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise PromptError(
-                f"'{spec.name}' must be {spec.dtype}{list(shape[1:])}, got {given}.",
-                "Send the features of this model as they were returned.",
-            )
-        if not np.isfinite(array.sum(dtype=np.float64)):
-            raise PromptError(f"'{spec.name}' holds NaN or infinity.", "Send the features as they were returned.")
-        array = np.ascontiguousarray(array).reshape(shape)
-        if self._device.kind == "cpu" and array.flags.aligned:
-            return self._device.wrap(array)
-        host = self._device.host_empty(shape, spec.np_dtype)
-        np.copyto(host.host(), array)
-        buffer = self._device.empty(shape, spec.np_dtype)
-        self._device.copy(buffer, host)
-        self._device.synchronize()
-        return buffer
+        Zeros that are there already are not sent again: most clicks come without a mask.
+        """
+        given = np.array([mask is not None for mask in masks], np.float32)
+        if given.any() or binding not in self._blank:
+            self._blank.discard(binding)
+            for row, mask in zip(self._chain.stage(binding, sam2.MASK_INPUT), masks, strict=True):
+                row[0] = 0.0 if mask is None else mask
+            self._chain.send(binding, sam2.MASK_INPUT)
+            if not given.any():
+                self._blank.add(binding)
+        self._chain.write(binding, sam2.HAS_MASK_INPUT, given)
 
     def _check_open(self) -> None:
         if self._closed:
             raise DeviceError("The predictor is closed.", "Open the bundle again.")
-
-
-def choose_precision(bundle: Bundle, precision: str) -> tuple[str, str]:
-    """The variant to run and why.
-
-    Raises:
-        BundleError: The bundle has no such precision, or no variant that all graphs share.
-    """
-    known = bundle.variants()
-    if precision == "auto":
-        if "fp32" in known:
-            return "fp32", "auto: fp32 is the variant proven equal to the original on every device"
-        if known:
-            return known[0], "auto: the only precision that every graph has"
-    if precision not in known:
-        raise BundleError(
-            f"Bundle '{bundle.manifest.name}' has no precision '{precision}' for every graph.", f"Known: {known}."
-        )
-    return precision, "asked for"
-
-
-def _answer(shape: tuple[int, int, int, int], out: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_]:
-    """The array for the masks: the caller's or a new one."""
-    if out is not None:
-        if out.shape != shape or out.dtype != np.bool_ or not out.flags.c_contiguous or not out.flags.writeable:
-            raise PromptError(
-                f"'out' must be a writable C-contiguous bool{list(shape)}, got {out.dtype}{list(out.shape)}.",
-                "Leave it out to get a new array.",
-            )
-        return out
-    if int(np.prod(shape, dtype=np.int64)) > MAX_ANSWER_BYTES:
-        raise PromptError(
-            f"The masks would take {np.prod(shape, dtype=np.int64) / (1 << 30):.1f} GiB ({list(shape)}).",
-            "Ask for fewer prompts at a time, or pass 'out'.",
-        )
-    return np.empty(shape, np.bool_)

@@ -68,6 +68,12 @@ class PromptBatch:
         """Sizes of the decoder's dynamic dimensions."""
         return {"P": self.point_labels.shape[0], "N": self.point_labels.shape[1]}
 
+    def halves(self) -> list[PromptBatch]:
+        """The same prompts as two batches, in order; the arrays are views. For batches of two and more."""
+        cut = len(self.indices) // 2
+        parts = (slice(None, cut), slice(cut, None))
+        return [PromptBatch(self.indices[p], self.point_coords[p], self.point_labels[p], self.masks[p]) for p in parts]
+
 
 def build_prompts(
     prompts: Sequence[Prompt],

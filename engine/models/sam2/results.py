@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...contracts import sam2
-from ...runtime.base import Buffer, Device
+from ...errors import PromptError
+from ...runtime.base import Device
 from .cache import Features
 
 
@@ -22,23 +25,41 @@ class Embedding:
         original_size: (height, width) of the image.
         bundle_hash: Bundle that made the features, or None when a client sent them.
         device: Where the buffers are.
+        lock: Held while the device's stream is used.
     """
 
     features: Features
     original_size: tuple[int, int]
     bundle_hash: str | None
     device: Device
+    lock: AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext, repr=False)
 
     @property
     def image_embed(self) -> npt.NDArray[np.float32]:
         """(1, C, G, G) float32, the no-memory embedding included; a copy that the caller owns."""
-        return to_host(self.device, self.features.buffers[sam2.IMAGE_EMBED])
+        (embed,) = self._to_host(sam2.IMAGE_EMBED)
+        return embed
 
     @property
     def high_res(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """(1, C/8, 4G, 4G) and (1, C/4, 2G, 2G) float32; copies that the caller owns."""
-        buffers = self.features.buffers
-        return to_host(self.device, buffers[sam2.HIGH_RES_0]), to_host(self.device, buffers[sam2.HIGH_RES_1])
+        first, second = self._to_host(sam2.HIGH_RES_0, sam2.HIGH_RES_1)
+        return first, second
+
+    def _to_host(self, *names: str) -> list[npt.NDArray[Any]]:
+        """Copies of some buffers in host memory that the caller owns; one wait for all."""
+        buffers = [self.features.buffers[name] for name in names]
+        with self.lock:
+            self.features.await_on(self.device)
+            copies = []
+            for buffer in buffers:
+                if buffer.array is None:
+                    host = self.device.host_empty(buffer.shape, buffer.dtype)
+                    self.device.copy(host, buffer)
+                    copies.append(host.host())
+            self.device.synchronize()
+        staged = iter(copies)
+        return [np.array(next(staged) if b.array is None else b.array) for b in buffers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +96,24 @@ class RawOutputs:
     object_scores: npt.NDArray[np.float32]
 
 
-def to_host(device: Device, buffer: Buffer) -> npt.NDArray[Any]:
-    """A copy of `buffer` in host memory that the caller owns."""
-    if buffer.array is not None:
-        return np.array(buffer.array)
-    host = device.host_empty(buffer.shape, buffer.dtype)
-    device.copy(host, buffer)
-    device.synchronize()
-    return host.host()
+def answer_masks(
+    shape: tuple[int, int, int, int], out: npt.NDArray[np.bool_] | None, max_bytes: int
+) -> npt.NDArray[np.bool_]:
+    """The array for the masks: the caller's, or a new one of at most `max_bytes`.
+
+    Raises:
+        PromptError: `out` does not fit, or the new array would be too large.
+    """
+    if out is not None:
+        if out.shape != shape or out.dtype != np.bool_ or not out.flags.c_contiguous or not out.flags.writeable:
+            raise PromptError(
+                f"'out' must be a writable C-contiguous bool{list(shape)}, got {out.dtype}{list(out.shape)}.",
+                "Leave it out to get a new array.",
+            )
+        return out
+    if int(np.prod(shape, dtype=np.int64)) > max_bytes:
+        raise PromptError(
+            f"The masks would take {np.prod(shape, dtype=np.int64) / (1 << 30):.1f} GiB ({list(shape)}).",
+            "Ask for fewer prompts at a time, or pass 'out'.",
+        )
+    return np.empty(shape, np.bool_)

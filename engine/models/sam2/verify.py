@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ import numpy.typing as npt
 from ...bundle import Bundle, GoldenSample
 from ...contracts import sam2
 from ...errors import BundleError, ImageError, PromptError
+from ...runtime.base import DeviceInfo
 from ..images import decode_image
 from ..masks import mask_iou
+from ..verdicts import Verdict, VerdictKey, VerdictStore
+from .diagnosis import FP32_MAX_REL, GRAPH_OF, Suspect, find_suspect, tolerances
 from .postprocess import write_mask
 from .predictor import Embedding, Sam2ImagePredictor
 from .preprocess import Scratch, preprocess
@@ -28,10 +31,9 @@ from .prompts import Prompt, build_prompts
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-FP32_MAX_REL = 1e-4
-"""Largest relative error of any tensor at full precision; reduced precisions are judged by their masks."""
 MIN_IOU = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.99, "int8": 0.98, "int4": 0.98}
-"""Bar per precision: for fp32 of the worst mask, for the others of the mean."""
+"""Bar per precision: for fp32 of the worst mask, for the others of the mean. Tensors must meet `FP32_MAX_REL` at full
+precision; reduced precisions are judged by their masks."""
 
 _DAMAGED = "Copy or download the bundle again, or export it again."
 
@@ -44,11 +46,15 @@ class TensorError:
         name: Tensor name in the contract.
         max_abs: Largest |difference|; infinite when a value is not finite.
         max_rel: The largest, over the samples, of max |difference| / max |reference|.
+        graph: Graph that made it, or ``pre-processing``.
+        tolerance: Relative error that is expected at most; what it means is said in `diagnosis`.
     """
 
     name: str
     max_abs: float = 0.0
     max_rel: float = 0.0
+    graph: str = ""
+    tolerance: float | None = None
 
     def add(self, got: npt.NDArray[Any], want: npt.NDArray[Any]) -> None:
         if got.shape != want.shape:
@@ -66,7 +72,7 @@ class VerifyReport:
 
     Attributes:
         bundle: Name in the manifest.
-        device: Name of the device.
+        device: Name of the device, such as ``cuda:0``.
         backend: Back end that ran.
         precision: Variant that ran.
         samples: Golden samples compared.
@@ -76,6 +82,12 @@ class VerifyReport:
             tolerance (1e-4 of the mask's largest logit) count as equal.
         seconds: Opening and running.
         problems: Every figure that misses the bar, in words; empty when passed.
+        product: Name of the product that the device is.
+        compute_capability: Of the device; None where there is none.
+        driver: Version of its driver; None where there is none.
+        suspect: Where to look, when a figure misses the bar.
+        warnings: What did not run as meant.
+        key: What a verdict on this run is stored under.
     """
 
     bundle: str
@@ -88,6 +100,12 @@ class VerifyReport:
     min_iou: float
     seconds: float
     problems: list[str] = field(default_factory=list)
+    product: str = ""
+    compute_capability: str | None = None
+    driver: str | None = None
+    suspect: Suspect | None = None
+    warnings: list[str] = field(default_factory=list)
+    key: VerdictKey | None = None
 
     @property
     def passed(self) -> bool:
@@ -95,7 +113,8 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "passed": self.passed}
+        key = self.key.model_dump() if self.key is not None else None
+        return {**asdict(replace(self, key=None)), "key": key, "passed": self.passed}
 
 
 def verify_bundle(
@@ -107,7 +126,7 @@ def verify_bundle(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Runs the golden samples of a bundle on a device.
+    """Runs the golden samples of a bundle on a device. Stored verdicts are neither asked nor written.
 
     Args:
         bundle: An open bundle or its folder.
@@ -127,16 +146,21 @@ def verify_bundle(
     golden = bundle.golden()
     if not golden:
         raise BundleError(f"Bundle '{bundle.manifest.name}' has no golden samples.", "Export it again.")
-    errors = {name: TensorError(name) for name in _TENSORS}
+    errors = {name: TensorError(name, graph=GRAPH_OF[name]) for name in _TENSORS}
     ious: list[float] = []
+    on: DeviceInfo | None = None
     with Sam2ImagePredictor.open(
-        bundle, device=device, backend=backend, precision=precision, threads=threads
+        bundle, device=device, backend=backend, precision=precision, threads=threads, prove=False
     ) as predictor:
         for index, sample in enumerate(golden):
-            ious += _run_sample(bundle, predictor, sample, errors)
+            more, on = _run_sample(bundle, predictor, sample, errors)
+            ious += more
             if progress is not None:
                 progress(index + 1, len(golden))
         info = predictor.info()
+    assert on is not None  # there is a sample
+    for name, tolerance in tolerances(bundle, info["precision"]).items():
+        errors[name].tolerance = tolerance
     report = VerifyReport(
         bundle=bundle.manifest.name,
         device=info["device"],
@@ -147,9 +171,36 @@ def verify_bundle(
         mean_iou=float(np.mean(ious)),
         min_iou=float(np.min(ious)),
         seconds=time.perf_counter() - start,
+        product=on.name,
+        compute_capability=on.compute_capability,
+        driver=on.driver,
+        warnings=list(info["warnings"]),
+        key=_key(bundle, info, on),
     )
     report.problems = judge(report)
+    if report.problems:
+        report.suspect = find_suspect(report.tensors, bundle, report.precision, report.backend, info)
     return report
+
+
+def record_verdict(report: VerifyReport, store: VerdictStore | None = None, forced: bool = False) -> Verdict:
+    """Keeps what a run said: later loads refuse a combination that failed here, unless it is `forced`.
+
+    Args:
+        report: Of `verify_bundle`.
+        store: Where; None for the user's own.
+        forced: Let a combination that failed be used all the same.
+    """
+    assert report.key is not None  # `verify_bundle` fills it
+    verdict = Verdict.of(report.key, report, forced=forced)
+    (store if store is not None else VerdictStore()).put(verdict)
+    return verdict
+
+
+def _key(bundle: Bundle, info: dict[str, Any], on: DeviceInfo) -> VerdictKey:
+    from .opening import combination_key, locate
+
+    return combination_key(bundle, locate(bundle, info["backend"], info["precision"], on), on)
 
 
 def judge(report: VerifyReport) -> list[str]:
@@ -180,8 +231,8 @@ _TENSORS = (sam2.PIXEL_VALUES, *_FEATURES, *_ANSWERS)
 
 def _run_sample(
     bundle: Bundle, predictor: Sam2ImagePredictor, sample: GoldenSample, errors: dict[str, TensorError]
-) -> list[float]:
-    """Compares one sample; returns the IoU of each of its masks."""
+) -> tuple[list[float], DeviceInfo]:
+    """Compares one sample; returns the IoU of each of its masks, and the device that ran it."""
     stored = bundle.load_npz(sample.tensors)
     image = decode_image(bundle.file(sample.image))
     try:
@@ -197,7 +248,7 @@ def _run_sample(
         ious = []
         for row in range(len(stored["labels"])):
             ious += _run_prompt(predictor, embedding, stored, row, errors)
-        return ious
+        return ious, embedding.device.info()
     except (KeyError, IndexError, ValueError) as error:
         raise BundleError(f"Golden sample '{sample.name}' is malformed: {error}.", _DAMAGED) from error
     except (ImageError, PromptError) as error:

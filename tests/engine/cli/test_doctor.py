@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from pixano_edge.engine.cli.host import parse_cpuinfo, read_host
 from pixano_edge.engine.cli.libraries import Finding, Library
 from pixano_edge.engine.cli.main import app
 from pixano_edge.engine.cli.probe import ProviderState, probe_graph, probe_provider
+from pixano_edge.engine.runtime.base import DeviceInfo
+from pixano_edge.engine.runtime.cuda_open import AutoDevice
 from tests.support.system import write_system
 
 INSTALLED = {"onnxruntime": "1.32.0", "opencv-python-headless": "5.0.0", "numpy": "2.0"}
@@ -131,29 +133,43 @@ def test_only_problems_fail(monkeypatch: pytest.MonkeyPatch, finding: Finding, c
     assert f"fix: {finding.action}" in result.stdout
 
 
-@pytest.mark.parametrize("more", [[], [ProviderState("CUDAExecutionProvider", True)]])
-def test_a_gpu_is_said_to_be_unused_and_no_gpu_wheel_is_advised(more: list[ProviderState]):
-    host = read_host()
-    states = [ProviderState("CPUExecutionProvider", True), *more]
+def test_whether_the_gpu_is_used_is_said():
+    host = replace(read_host(), jetson=None)
+    unused = AutoDevice((), "no CUDA device can be used: no library.", "pip install 'pixano-edge[cuda]'")
     for gpus, board in (([{"name": "GPU"}], None), ([], "NVIDIA Jetson AGX Orin")):
-        (finding,) = doctor._provider_findings(states, gpus, replace(host, jetson=board))
-        assert finding.level == "note"
-        assert "CUDA back end is not there yet" in finding.message
-        assert "[cuda]" not in finding.message + finding.action
-    assert doctor._provider_findings(states, [], replace(host, jetson=None)) == []
+        (finding,) = doctor._gpu_findings(gpus, replace(host, jetson=board), unused)
+        assert finding.level == "warning"
+        assert "runs on the CPU: no CUDA device can be used" in finding.message
+        assert finding.action == unused.action
+    assert doctor._gpu_findings([], host, unused) == []
+    (finding,) = doctor._gpu_findings([{"name": "GPU"}], host, AutoDevice(("cuda:0", "cuda:1"), "it works"))
+    assert finding.level == "note"
+    assert "'auto' is cuda:0" in finding.message
+
+
+def test_a_gpu_is_one_line():
+    text = doctor._gpu_text(asdict(DeviceInfo("GPU 0", "cuda", runtime="CUDA 13.2", temperature=61, utilisation=0)))
+    assert text.startswith("GPU 0, compute capability")
+    assert "CUDA 13.2" in text
+    assert "load 0 %, 61 °C" in text
+    assert " W" not in text
+    shared = doctor._gpu_text({"name": "Orin", "extra": {"memory": "shared with the CPU"}})
+    assert shared.endswith("memory shared with the CPU")
 
 
 def test_a_cuda_provider_that_does_not_load_is_only_a_note():
     states = [ProviderState("CUDAExecutionProvider", False, "no libcudnn")]
     (finding,) = doctor._provider_findings(states, [], replace(read_host(), jetson=None))
     assert (finding.level, "no libcudnn" in finding.message, finding.action) == ("note", True, "")
+    # On a machine with a GPU it is said once, with what to install (test_gpu_parts.py).
+    assert doctor._provider_findings(states, [{"name": "GPU"}], replace(read_host(), jetson=None)) == []
 
 
 @pytest.mark.parametrize("command", ["segment", "demo", "verify", "info"])
 def test_help_says_what_works_now(command: str):
     shown = CliRunner().invoke(app, [command, "--help"]).stdout
     text = " ".join(shown.replace("│", " ").split())  # without the frame of the table, whose width varies
-    for words in ("auto or cpu; cuda:N comes with a later version", "auto or onnxruntime;", "auto, fp32 or fp16,"):
+    for words in ("auto, cpu or cuda:N", "auto, onnxruntime, or tensorrt", "auto, or a precision that the bundle has"):
         assert words in text
 
 

@@ -134,8 +134,8 @@ class FakeOpener:
         )
 
 
-def add_bundle(root: Path, name: str, family: str = "sam2") -> Path:
-    """A folder whose manifest is valid and whose graphs do not exist."""
+def add_bundle(root: Path, name: str, family: str = "sam2", weights: int = 0) -> Path:
+    """A folder whose manifest is valid and whose graphs do not exist. It says that they have `weights` bytes."""
     from datetime import datetime, timezone
 
     from pixano_edge.engine.bundle import Manifest
@@ -151,15 +151,20 @@ def add_bundle(root: Path, name: str, family: str = "sam2") -> Path:
         constants=CONSTANTS.to_dict(),
         preprocess={"image_size": 128, "mean": CONSTANTS.mean, "std": CONSTANTS.std},
         postprocess={},
-        graphs={},
+        graphs=_graphs() if weights else {},
         parity=None,
         golden=[],
-        files={},
+        files={f"{g}.onnx": {"sha256": "0" * 64, "size": weights // 2} for g in _graphs()} if weights else {},
     )
     folder = root / name
     folder.mkdir(parents=True)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(), encoding="utf-8")
     return folder
+
+
+def _graphs() -> dict[str, Any]:
+    variant = {"precision": "fp32", "opset": 18, "nodes": 1, "parameters": 1}
+    return {g: {"variants": {"fp32": {"file": f"{g}.onnx", **variant}}} for g in ("image_encoder", "mask_decoder")}
 
 
 class FolderStore(BundleStore):

@@ -243,7 +243,7 @@ async def test_damaged_bundles_and_missing_devices(
         "damaged": (ModelConfig("x", _TASK, damaged), InvalidRequestError, "damaged"),
         "cut": (ModelConfig("x", _TASK, cut), InvalidRequestError, "."),
         "cuda": (ModelConfig("x", _TASK, "tiny", {"device": "cuda:0"}), InvalidRequestError, "cuda"),
-        "tensorrt": (ModelConfig("x", _TASK, "tiny", {"backend": "tensorrt"}), InvalidRequestError, "tensorrt"),
+        "tensorrt": (ModelConfig("x", _TASK, "tiny", {"backend": "tensorrt"}), InvalidRequestError, "TensorRT"),
         "int4": (ModelConfig("x", _TASK, "tiny", {"precision": "int4"}), InvalidRequestError, "int4"),
         "task": (ModelConfig("x", "video_mask_generation", "tiny"), TaskNotSupportedError, "image_mask_generation"),
     }

@@ -15,6 +15,7 @@ from pixano_edge.engine.provider import (
     InferenceError,
     InvalidRequestError,
     ModelConfig,
+    OutOfMemoryError,
     catalogue,
 )
 from pixano_edge.engine.provider.worker import ModelWorker
@@ -38,7 +39,7 @@ def _request() -> ImageMaskGenerationInput:
         (BundleError("damaged", "copy again"), InvalidRequestError, InferenceError),
         (DeviceError("no cuda", "use cpu"), InvalidRequestError, InferenceError),
         (MissingDependencyError("onnxruntime", "cpu", "Running"), InferenceError, InferenceError),
-        (MemoryError(), InferenceError, InferenceError),
+        (MemoryError(), OutOfMemoryError, OutOfMemoryError),
     ],
 )
 async def test_failed_loads_register_nothing(

@@ -157,9 +157,6 @@ def test_info_and_events() -> None:
 def test_open_device() -> None:
     assert open_device("cpu").name == "cpu"
     assert "reason" in open_device("auto").info().extra
-    for name in ("cuda", "cuda:0", "cuda:12"):
-        with pytest.raises(DeviceError, match="not there yet"):
-            open_device(name)
     for name in ("", "gpu", "cuda:x", "CPU"):
         with pytest.raises(DeviceError, match="Unknown device"):
             open_device(name)

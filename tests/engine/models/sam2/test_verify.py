@@ -49,9 +49,9 @@ PREPROCESS = module.preprocess
 def test_wrong_preprocessing_is_caught(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.setattr(module, "preprocess", swap_channels)
     if where == "the predictor too":
-        from pixano_edge.engine.models.sam2 import predictor
+        from pixano_edge.engine.models.sam2 import encoding
 
-        monkeypatch.setattr(predictor, "preprocess", swap_channels)
+        monkeypatch.setattr(encoding, "preprocess", swap_channels)
     report = verify_bundle(tiny_bundle, threads=1)
     assert any("pixel_values" in p for p in report.problems)
     assert any("masks:" in p for p in report.problems) == (where == "the predictor too")
