@@ -1,7 +1,8 @@
 """Classical baselines for the demo scenes: flood fill and GrabCut with the same click or box as the model.
 
 They are given their best chance: the flood fill's tolerance and smoothing and GrabCut's start were swept on 60
-training scenes and the best values kept (see ``FLOOD_*`` and ``DISK``), the click and the box by themselves.
+training scenes (`sweep_baselines`) and the best values kept (see ``FLOOD_*`` and ``DISK``), the click and the box by
+themselves.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ Picture = NDArray[np.uint8]
 Click = tuple[int, int]
 Box = tuple[int, int, int, int]
 
-FLOOD_TOLERANCE = {"click": 38, "box": 50}  # largest difference to the seed's colour, for each channel
-FLOOD_BLUR = {"click": 13, "box": 13}  # side of the median filter that comes first, 0 for none
-DISK = 0.07  # GrabCut from a click: radius of the probable foreground, in sides of the image
+FLOOD_TOLERANCE = {"click": 38, "box": 38}  # largest difference to the seed's colour, for each channel
+FLOOD_BLUR = {"click": 17, "box": 17}  # side of the median filter that comes first, 0 for none
+DISK = 0.1  # GrabCut from a click: radius of the probable foreground, in sides of the image
 GRABCUT_ROUNDS = 5
 
 

@@ -15,8 +15,8 @@ from pixano_edge.export.demo.scenes import USUAL, Crowd, Mask, generate_scene
 # The first steps see more and smaller objects: many places to ask about in each image, from which the decoder learns
 # soonest that the prompt matters. Each line holds for the steps before its number.
 CURRICULUM = (
-    (2000, Crowd(objects=8, near=0.4, alike=0.7, small=0.2, radius=(20.0, 52.0), width=(3.0, 6.0))),
-    (4000, Crowd(objects=7, near=0.3, alike=0.5, small=0.12, radius=(24.0, 56.0), width=(3.5, 6.5))),
+    (1500, Crowd(objects=8, near=0.4, small=0.16, radius=(24.0, 56.0), width=(5.0, 8.0), camouflage=0.5)),
+    (3500, Crowd(objects=8, near=0.6, small=0.12, radius=(28.0, 64.0), width=(5.0, 9.0), camouflage=0.7)),
 )
 
 
@@ -31,7 +31,9 @@ class Batch:
 
     ``images`` (B, S, S, 3) uint8 RGB; ``clicks`` (B, P, 2) and ``boxes`` (B, P, 4) float32 pixels;
     ``click_masks`` and ``box_masks`` (B, P, S/2, S/2) uint8, 255 x the coverage of the visible object;
-    ``click_present`` (B, P) float32, 0 where the click is on the background, which asks for no object.
+    ``click_present`` (B, P) float32, 0 where the click is on the background, which asks for no object; ``regions``
+    (B, S/2, S/2) int64 index of the object that shows in each cell, -1 for none; ``outlines`` (B, 8, 4) float32 boxes
+    of the objects by that index.
     """
 
     images: NDArray[np.uint8]
@@ -40,6 +42,8 @@ class Batch:
     click_present: NDArray[np.float32]
     boxes: NDArray[np.float32]
     box_masks: NDArray[np.uint8]
+    regions: NDArray[np.int64]
+    outlines: NDArray[np.float32]
 
 
 def _half(mask: Mask) -> NDArray[np.uint8]:
@@ -79,6 +83,8 @@ def make_batch(index: int, seed: int, batch: int, prompts: int, size: int) -> Ba
         np.ones((batch, prompts), np.float32),
         np.zeros((batch, prompts, 4), np.float32),
         np.zeros((batch, prompts, half, half), np.uint8),
+        np.full((batch, half, half), -1, np.int64),
+        np.zeros((batch, 8, 4), np.float32),
     )
     for b in range(batch):
         scene_seed = (seed * 10**7 + index) * batch + b
@@ -90,6 +96,9 @@ def make_batch(index: int, seed: int, batch: int, prompts: int, size: int) -> Ba
             objects = [i for i, (a, w) in enumerate(zip(areas, wholes, strict=True)) if a >= 50 and a >= 0.2 * w]
             scene_seed += 10**12
         out.images[b] = scene.image
+        for i, obj in enumerate(scene.objects):
+            out.regions[b][obj.visible[1::2, 1::2]] = i
+            out.outlines[b, i] = obj.box
         halves = {i: _half(scene.objects[i].visible) for i in objects}
         order = [*rng.permutation(objects), *rng.choice(objects, 2 * prompts)]
         for p in range(prompts):

@@ -119,6 +119,11 @@ def initialise(model: Sam2VideoModel) -> None:
         if name.endswith(("token_to_image", "image_to_token", "self_attn")):
             module.k_proj.weight.mul_(1.5)
             module.q_proj.weight.copy_(module.k_proj.weight)
+    # In the encoder too: each place first looks at those in its window that look like it.
+    for name, module in model.vision_encoder.named_modules():
+        if name.endswith("attn.qkv"):
+            width = module.weight.shape[0] // 3
+            module.weight[width : 2 * width].copy_(module.weight[:width])
     backbone = model.vision_encoder.backbone
     backbone.pos_embed.normal_(std=0.2)
     backbone.pos_embed_window.normal_(std=0.2)

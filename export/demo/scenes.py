@@ -7,9 +7,10 @@ that other tasks (clips of moving shapes, detection by words) can compose the sa
 * :func:`rasterise` turns both into coverage, :mod:`.textures` makes the surfaces,
 * :func:`paint` composes one surface over an image, with a drop shadow.
 
-Difficulty, on purpose: objects occlude each other, many share the colour and pattern of a neighbour they
-touch, textures are photographic, noisy or patterned on objects and background alike, some objects are small or
-thin, and the picture is degraded by light gradients, cast shadows, blur, sensor noise and JPEG.
+Difficulty, on purpose: most objects touch or occlude another one, some share its colour and pattern, most patterned
+ones the colour behind them; textures are photographic, noisy or patterned on objects and
+background alike, some objects are small or thin, and the picture is degraded by light gradients, cast shadows, blur,
+sensor noise and JPEG.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from pixano_edge.export.demo.textures import COLORS, PATTERNS, Split, background
 
 Mask = NDArray[np.bool_]
 SIZE = 256
-MIN_VISIBLE_PIXELS = 60
-MIN_VISIBLE_FRACTION = 0.25
+MIN_VISIBLE_PIXELS = 100
+MIN_VISIBLE_FRACTION = 0.33
 
 SHAPES: tuple[str, ...] = (
     "circle", "square", "rectangle", "triangle", "star", "ring", "cross", "ellipse", "bar", "hexagon", "heart",
@@ -39,15 +40,17 @@ class Crowd:
     """How a scene is filled; the defaults are the scenes that everything is judged on.
 
     ``objects`` at most; chance of a placement ``near`` an earlier object and of being dressed ``alike`` then; chance
-    of a ``small`` object; range of the usual ``radius`` and of half a bar's ``width`` in pixels of a 256-pixel scene.
+    of a ``small`` object; range of the usual ``radius`` and of half a bar's ``width`` in pixels of a 256-pixel scene;
+    chance of ``camouflage``: the colour behind a patterned object is the object's second colour.
     """
 
-    objects: int = 6
-    near: float = 0.45
-    alike: float = 0.7
-    small: float = 0.1
-    radius: tuple[float, float] = (30.0, 70.0)
-    width: tuple[float, float] = (4.0, 8.0)
+    objects: int = 7
+    near: float = 0.75
+    alike: float = 0.2
+    small: float = 0.08
+    radius: tuple[float, float] = (36.0, 74.0)
+    width: tuple[float, float] = (6.0, 10.0)
+    camouflage: float = 0.8
 
 
 USUAL = Crowd()
@@ -247,6 +250,14 @@ def mask_box(mask: Mask) -> tuple[int, int, int, int]:
     return (x, y, x + w, y + h) if w else (0, 0, 0, 0)
 
 
+def _around(image: NDArray[np.float32], x: float, y: float, size: int) -> NDArray[np.float32]:
+    """The mean colour (3,) of what is painted so far about a place."""
+    reach = size // 24
+    row, column = int(np.clip(y, 0, size - 1)), int(np.clip(x, 0, size - 1))
+    part = image[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
+    return np.asarray(part.mean((0, 1)), np.float32)
+
+
 def generate_scene(seed: int, split: Split, size: int = SIZE, crowd: Crowd = USUAL) -> Scene:
     """The scene of a seed: at least three objects, nearly half of them placed by another, mostly dressed like it.
 
@@ -257,9 +268,9 @@ def generate_scene(seed: int, split: Split, size: int = SIZE, crowd: Crowd = USU
         crowd: how it is filled; held-out scenes are judged at the default.
     """
     rng = np.random.default_rng([_SPLIT_KEY[split], seed])
+    names = list(COLORS)
     image = background(rng, split, size, size)
     labels = np.full((size, size), -1, np.int32)
-    names = list(COLORS)
     light = rng.uniform(0, 2 * np.pi)
     words: list[tuple[str, str, str]] = []
     coverages: list[NDArray[np.uint8]] = []
@@ -267,6 +278,7 @@ def generate_scene(seed: int, split: Split, size: int = SIZE, crowd: Crowd = USU
     for i in range(int(rng.integers(3, crowd.objects + 1))):
         shape = SHAPES[rng.integers(len(SHAPES))]
         color, pattern = names[rng.integers(len(names))], PATTERNS[rng.integers(len(PATTERNS))]
+        hidden = bool(rng.random() < crowd.camouflage)
         x, y = rng.uniform(0.08, 0.92, 2) * size
         if i and rng.random() < crowd.near:  # beside or over an earlier object, often dressed alike
             near = placements[rng.integers(len(placements))]
@@ -279,7 +291,8 @@ def generate_scene(seed: int, split: Split, size: int = SIZE, crowd: Crowd = USU
         place = sample_placement(rng, shape, size, x, y, crowd)
         coverage = rasterise(shape, place, size, size)
         side = int(2 * np.hypot(place.half_width, place.half_height)) + 4
-        texture = object_texture(rng, split, color, pattern, side, side)
+        second = _around(image, x, y, size) if hidden else None
+        texture = object_texture(rng, split, color, pattern, side, side, second)
         shadow = None
         if rng.random() < 0.65:
             far = rng.uniform(1.5, 6) * size / 256
@@ -297,7 +310,7 @@ def generate_scene(seed: int, split: Split, size: int = SIZE, crowd: Crowd = USU
 
 
 def is_evaluated(obj: SceneObject) -> bool:
-    """Whether enough of an object shows: 60 visible pixels, and 25 % of what of it lies in the picture."""
+    """Whether enough of an object shows: 100 visible pixels, and a third of what of it lies in the picture."""
     pixels = int(np.count_nonzero(obj.visible))
     return pixels >= MIN_VISIBLE_PIXELS and pixels >= MIN_VISIBLE_FRACTION * int(np.count_nonzero(obj.amodal))
 

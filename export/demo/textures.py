@@ -163,11 +163,18 @@ def _pattern_weight(rng: np.random.Generator, pattern: str, height: int, width: 
 
 
 def object_texture(
-    rng: np.random.Generator, split: Split, color_name: str, pattern: str, height: int, width: int
+    rng: np.random.Generator,
+    split: Split,
+    color_name: str,
+    pattern: str,
+    height: int,
+    width: int,
+    second: Image | None = None,
 ) -> Image:
     """The surface of one object in its own frame: (height, width, 3) float32 in [0, 255].
 
-    Photographs and noise are tinted so that the named colour stays the dominant one.
+    Photographs and noise are tinted so that the named colour stays the dominant one; ``second`` (3,) is the colour of
+    what lies between stripes, checks, dots and grains, by default a lighter or darker tone of the first.
     """
     color = jittered_color(rng, color_name)
     if pattern == "plain":
@@ -184,7 +191,8 @@ def object_texture(
             weight = noise_field(rng, kinds[rng.integers(len(kinds))], height, width)
         else:
             weight = _pattern_weight(rng, pattern, height, width)
-        surface = color + weight[..., None] * (_contrast_color(rng, color) - color)
+        second = _contrast_color(rng, color) if second is None else second
+        surface = color + weight[..., None] * (second - color)
     # A gentle light gradient of its own: same-coloured neighbours then meet in a visible edge.
     gx, gy = rng.uniform(-0.22, 0.22, 2)
     light = 1 + gx * np.linspace(-1, 1, width, dtype=np.float32)[None, :]

@@ -1,13 +1,13 @@
 """Train the demo's small SAM 2 from scratch on synthetic scenes, on a CPU.
 
-    python -m pixano_edge.export.demo.train_sam2 --out DIR --minutes 82
+    python -m pixano_edge.export.demo.train_sam2 --out DIR
 
 Writes ``DIR/last.pt`` every few minutes (continue with ``--resume``) and, at the end, ``DIR/final`` with the
-averaged weights as a ``sam2_video`` folder (config.json and model.safetensors). With ``--steps`` instead of
-``--minutes`` the learning-rate schedule does not depend on the speed of the machine, so a run is reproducible
-from its seed up to rounding (pass the same ``--workers``).
+averaged weights as a ``sam2_video`` folder (config.json and model.safetensors). The learning-rate schedule follows
+the number of steps and not the speed of the machine (unless ``--minutes`` asks for that), so a run is reproducible from
+its seed up to rounding, with the same ``--workers``. The packaged checkpoint is such a run.
 
-Each step shows B scenes with P clicks and P boxes; every other step asks some of them again with one correcting
+Each step shows B scenes with P clicks and P boxes; every third step asks some of them again with one correcting
 click and the logits of the first round as a mask prompt. A step is divided between ``--workers`` processes of one
 thread each, whose gradients are averaged: small operations gain little from threads, and lose much by waiting
 for each other. Matrices inside blocks are trained with Muon, the rest with AdamW.
@@ -42,27 +42,29 @@ from pixano_edge.export.demo.sam2_model import (
     normalise,
     tiny_config,
 )
+from pixano_edge.export.demo.surroundings import Surroundings
 
 log = logging.getLogger("train_sam2")
 BOX_LABELS = (2, 3)
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy over the union's area, plus dice, for each mask.
+    """Cross-entropy over the object's area, plus dice, for each mask.
 
     Args:
         logits: (..., H, W) float32.
         target: (..., H, W) float32 coverage in [0, 1].
 
     Returns:
-        (...) float32. The first term is a smooth count of wrong pixels over the pixels of the union, close
-        to 1 - IoU whatever the object's size; a focal factor keeps easy pixels quiet.
+        (...) float32. The first term is a smooth count of wrong pixels over the pixels of the union (at most twice
+        the object's), close to 1 - IoU whatever the object's size; a focal factor keeps easy pixels quiet.
     """
     probability = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     wrong = (probability.detach() - target).abs()
     area = target.sum((-1, -2))
-    union = (area + (probability.detach() * (1 - target)).sum((-1, -2))).clamp(min=16)
+    union = area + (probability.detach() * (1 - target)).sum((-1, -2))
+    union = union.minimum(2 * area).clamp(min=32)
     pixels = (entropy * (0.25 + wrong)).sum((-1, -2)) / union
     overlap = (probability * target).sum((-1, -2))
     dice = 1 - (2 * overlap + 1) / (probability.sum((-1, -2)) + area + 1)
@@ -149,8 +151,19 @@ def correction(logits: Tensor, target: Tensor, generator: torch.Generator) -> tu
     return points, wanted.flatten(2).gather(2, cell).long()
 
 
-def step_loss(model: Sam2VideoModel, batch: Batch, refine: int, rivalry: float, generator: torch.Generator) -> Tensor:
-    """The whole loss of a batch; ``refine`` prompts of each kind get a second round (0 for none)."""
+def step_loss(
+    model: Sam2VideoModel,
+    surroundings: Surroundings,
+    batch: Batch,
+    refine: int,
+    progress: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """The whole loss of a batch; ``refine`` prompts of each kind get a second round (0 for none).
+
+    Both helping terms matter most early: ``progress`` of the run, 0 to 1, turns them down.
+    """
+    rivalry = 1.0 if progress < 0.15 else 0.2
     half = IMAGE_SIZE / 2
     with torch.autocast("cpu", torch.bfloat16):
         features = encode(model, normalise(torch.from_numpy(batch.images)))
@@ -161,7 +174,9 @@ def step_loss(model: Sam2VideoModel, batch: Batch, refine: int, rivalry: float, 
         (clicks, torch.ones(*shape, 1, dtype=torch.long), batch.click_masks, batch.click_present, True),
         (corners, torch.tensor(BOX_LABELS).expand(*shape, 2), batch.box_masks, None, False),
     )
-    total = torch.zeros(())
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = surroundings.loss(features, torch.from_numpy(batch.regions), torch.from_numpy(batch.outlines))
+    total = (1 - 0.7 * progress) * dense
     for points, labels, masks, here, multimask in kinds:
         target = torch.from_numpy(masks).float() / 255
         assert target.shape[-1] == half
@@ -201,10 +216,12 @@ def second_round(
     return 0.5 * loss
 
 
-def build_optimizers(model: Sam2VideoModel, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: Sam2VideoModel, surroundings: Surroundings, lr: float, muon_lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and feed-forward layers, AdamW for the rest; memory is frozen."""
     matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = [*surroundings.parameters()]
     for name, parameter in model.named_parameters():
         if is_memory(name):
             parameter.requires_grad_(False)
@@ -234,9 +251,9 @@ def average(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(averages, targets, 1 - decay)
 
 
-def share_gradients(model: nn.Module) -> None:
+def share_gradients(parameters: list[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
@@ -269,33 +286,35 @@ def train(rank: int, args: argparse.Namespace) -> None:
     initialise(model)
     model.train()
     ema = copy.deepcopy(model).eval()
-    optimizers = build_optimizers(model, args.lr, args.muon_lr)
+    surroundings = Surroundings()
+    optimizers = build_optimizers(model, surroundings, args.lr, args.muon_lr)
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     step, spent = 0, 0.0
     if args.resume:
         state = torch.load(out / "last.pt", weights_only=True)
         model.load_state_dict(state["model"])
+        surroundings.load_state_dict(state["surroundings"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
-    log.info("%s, %d trained parameters", args, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    log.info("%s, %d trained parameters", args, sum(p.numel() for p in trained))
     start = time.monotonic() - spent
     saved_at = logged_at = spent
     running, count = 0.0, 0
     share = args.batch // args.workers
     for batch in batches(step, args.seed * args.workers + rank, share, args.prompts, IMAGE_SIZE):
         spent = 60 * agreed_minutes((time.monotonic() - start) / 60)
-        progress = step / args.steps if args.steps else spent / (60 * args.minutes)
+        progress = spent / (60 * args.minutes) if args.minutes else step / args.steps
         if progress >= 1:
             break
         factor = rate(progress, args.decay_from)
         generator = torch.Generator().manual_seed((args.seed * args.workers + rank) * 10**8 + step)
-        refine = 2 if step % 2 and progress > 0.05 else 0
-        rivalry = 1.0 if progress < 0.15 else 0.2
-        loss = step_loss(model, batch, refine, rivalry, generator)
+        refine = 2 if step % 3 == 0 and progress > 0.1 else 0
+        loss = step_loss(model, surroundings, batch, refine, progress, generator)
         loss.backward()
-        share_gradients(model)
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 3.0)
+        share_gradients(trained)
+        nn.utils.clip_grad_norm_(trained, 3.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -310,12 +329,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
         if spent - saved_at > args.save_every * 60:
             saved_at = spent
             if rank == 0:
-                save(out / "last.pt", model, ema, optimizers, step, spent)
+                save(out / "last.pt", model, surroundings, ema, optimizers, step, spent)
                 ema.save_pretrained(out / "final")
                 log.info("held-out IoU %s", held_out_iou(ema, 40))
     if rank != 0:
         return
-    save(out / "last.pt", model, ema, optimizers, step, spent)
+    save(out / "last.pt", model, surroundings, ema, optimizers, step, spent)
     ema.save_pretrained(out / "final")
     log.info("finished after %.1f min, %d steps; held-out IoU %s", spent / 60, step, held_out_iou(ema, 200))
 
@@ -323,6 +342,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
 def save(
     path: Path,
     model: nn.Module,
+    surroundings: nn.Module,
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     step: int,
@@ -330,8 +350,8 @@ def save(
 ) -> None:
     """Write the state of a run; the old file stays until the new one is whole."""
     part = path.with_suffix(".part")
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step, "spent": spent}
-    torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, part)
+    weights = {"model": model.state_dict(), "surroundings": surroundings.state_dict(), "ema": ema.state_dict()}
+    torch.save({**weights, "step": step, "spent": spent, "optimizers": [o.state_dict() for o in optimizers]}, part)
     part.replace(path)
 
 
@@ -340,15 +360,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo's small SAM 2 on synthetic scenes.")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=82.0, help="length of the run by the clock")
-    length.add_argument("--steps", type=int, default=0, help="length of the run in steps, for an exact repetition")
+    length.add_argument("--steps", type=int, default=8600, help="length of the run in steps")
+    length.add_argument("--minutes", type=float, default=0.0, help="length of the run by the clock instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--batch", type=int, default=8, help="scenes in a step")
     parser.add_argument("--prompts", type=int, default=6, help="clicks, and boxes, for each scene")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=1.5e-3, help="peak rate of Muon")
-    parser.add_argument("--decay-from", type=float, default=0.5, help="fraction of the run where the rate descends")
+    parser.add_argument("--decay-from", type=float, default=0.2, help="fraction of the run where the rate descends")
     parser.add_argument("--save-every", type=float, default=6.0, help="minutes between checkpoints")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; --batch is shared by them")
     parser.add_argument("--port", type=int, default=29531, help="local port by which the processes find each other")

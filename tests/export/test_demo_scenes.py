@@ -80,7 +80,8 @@ def test_scenes_are_difficult(held_out: list[scenes.Scene]) -> None:
     assert {o.pattern for o in objects} == set(textures.PATTERNS)
     assert {o.color for o in objects} == set(textures.COLORS)
     evaluated = [s.objects[p.index] for s in held_out for p in scenes.held_out_prompts(s)]
-    assert sum(o.visible.mean() < 0.01 for o in evaluated) > 0.03 * len(evaluated)
+    assert sum(o.visible.mean() < 0.015 for o in evaluated) > 0.05 * len(evaluated)
+    assert sum(o.shape == "bar" for o in evaluated) > 0.03 * len(evaluated)
 
 
 def _touch(a: scenes.SceneObject, b: scenes.SceneObject) -> bool:
