@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pixano_edge.engine.contracts import sam2 as contract
+from pixano_edge.engine.contracts.base import GraphSpec
 
 
 class ImageEncoder(nn.Module):
@@ -154,9 +155,12 @@ class MaskDecoder(nn.Module):
 
 
 def example_inputs(graph: str, constants: contract.Sam2Constants) -> tuple[Tensor, ...]:
-    """Tensors to trace `graph` with; dynamic sizes differ from 0 and 1, which an exporter would specialise."""
-    spec = contract.graphs(constants)[graph]
-    sizes = {"P": 2, "N": 3}
+    """Tensors to trace `graph` with."""
+    return random_inputs(contract.graphs(constants)[graph], {"P": 2, "N": 3})
+
+
+def random_inputs(spec: GraphSpec, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    """Seeded inputs in [0, 1), to trace a graph with; dynamic sizes of 0 and 1 would be specialised by an exporter."""
     generator = torch.Generator().manual_seed(0)
     tensors = []
     for tensor in spec.inputs:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.contracts.sam2_video import Sam2VideoConstants
-from pixano_edge.export.sam2.graphs import MaskDecoder
+from pixano_edge.export.sam2.graphs import MaskDecoder, random_inputs
 
 
 def video_constants(model: Any) -> Sam2VideoConstants:
@@ -236,16 +236,10 @@ class MemoryEncoder(nn.Module):
 
 
 def example_inputs(graph: str, constants: sam2.Sam2Constants, video: Sam2VideoConstants) -> tuple[Tensor, ...]:
-    """Tensors to trace `graph` with; dynamic sizes differ from 0 and 1, which an exporter would specialise."""
-    spec = sam2_video.graphs(constants, video)[graph]
+    """Tensors to trace `graph` with."""
     side = constants.mask_size
     sizes = {"P": 2, "N": 3, "B": 2, "M": 3, "K": 5, "H": side, "W": side}
-    generator = torch.Generator().manual_seed(0)
-    tensors = []
-    for tensor in spec.inputs:
-        value = torch.rand(tensor.shape(sizes), generator=generator)
-        tensors.append(value.to(torch.int32) if tensor.dtype == "int32" else value)
-    return tuple(tensors)
+    return random_inputs(sam2_video.graphs(constants, video)[graph], sizes)
 
 
 def modules(model: Any) -> dict[str, nn.Module]:
