@@ -146,11 +146,11 @@ def test_unknown_words_are_refused() -> None:
 
 @pytest.mark.parametrize("method", [baselines.flood_fill, baselines.grabcut])
 def test_baselines_solve_an_easy_picture(method: object) -> None:
-    image = np.full((96, 96, 3), 40, np.uint8)
-    image[30:60, 36:70] = (220, 60, 50)
-    wanted = np.zeros((96, 96), bool)
-    wanted[30:60, 36:70] = True
-    for prompt in ({"click": (52, 45)}, {"box": (34, 28, 72, 62)}):
+    image = np.full((192, 192, 3), 40, np.uint8)
+    image[60:120, 72:140] = (220, 60, 50)
+    wanted = np.zeros((192, 192), bool)
+    wanted[60:120, 72:140] = True
+    for prompt in ({"click": (104, 90)}, {"box": (68, 56, 144, 124)}):
         mask = method(image, **prompt)  # type: ignore[operator]
         assert mask.dtype == bool
         assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9
