@@ -259,7 +259,7 @@ def _around(image: NDArray[np.float32], x: float, y: float, size: int) -> NDArra
 
 
 def generate_scene(seed: int, split: Split, size: int = SIZE, crowd: Crowd = USUAL) -> Scene:
-    """The scene of a seed: at least three objects, nearly half of them placed by another, mostly dressed like it.
+    """The scene of a seed: at least three objects, most of them placed by another, some dressed like it.
 
     Args:
         seed: any non-negative integer; the two splits draw from independent streams.
