@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips GPU tests with the reason where no CUDA device answers."""
-    reason = _no_gpu_reason() if any("gpu" in item.keywords for item in items) else None
+    reason = _no_gpu_reason() if any(item.get_closest_marker("gpu") for item in items) else None
     if reason:
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
