@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
+from pixano_edge.export.tensorrt_passes import PLAIN_PASSES, apply_passes
 
 OPSET = 18
 _ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32, "int64": onnx.TensorProto.INT64}
@@ -52,7 +53,7 @@ def export_graph(module: nn.Module, spec: GraphSpec, example: tuple[Tensor, ...]
             ) from error
         model: onnx.ModelProto = program.model_proto
     clean(model, spec.name)
-    onnx.checker.check_model(model)
+    apply_passes(model, PLAIN_PASSES)
     check_contract(model, spec)
     return model
 

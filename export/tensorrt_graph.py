@@ -47,12 +47,11 @@ from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.differences import Feeds, Worst, measure, problems, sizes_to_try
 from pixano_edge.export.fp16 import fp32_nodes, rounded, to_fp16
-from pixano_edge.export.graph_edit import GraphEditor
 from pixano_edge.export.grid_sample import SAMPLE
 from pixano_edge.export.onnx_graph import check_contract, count_parameters
 from pixano_edge.export.operators import check_tensorrt_10_3
 from pixano_edge.export.shared_weights import share_weights
-from pixano_edge.export.tensorrt_passes import PASSES, unwelcome
+from pixano_edge.export.tensorrt_passes import PASSES, apply_passes, unwelcome
 
 SUFFIX = "-tensorrt"
 """A TensorRT variant is named after the plain one: ``fp16-tensorrt``."""
@@ -90,21 +89,7 @@ def fit(model: onnx.ModelProto) -> Fitted:
         MissingDependencyError: ONNX Runtime is not installed.
         ExportError: A pass left a graph that is no ONNX any more.
     """
-    passes = {}
-    for change in PASSES:
-        edit = GraphEditor(model)
-        places = change(edit)
-        if places:
-            edit.finish()
-            passes[change.__name__] = places
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            f"The passes {sorted(passes)} broke graph '{model.graph.name}': {str(error).splitlines()[0]}",
-            "Please report this.",
-        ) from error
-    return Fitted(model, passes)
+    return Fitted(model, apply_passes(model, PASSES))
 
 
 def kept_in_fp32(model: onnx.ModelProto) -> dict[str, str]:

@@ -15,7 +15,7 @@ Points that need no pass, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto
 
+from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.graph_edit import GraphEditor, Shape, attribute
 from pixano_edge.export.grid_sample import grid_sample_to_gather
 
@@ -213,6 +214,41 @@ PASSES: tuple[Pass, ...] = (
     scale_query_only,
 )
 """In this order: the transposed key first, since it frees the shape arithmetic that hangs on it."""
+
+PLAIN_PASSES: tuple[Pass, ...] = (
+    join_key_transpose,
+    merge_transposes,
+    constant_reshapes,
+    drop_no_ops,
+    scale_query_only,
+)
+"""Those that every graph gains from: fewer nodes, and no sizes computed at run time. ONNX Runtime would compute them on
+the CPU, between the GPU's kernels, and could not record the graph's launches."""
+
+
+def apply_passes(model: onnx.ModelProto, passes: Sequence[Pass]) -> dict[str, int]:
+    """Changes an fp32 graph in place; returns the places changed by the pass's name, without passes that found nothing.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        ExportError: A pass left a graph that is no ONNX any more.
+    """
+    done = {}
+    for change in passes:
+        edit = GraphEditor(model)
+        places = change(edit)
+        if places:
+            edit.finish()
+            done[change.__name__] = places
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"The passes {sorted(done)} broke graph '{model.graph.name}': {str(error).splitlines()[0]}",
+            "Please report this.",
+        ) from error
+    return done
+
 
 UNWELCOME: dict[str, str] = {
     "ScatterElements": "imported as a plugin (parser, Changelog 10.3), which TensorRT for RTX does not have",

@@ -137,7 +137,8 @@ class MaskDecoder(nn.Module):
         sparse = self.embed_points(point_coords, point_labels)
         use_mask = (has_mask_input > 0.5).reshape(-1, 1, 1, 1)
         dense = torch.where(use_mask, self.mask_embed(mask_input), self.no_mask)
-        tokens = torch.cat([self.tokens.expand(sparse.shape[0], -1, -1), sparse], dim=1)
+        # Broadcast by a sum: Expand would ask for P at run time, which ONNX Runtime then computes on the CPU.
+        tokens = torch.cat([self.tokens + 0.0 * has_mask_input.reshape(-1, 1, 1), sparse], dim=1)
         queries, keys = self.transformer(
             point_embeddings=tokens.unsqueeze(1),
             image_embeddings=image_embed + dense,
