@@ -75,7 +75,9 @@ class EngineHeader:
     def scratch_bytes(self) -> int | None:
         """Device memory that its hungriest profile needs; None where the builder could not tell."""
         told = self.facts.get(SCRATCH)
-        numbers = [n for n in told if type(n) is int and n >= 0] if isinstance(told, list) else []
+        if not isinstance(told, list):
+            return None
+        numbers = [n for n in told if type(n) is int and n >= 0]
         return max(numbers) if numbers and len(numbers) == len(told) else None
 
 
