@@ -110,7 +110,7 @@ def gpu(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Encoder and decoder on a GPU: ONNX Runtime and TensorRT, launch by launch and as recorded graphs, and PyTorch.
+    """Encoder, decoder and whole click on a GPU: ONNX Runtime and TensorRT, eager and as recorded graphs, and PyTorch.
 
     Prints wall clock and the GPU's own clock, first runs, memory and power. Refuses on a machine without a GPU.
     """

@@ -40,7 +40,15 @@ def prompt_arrays(inputs: Inputs, use_mask: bool) -> dict[str, npt.NDArray[Any]]
     }
 
 
-def _signs(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+def click_prompt(inputs: Inputs, c: Sam2Constants) -> Prompt:
+    """The click of `prompt_arrays` as a user sends it, in pixels of the picture."""
+    height, width = inputs.picture.shape[:2]
+    x, y = inputs.point
+    return Prompt(points=[(x * width / c.image_size, y * height / c.image_size)], labels=[1])
+
+
+def signs(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """Masks as tensors that `compare` takes: 1 inside, -1 outside."""
     return np.where(masks, np.float32(1), np.float32(-1))
 
 
@@ -62,10 +70,7 @@ class EngineContender:
             self._decoding.bind(name, self._encoding.outputs[name])
         self._predictor = Sam2ImagePredictor.open(bundle, device="cpu", precision="fp32", threads=threads)
         self._embedding = self._predictor.encode(inputs.picture)
-        height, width = inputs.picture.shape[:2]
-        x, y = inputs.point
-        point = (x * width / constants.image_size, y * height / constants.image_size)
-        self._click = Prompt(points=[point], labels=[1])
+        self._click = click_prompt(inputs, constants)
 
     def close(self) -> None:
         """Frees the sessions."""
@@ -94,7 +99,7 @@ class EngineContender:
     def outputs(self, case: str) -> Outputs:
         """What the case computes: features; the three multimask logits and their scores; or masks, -1 and 1."""
         if case == CLICK_CASE:
-            return {sam2.MASKS: _signs(self.click().masks)}
+            return {sam2.MASKS: signs(self.click().masks)}
         self.encode()
         if case == ENCODER_CASE:
             return {name: self._encoding.read(name).copy() for name in FEATURES}
@@ -193,7 +198,7 @@ class TorchContender:
     def outputs(self, case: str) -> Outputs:
         """As `EngineContender.outputs`, in float32."""
         if case == CLICK_CASE:
-            return {sam2.MASKS: _signs(self.click())}
+            return {sam2.MASKS: signs(self.click())}
         if case == ENCODER_CASE:
             high_0, high_1, embed = (f.float().numpy() for f in self._features)
             return {sam2.IMAGE_EMBED: embed, sam2.HIGH_RES_0: high_0, sam2.HIGH_RES_1: high_1}

@@ -1,5 +1,8 @@
 """Speed, start-up, memory and power on a GPU: eager, recorded graphs, TensorRT, ONNX Runtime and PyTorch, in turns.
 
+Cases: the encoder, the decoder without and with a mask input, and the whole click from a prompt to masks at the
+photo's size, its features being cached.
+
 Accuracy beside each figure is against the same bundle's fp32 graphs on this machine's CPU, which the exporter proved
 equal to PyTorch. A way that cannot run here is listed with its reason, never left out in silence.
 """
@@ -20,8 +23,8 @@ from pixano_edge.engine.errors import DeviceError, EdgeError, MissingDependencyE
 from pixano_edge.engine.provider.hardware import read_hardware
 from pixano_edge.engine.runtime import DeviceInfo
 
-from .contenders import EngineContender, Outputs
-from .gpu_contenders import CASES, GpuContender, Start, TorchGpuContender, Way
+from .contenders import CLICK_CASE, EngineContender, Outputs
+from .gpu_contenders import CASES, ORT_TENSORRT, GpuContender, Start, TorchGpuContender, Way
 from .metrics import Latency, latency
 from .power import Power, device_power, measure_power
 from .segment import Inputs, compare, interleave, make_inputs
@@ -42,16 +45,17 @@ class GpuRow:
         case: What was timed.
         contender: Who.
         wall: Seconds of the whole call, the wait at its end included.
-        device: Seconds between the events around upload and launches, on the GPU's clock.
+        device: Seconds between the events around upload and launches, on the GPU's clock; None for the whole click,
+            most of which is the host's.
         ratio: p50 of PyTorch fp32 over this p50, wall clock; None without PyTorch.
-        relative_error: Worst output tensor against the CPU's fp32.
+        relative_error: Worst output tensor against the CPU's fp32; None for the whole click, whose answer is masks.
         mask_iou: Worst mask against the CPU's fp32; None for the encoder.
     """
 
     case: str
     contender: str
     wall: Latency
-    device: Latency
+    device: Latency | None
     ratio: float | None
     relative_error: float | None
     mask_iou: float | None
@@ -105,8 +109,12 @@ def require_gpu(device: str) -> DeviceInfo:
 
 
 def ways(precisions: Sequence[str]) -> list[Way]:
-    """Every way to run, in the order of the tables."""
-    return [Way(b, p, c) for p in precisions for b in ("onnxruntime", "tensorrt") for c in (False, True)]
+    """Every way to run, in the order of the tables.
+
+    ONNX Runtime's TensorRT provider is there launch by launch only: the engine records its CUDA provider, and no other.
+    """
+    kinds = [("onnxruntime", False), ("onnxruntime", True), (ORT_TENSORRT, False), ("tensorrt", False)]
+    return [Way(backend, p, capture) for p in precisions for backend, capture in (*kinds, ("tensorrt", True))]
 
 
 def measure_gpu(
@@ -146,7 +154,7 @@ def measure_gpu(
             try:
                 contenders[str(way)] = GpuContender(bundle, constants, inputs, way, name)
             except EdgeError as error:
-                skipped[str(way)] = f"{error.message} {error.action}".strip()
+                skipped[str(way)] = _why(error)
         for dtype in ("float32", "float16"):
             label = f"{TORCH} {'fp32' if dtype == 'float32' else 'fp16'}"
             why = _torch_missing(checkpoint)
@@ -157,7 +165,7 @@ def measure_gpu(
             try:
                 contenders[label] = TorchGpuContender(checkpoint, inputs, dtype, name)
             except (RuntimeError, OSError, ValueError) as error:  # torch's own, out of memory included
-                skipped[label] = f"PyTorch failed: {str(error).splitlines()[0]}"
+                skipped[label] = f"PyTorch failed: {_why(error)}"
         if not contenders:
             raise DeviceError(
                 f"No way to run '{bundle.manifest.name}' on {name} works. "
@@ -167,7 +175,7 @@ def measure_gpu(
         rows: list[GpuRow] = []
         for case in CASES:
             step(case)
-            rows += _case(case, contenders, reference[case], rounds)
+            rows += _case(case, contenders, reference[case], rounds, skipped)
         powers: dict[str, Power | None] = {}
         for label, contender in contenders.items():
             step(f"power of {label}")
@@ -181,20 +189,46 @@ def measure_gpu(
     return GpuFigures(gpu, rows, starts, powers, skipped, warnings)
 
 
-def _case(case: str, contenders: Mapping[str, Contender], reference: Outputs, rounds: int) -> list[GpuRow]:
-    for contender in contenders.values():
-        contender.milliseconds[case].clear()
-    wall = interleave({n: c.calls()[case] for n, c in contenders.items()}, rounds, settle=SETTLE_SECONDS)
+def _case(
+    case: str, contenders: Mapping[str, Contender], reference: Outputs, rounds: int, skipped: dict[str, str]
+) -> list[GpuRow]:
+    """Rows of one case; a contender that cannot run it goes into `skipped` and stops nobody else."""
+    ready: dict[str, Contender] = {}
+    for name, contender in contenders.items():
+        why = _enter(contender, case)
+        if why is None:
+            ready[name] = contender
+        else:
+            skipped[f"{name}, {case}"] = why
+    if not ready:
+        return []
+    wall = interleave({n: c.calls()[case] for n, c in ready.items()}, rounds, settle=SETTLE_SECONDS)
     base = latency(wall[f"{TORCH} fp32"]).p50 if f"{TORCH} fp32" in wall else None
     rows = []
-    for name, contender in contenders.items():
+    for name, contender in ready.items():
         # The warm-up turns are the first ones; only the last `rounds` were timed by the wall clock too.
         on_device = [ms / 1000 for ms in contender.milliseconds[case][-rounds:]]
         figures = latency(wall[name])
-        error, agreement = compare(case, contender.outputs(case), reference)
+        worst, agreement = compare(case, contender.outputs(case), reference)
         ratio = None if base is None else base / figures.p50
-        rows.append(GpuRow(case, name, figures, latency(on_device), ratio, error, agreement))
+        clock = None if case == CLICK_CASE else latency(on_device)
+        rows.append(GpuRow(case, name, figures, clock, ratio, worst, agreement))
     return rows
+
+
+def _enter(contender: Contender, case: str) -> str | None:
+    """Why a contender cannot run a case; None where it is ready to."""
+    try:
+        contender.enter(case)
+    except (EdgeError, RuntimeError) as error:  # the latter is torch's, out of memory included
+        return _why(error)
+    return None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, EdgeError):
+        return f"{error.message} {error.action}".strip()
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _reference(bundle: Bundle, constants: Sam2Constants, inputs: Inputs) -> dict[str, Outputs]:
@@ -238,7 +272,8 @@ def table_rows(figures: GpuFigures) -> list[tuple[str, ...]]:
         (
             row.case,
             row.contender,
-            *(f"{1000 * s:.2f}" for s in (row.wall.p50, row.wall.p90, row.wall.p99, row.device.p50)),
+            *(f"{1000 * s:.2f}" for s in (row.wall.p50, row.wall.p90, row.wall.p99)),
+            "n/a" if row.device is None else f"{1000 * row.device.p50:.2f}",
             "n/a" if row.ratio is None else f"{row.ratio:.2f}x",
             "n/a" if row.relative_error is None else f"{row.relative_error:.1e}",
             "n/a" if row.mask_iou is None else f"{row.mask_iou:.4f}",

@@ -3,7 +3,8 @@
 Every contender has a stream of its own and the same input. Two clocks run: the GPU's own, by events around the upload
 and the launches of a call, and the wall clock around the whole call with its wait at the end. What the host prepares
 before the first event (prompts copied into page-locked memory) is in the second only. Pixels lie ready in page-locked
-memory for everyone.
+memory for everyone. The whole click is mostly the host's work (prompt arrays, the wait, choosing masks, scaling them to
+the photo), so it has the wall clock alone.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.errors import DeviceError
 from pixano_edge.engine.models.chain import Chain
 from pixano_edge.engine.models.sam2.opening import locate
+from pixano_edge.engine.models.sam2.predictor import Embedding, Sam2ImagePredictor
 from pixano_edge.engine.runtime import open_device, open_session
 from pixano_edge.engine.runtime.base import Binding, Session
 
-from .contenders import ENCODER_CASE, FEATURES, MASK_CASE, Outputs, prompt_arrays
+from .contenders import CLICK_CASE, ENCODER_CASE, FEATURES, MASK_CASE, Outputs, click_prompt, prompt_arrays, signs
 from .segment import Inputs
 
 DECODER_CASE = "decoder, one click"
-CASES = (ENCODER_CASE, DECODER_CASE, MASK_CASE)
-_LABELS = {"onnxruntime": "ONNX Runtime CUDA", "tensorrt": "TensorRT"}
+CASES = (ENCODER_CASE, DECODER_CASE, MASK_CASE, CLICK_CASE)
+ORT_TENSORRT = "onnxruntime-tensorrt"
+_LABELS = {"onnxruntime": "ONNX Runtime CUDA", ORT_TENSORRT: "ONNX Runtime TensorRT", "tensorrt": "TensorRT"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class Way:
 
     def __str__(self) -> str:
         return f"{_LABELS.get(self.backend, self.backend)} {self.precision}, {'graph' if self.capture else 'eager'}"
+
+    def options(self) -> dict[str, Any] | None:
+        """Options of the back end."""
+        if self.backend == "tensorrt" and not self.capture:
+            return {"graphs": False}
+        if self.backend == ORT_TENSORRT and self.precision == "fp16":
+            # The provider builds weakly typed networks, which refuse fp16 tensors unless fp16 is allowed.
+            return {"provider_options": {"trt_fp16_enable": "1"}}
+        return None
 
 
 @dataclass(frozen=True)
@@ -79,18 +91,23 @@ class GpuContender:
         self.way = way
         self.milliseconds: dict[str, list[float]] = {case: [] for case in CASES}
         self._inputs = inputs
+        self._constants = constants
         self._filled = False
         self._prompts = {use: prompt_arrays(inputs, use) for use in (False, True)}
+        self._click = click_prompt(inputs, constants)
+        self._predictor: Sam2ImagePredictor | None = None
+        self._embedding: Embedding | None = None
         with contextlib.ExitStack() as opened:
             begin = time.perf_counter()
             self.device = open_device(device)
             opened.callback(self.device.close)
             info = self.device.info()
             files = locate(bundle, way.backend, way.precision, info).files
-            options = {"graphs": False} if way.backend == "tensorrt" and not way.capture else None
             sessions: dict[str, Session] = {}
             for name, spec in sam2.graphs(constants).items():
-                sessions[name] = open_session(files[name], spec, self.device, backend=way.backend, options=options)
+                sessions[name] = open_session(
+                    files[name], spec, self.device, backend=way.backend, options=way.options()
+                )
                 opened.callback(sessions[name].close)
             self._chain = Chain(self.device, capture=way.capture)
             opened.callback(self._chain.close)
@@ -99,15 +116,38 @@ class GpuContender:
                 self._check_recordable()
             self._encoding = self._encoder.prepare()
             self._decoding = self._decoder.prepare({"P": 1, "N": 2})
-            for name in FEATURES:  # the encoder writes where the decoder reads
-                self._decoding.bind(name, self._encoding.outputs[name])
+            self._features = {name: self._encoding.outputs[name] for name in FEATURES}
             load = time.perf_counter() - begin
             self.start = self._settle(load, info.memory_free)
             self._opened = opened.pop_all()
 
-    def calls(self) -> Mapping[str, Callable[[], None]]:
+    def calls(self) -> Mapping[str, Callable[[], object]]:
         """What is timed, by case; each call ends when the GPU is done."""
-        return {ENCODER_CASE: self.encode, DECODER_CASE: self.decode, MASK_CASE: self.decode_with_mask}
+        return {
+            ENCODER_CASE: self.encode,
+            DECODER_CASE: self.decode,
+            MASK_CASE: self.decode_with_mask,
+            CLICK_CASE: self.click,
+        }
+
+    def enter(self, case: str) -> None:
+        """Brings a case to its steady state; the predictor and the cases before it bind other buffers.
+
+        Raises:
+            EdgeError: The case does not run here.
+        """
+        session = self._encoder if case == ENCODER_CASE else self._decoder
+        for _ in range(self._chain.warm_runs(session)):
+            self.calls()[case]()
+        if case == CLICK_CASE and self._predictor is not None and self._chain.captures(session):
+            facts = self._predictor.info()
+            if not session.self_recording and not facts["stream"]["replays"]:
+                raise DeviceError(
+                    f"{self.way}: recording did not work in the predictor. {' '.join(facts['warnings'])}".strip(),
+                    "The eager figures stand for it.",
+                )
+        for times in self.milliseconds.values():
+            times.clear()
 
     def encode(self) -> None:
         self._timed(ENCODER_CASE, self._encoding, {sam2.PIXEL_VALUES: self._inputs.pixels})
@@ -118,8 +158,26 @@ class GpuContender:
     def decode_with_mask(self) -> None:
         self._timed(MASK_CASE, self._decoding, self._prompts[True])
 
+    def click(self) -> Any:
+        """What a user of the engine waits for after a click on a photo that is encoded already."""
+        if self._predictor is None:
+            self._predictor = Sam2ImagePredictor(
+                self._encoder,
+                self._decoder,
+                self._constants,
+                bundle_hash="benchmark",
+                variant=self.way.precision,
+                capture=self.way.capture,
+            )
+            self._opened.callback(self._predictor.close)
+        if self._embedding is None:
+            self._embedding = self._predictor.encode(self._inputs.picture)
+        return self._predictor.predict(self._embedding, [self._click], multimask=True)
+
     def outputs(self, case: str) -> Outputs:
-        """What the case computes: features, or the three multimask logits and their scores."""
+        """What the case computes: features; the three multimask logits and their scores; or masks, -1 and 1."""
+        if case == CLICK_CASE:
+            return {sam2.MASKS: signs(self.click().masks)}
         self.encode()
         if case == ENCODER_CASE:
             return {name: a.copy() for name, a in self._chain.fetch(self._encoding, FEATURES).items()}
@@ -129,14 +187,23 @@ class GpuContender:
 
     def warnings(self) -> list[str]:
         """What the sessions and the recording said."""
-        found = [f"{s.spec.name}: {text}" for s in (self._encoder, self._decoder) for text in s.info()["warnings"]]
-        return [*found, *self._chain.warnings.values()]
+        sessions = (self._encoder, self._decoder)
+        found = [f"{s.spec.name}: {text}" for s in sessions for text in s.info()["warnings"]]
+        found += self._chain.warnings.values()
+        if self._predictor is not None:
+            known = [text for s in sessions for text in s.info()["warnings"]]
+            found += [f"{CLICK_CASE}: {text}" for text in self._predictor.info()["warnings"] if text not in known]
+        return list(dict.fromkeys(found))
 
     def close(self) -> None:
-        """Frees sessions, recordings and the device."""
+        """Frees predictor, sessions, recordings and the device."""
+        self._embedding = None
         self._opened.close()
 
     def _timed(self, case: str, binding: Binding, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        # The encoder writes where the decoder reads; the predictor binds its own buffers to the same bindings.
+        for name, buffer in self._features.items():
+            binding.bind(name, buffer)
         for name, value in values.items():
             target = self._chain.stage(binding, name)
             # The predictor resizes pictures right into this memory, so a copy of pixels would be work nobody has.
@@ -208,6 +275,7 @@ class TorchGpuContender:
         self._point = torch.tensor(inputs.point, dtype=kind).reshape(1, 1, 1, 2).pin_memory()
         self._label = torch.ones(1, 1, 1, dtype=torch.int32).pin_memory()
         self._mask = torch.from_numpy(inputs.mask).to(kind)[None, None].pin_memory()
+        self._size = inputs.picture.shape[:2]
         self._features: list[Any] = []
         self._answer: Any = None
         load = time.perf_counter() - begin
@@ -223,9 +291,20 @@ class TorchGpuContender:
         used = free - torch.cuda.mem_get_info(self._device)[0]
         self.start = Start(load, first, settle, False, used)
 
-    def calls(self) -> Mapping[str, Callable[[], None]]:
+    def calls(self) -> Mapping[str, Callable[[], object]]:
         """As `GpuContender.calls`."""
-        return {ENCODER_CASE: self.encode, DECODER_CASE: self.decode, MASK_CASE: self.decode_with_mask}
+        return {
+            ENCODER_CASE: self.encode,
+            DECODER_CASE: self.decode,
+            MASK_CASE: self.decode_with_mask,
+            CLICK_CASE: self.click,
+        }
+
+    def enter(self, case: str) -> None:
+        """As `GpuContender.enter`."""
+        self.calls()[case]()
+        for times in self.milliseconds.values():
+            times.clear()
 
     def encode(self) -> None:
         self._timed(ENCODER_CASE, self._encode)
@@ -236,8 +315,22 @@ class TorchGpuContender:
     def decode_with_mask(self) -> None:
         self._timed(MASK_CASE, lambda: self._decode(self._mask))
 
+    def click(self) -> npt.NDArray[np.bool_]:
+        """Decoder, bilinear resize to the picture and threshold on the GPU, as the processor's
+        ``post_process_masks``, and the masks brought to the host."""
+        torch = self._torch
+        with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._decode()
+            logits = self._answer.pred_masks[0].float()
+            resize = torch.nn.functional.interpolate
+            masks = resize(logits, self._size, mode="bilinear", align_corners=False) > 0
+            answer: npt.NDArray[np.bool_] = masks.cpu().numpy()  # waits
+        return answer
+
     def outputs(self, case: str) -> Outputs:
         """As `GpuContender.outputs`, in float32."""
+        if case == CLICK_CASE:
+            return {sam2.MASKS: signs(self.click())}
         self.encode()
         if case == ENCODER_CASE:
             high_0, high_1, embed = (f.float().cpu().numpy() for f in self._features)

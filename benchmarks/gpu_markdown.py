@@ -93,7 +93,7 @@ def _bench(details: dict[str, Any]) -> list[str]:
             r["case"],
             r["contender"],
             *(f"{1000 * r['wall'][p]:.2f}" for p in ("p50", "p90", "p99")),
-            f"{1000 * r['device']['p50']:.2f}",
+            "n/a" if r["device"] is None else f"{1000 * r['device']['p50']:.2f}",
             "n/a" if r["ratio"] is None else f"{r['ratio']:.2f}x",
             _number(r["relative_error"]),
             "n/a" if r["mask_iou"] is None else f"{r['mask_iou']:.4f}",

@@ -95,7 +95,7 @@ def make_steps(
             steps.append(Step(label, command, 60, read_verify, skip=broken or no_trt, after=build))
         extra = ("--checkpoint", str(checkpoint)) if checkpoint is not None and number == 0 else ()
         bench = (*edge, "bench", "gpu", name, *where, "--rounds", "30", *extra)
-        steps.append(Step(f"bench {name}", bench, 120, read_bench, skip=broken or no_gpu))
+        steps.append(Step(f"bench {name}", bench, 180, read_bench, skip=broken or no_gpu))
     return steps
 
 

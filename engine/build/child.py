@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import BuildError, DeviceError, EdgeError
 from ..runtime.tensorrt_api import TensorRt, load_tensorrt
+from ..runtime.tensorrt_contract import read_profiles
 from ..runtime.tensorrt_names import missing_calls
 from .compare import compare_profiles, compare_tensors
 from .key import VERSION_COMPATIBLE
@@ -83,6 +84,18 @@ def inspect(api: TensorRt, job: Job, say: Say) -> dict[str, Any]:
     engine = api.open(data, str(header.key.get("graph", "")), host_code=portable)
     try:
         return {"version": api.version, "engine": json.loads(engine.layer_json())}
+    finally:
+        engine.close()
+
+
+def scratch(api: TensorRt, job: Job, say: Say) -> dict[str, Any]:
+    """Device memory that a context of the engine in ``job["file"]`` needs, per profile. Needs the GPU.
+
+    ``job["file"]`` is an engine as TensorRT serialised it, without a header.
+    """
+    engine = api.open(Path(job["file"]).read_bytes(), job["name"], host_code=bool(job["host_code"]))
+    try:
+        return {"version": api.version, "scratch_bytes": [p.scratch for p in read_profiles(engine)]}
     finally:
         engine.close()
 
@@ -158,7 +171,7 @@ class _Network:
         return config, timing
 
 
-_ACTIONS = {"describe": describe, "parse": parse, "build": build, "inspect": inspect}
+_ACTIONS = {"describe": describe, "parse": parse, "build": build, "inspect": inspect, "scratch": scratch}
 
 
 def main() -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..errors import BuildError, DeviceError
 from ..libraries import DISTRIBUTION, installed_version
-from ..runtime.engine_file import read_header
+from ..runtime.engine_file import SCRATCH, SCRATCH_REASON, read_header
+from ..runtime.gpu_info import cuda_facts
 from .builder import Progress, check_problems, run_child
 from .cache import EngineCache
 from .key import EngineKey
@@ -172,9 +174,33 @@ def _build(
             DISTRIBUTION: installed_version(DISTRIBUTION) or "unknown",
             "bundle": bundle.manifest.name,
             "built_from": choice.target,
+            **_scratch(choice, target, options, output, check),
         }
         path = cache.put(key, output, facts)
         if timing is not None and timed.is_file():
             timing.parent.mkdir(parents=True, exist_ok=True)
             os.replace(timed, timing)
         return path
+
+
+def _scratch(
+    choice: Choice, target: Target, options: Options, engine: Path, check: Callable[[], None] | None
+) -> dict[str, Any]:
+    """What the header says about the engine's scratch memory: bytes per profile, or None and why it is not known.
+
+    Read in a process of its own, after the build: an engine that does not open here is as good as one that does.
+    """
+    if target.box is None and not any(gpu.compute_capability in target.capabilities for gpu in cuda_facts()[0]):
+        made_for = " or ".join(target.capabilities)
+        return {SCRATCH: None, SCRATCH_REASON: f"built without a GPU of compute capability {made_for} to open it on"}
+    job = {
+        "action": "scratch",
+        "name": choice.graph,
+        "flavour": target.flavour,
+        "file": str(engine),
+        "host_code": options.version_compatible,
+    }
+    try:
+        return {SCRATCH: run_child(job, check=check)[SCRATCH]}
+    except (BuildError, DeviceError) as error:  # not CancelledError: that ends the build
+        return {SCRATCH: None, SCRATCH_REASON: error.message}

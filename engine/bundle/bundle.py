@@ -234,7 +234,18 @@ def check_manifest(manifest: Manifest) -> dict[str, GraphSpec]:
                     f"The {owner} of bundle '{manifest.name}' names '{file}', which the manifest does not list.",
                     "Export it again.",
                 )
+    _check_memory(manifest)
     return specs
+
+
+def _check_memory(manifest: Manifest) -> None:
+    known = {(graph, variant) for graph, entry in manifest.graphs.items() for variant in entry.variants}
+    told = [(entry.graph, entry.variant) for entry in manifest.memory]
+    if strange := sorted(set(told) - known) or sorted({pair for pair in told if told.count(pair) > 1}):
+        raise BundleError(
+            f"The memory figures of bundle '{manifest.name}' name {strange[:3]}, which it does not have or has twice.",
+            "Export it again.",
+        )
 
 
 def _check_processing(manifest: Manifest) -> None:

@@ -68,6 +68,21 @@ class Graph(_Model):
     variants: dict[str, GraphVariant]
 
 
+class GraphMemory(_Model):
+    """Memory of one variant of one graph, measured at export."""
+
+    graph: str
+    variant: str
+    session_bytes: int = Field(ge=0)
+    """What the open graph takes: its weights as the back end keeps them (packed, widened), and its nodes."""
+    activation_bytes: int = Field(ge=0)
+    """What intermediate tensors take at their most; inputs, outputs and weights are not in it."""
+    sizes: dict[str, int]
+    """Of the dynamic dimensions while it was measured."""
+    measured_with: str
+    """For example ``onnxruntime 1.32.0, CPUExecutionProvider``."""
+
+
 class TensorParity(_Model):
     """One output compared with PyTorch: worst case over the parity inputs."""
 
@@ -146,6 +161,8 @@ class Manifest(_Model):
     preprocess: Preprocess
     postprocess: Postprocess
     graphs: dict[str, Graph]
+    memory: list[GraphMemory] = []
+    """Empty in bundles made before it was measured, or on systems that do not tell."""
     parity: ParityReport | None
     golden: list[GoldenSample]
     files: dict[str, FileEntry]

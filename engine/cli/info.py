@@ -9,6 +9,8 @@ import typer
 
 from ..bundle import Bundle, BundleStore
 from ..errors import EdgeError
+from ..provider.needs import SOURCES, declared
+from ..provider.settings import LoadOptions
 from .host import read_host
 from .options import BackendOption, DeviceOption, PrecisionOption, open_bundle
 from .output import JsonOption, bytes_text, print_facts, print_json, print_table
@@ -62,8 +64,27 @@ def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> d
             facts["engine"] = predictor.info()
     except EdgeError as error:
         facts["engine_error"] = str(error)
+    ran = facts["engine"] or {"device": device, "backend": backend, "precision": precision}
+    facts["memory"] = _memory(bundle, LoadOptions(**{key: ran[key] for key in ("device", "backend", "precision")}))
     facts["warnings"] = _warnings(facts)
     return facts
+
+
+def _memory(bundle: Bundle, options: LoadOptions) -> dict[str, Any]:
+    """What the bundle declares to the provider's memory books (bytes), and what kind of figures they are."""
+    told = declared(bundle.root, options)
+    sources = {part: SOURCES[source] for part, source in told.sources.items()}
+    return {"parts": told.use.parts(), "total": told.use.total, "sources": sources}
+
+
+def _memory_text(memory: dict[str, Any]) -> str:
+    """``weights 8.8 MiB (size of the files), work memory 30.0 MiB (an estimate), ...``."""
+    parts, sources = memory["parts"], memory["sources"]
+    work = (parts["activations"] or 0) + (parts["shared"] or 0)
+    return (
+        f"weights {bytes_text(parts['weights'])} ({sources['weights']}), work memory {bytes_text(work)} "
+        f"({sources['work']}), bound tensors {bytes_text(parts['bindings'])}, cache up to {bytes_text(parts['caches'])}"
+    )
 
 
 def _warnings(facts: dict[str, Any]) -> list[str]:
@@ -112,6 +133,7 @@ def _print_bundle(facts: dict[str, Any]) -> None:
         providers = {session["provider"] for s in ("image_encoder", "mask_decoder") if (session := engine.get(s))}
         shown["runs here on"] = f"{engine['device']}, {engine['backend']} ({', '.join(sorted(providers))})"
         shown["precision"] = f"{engine['precision']} ({engine.get('precision_reason', '')})"
+    shown["memory"] = _memory_text(facts["memory"])
     print_facts(facts["name"], shown)
     rows = [
         (graph, variant, f["precision"], f["nodes"], f"{f['parameters'] / 1e6:.2f} M", bytes_text(f["bytes"]))

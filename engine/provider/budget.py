@@ -15,6 +15,7 @@ from ..machine import memory
 from ..runtime.memory import MemoryUse, readable
 from .errors import OutOfMemoryError
 from .hardware import Hardware
+from .needs import LOAD, SOURCES
 from .settings import Limit, Limits
 
 DEFAULT_SHARES: Mapping[str, float] = {"cpu": 0.8, "cuda": 0.9}
@@ -74,14 +75,16 @@ class Booking:
         model: Name of the model.
         place: Where it is, or will be; `free` is that of the time of booking.
         need: Reserved.
+        sources: Where the figures for ``weights`` and ``work`` memory come from: keys of `needs.SOURCES`.
         used: Found to be in use; None until it was measured.
         state: ``loading``, ``loaded``, ``leaving`` (it is being freed) or ``released``.
     """
 
-    def __init__(self, model: str, place: DeviceMemory, need: MemoryUse) -> None:
+    def __init__(self, model: str, place: DeviceMemory, need: MemoryUse, sources: Mapping[str, str]) -> None:
         self.model = model
         self.place = place
         self.need = need
+        self.sources = dict(sources)
         self.used: MemoryUse | None = None
         self.state = "loading"
 
@@ -177,8 +180,10 @@ class MemoryBudget:
         with self._lock:
             return self._room(device)
 
-    def reserve(self, model: str, device: DeviceMemory, need: MemoryUse) -> Booking:
-        """Books memory for a model that is about to load; `wait` before taking it.
+    def reserve(
+        self, model: str, device: DeviceMemory, need: MemoryUse, sources: Mapping[str, str] | None = None
+    ) -> Booking:
+        """Books memory for a model that is about to load; `wait` before taking it. `sources`: see `Booking`.
 
         Raises:
             OutOfMemoryError: It does not fit, models that are being freed left out.
@@ -189,7 +194,7 @@ class MemoryBudget:
                 raise OutOfMemoryError(
                     f"Model '{model}' does not fit. On {device.name}: {self._explain(device, need, room)}", ADVICE
                 )
-            booking = Booking(model, device, need)
+            booking = Booking(model, device, need, sources or {})
             self._bookings.append(booking)
             return booking
 
@@ -228,6 +233,10 @@ class MemoryBudget:
         """Replaces declared figures by found ones; see `MemoryUse.corrected`."""
         with self._lock:
             booking.need = booking.need.corrected(found)
+            if found.weights is not None:
+                booking.sources["weights"] = LOAD
+            if found.activations is not None or found.shared is not None:
+                booking.sources["work"] = LOAD
             before = MemoryUse() if booking.used is None else booking.used
             known = {k: v for k, v in found.parts().items() if v is not None}
             booking.used = replace(before, **known)
@@ -288,6 +297,7 @@ class MemoryBudget:
                     "reserved": b.need.total,
                     "used": None if b.used is None else b.used.total,
                     "parts": b.need.parts(),
+                    "sources": {part: SOURCES[source] for part, source in b.sources.items()},
                 }
                 for b in there
                 if b.device == device.name

@@ -20,7 +20,8 @@ from .budget import ADVICE, Booking, MemoryBudget
 from .catalogue import Source
 from .errors import InferenceError, InvalidRequestError, OutOfMemoryError
 from .families import LoadedModel, Opener
-from .needs import declared_needs
+from .found import Found
+from .needs import Declared, declared
 from .placement import Plan, candidates, make_room, plan
 from .settings import LoadOptions
 from .watch import MemoryWatch, Tally
@@ -28,7 +29,7 @@ from .worker import QUEUE_DEPTH, Job, ModelWorker, settled
 
 T = TypeVar("T")
 
-Needs = Callable[[Path, LoadOptions], MemoryUse]
+Needs = Callable[[Path, LoadOptions], Declared]
 """What the bundle at a path will take with these settings."""
 
 _CLOCK = itertools.count()
@@ -134,7 +135,7 @@ class ModelTable:
         depth: int = QUEUE_DEPTH,
         budget: MemoryBudget | None = None,
         gpus: Callable[[], Iterable[str]] = tuple,
-        needs: Needs = declared_needs,
+        needs: Needs = declared,
     ) -> None:
         self._opener = opener
         self._depth = depth
@@ -142,6 +143,7 @@ class ModelTable:
         self._watch = MemoryWatch(self.budget)
         self._gpus = gpus
         self._needs = needs
+        self._found = Found()
         self._lock = threading.Lock()
         self._slots: dict[str, Slot] = {}
         self._draining: set[Slot] = set()
@@ -272,8 +274,14 @@ class ModelTable:
         Returns:
             The slot's options with the device that was chosen.
         """
-        need = self._needs(slot.source.path, slot.options)
         choices = candidates(slot.options.device, self.budget.probe(), self._gpus())
+        names = [device.name for device in choices]
+        # With nothing to choose, what a CPU needs is known better than what "auto" may need.
+        options = replace(slot.options, device="cpu") if names == ["cpu"] else slot.options
+        told = self._needs(slot.source.path, options)
+        if before := self._found.recall(slot.source.path, slot.options, names):
+            told = told.corrected(before)
+        need = told.use
         gone: list[Slot] = []
         try:
             with self._lock:
@@ -283,7 +291,7 @@ class ModelTable:
                 found = plan(slot.name, slot.options.device, need, choices, self.budget, self._idle())
                 numbers = self.budget.explain(found.device, need) if found.victims else ""
                 gone = self._evict(found, f"'{slot.name}' had no room on {found.device.name}; {numbers}")
-                slot.booking = self.budget.reserve(slot.name, found.device, need)
+                slot.booking = self.budget.reserve(slot.name, found.device, need, told.sources)
                 slot.placement = found.reason
         finally:
             for victim in gone:
@@ -360,6 +368,7 @@ class ModelTable:
         slot.retired = True
         self._draining.add(slot)
         if slot.booking is not None:
+            self._found.note(slot.source.path, slot.options, slot.booking)
             self.budget.leave(slot.booking)
         return True
 

@@ -259,8 +259,9 @@ class CudaDevice(Device):
         The buffers that `work` uses must live as long as the graph.
 
         Raises:
-            DeviceError: `work` queued nothing on the stream, or did what cannot be recorded (allocate, upload,
-                download, synchronise); the stream is usable again. What else `work` raises passes through.
+            DeviceError: `work` queued nothing on the stream, a call of a host function, or did what cannot be recorded
+                (allocate, upload, download, synchronise); the stream is usable again. What else `work` raises passes
+                through.
         """
         if not self.captures:
             return super().capture(work)
@@ -280,6 +281,13 @@ class CudaDevice(Device):
                     raise DeviceError(
                         f"Nothing was recorded on the stream of {self.name}.",
                         "Let the back end launch on Device.stream.",
+                    )
+                if self._api.graph_calls_host(graph):
+                    # ONNX Runtime's CUDA provider frees the host memory of some kernels (Concat, Split, ScatterND,
+                    # MatMul over many matrices) that way: each replay would read it and free it once more.
+                    raise DeviceError(
+                        f"What was recorded on {self.name} calls a function on the host, made for one run only.",
+                        "Run without graph capture.",
                     )
                 executable = self._api.graph_instantiate(graph)
             finally:

@@ -212,6 +212,12 @@ class BindingsApi(CudaApi):
     def graph_empty(self, graph: Any) -> bool:
         return int(self._call(self._d.cuGraphGetNodes, graph)[-1]) == 0
 
+    def graph_calls_host(self, graph: Any) -> bool:
+        count = int(self._call(self._d.cuGraphGetNodes, graph)[-1])
+        nodes, _ = self._call(self._d.cuGraphGetNodes, graph, count)
+        host = int(self._d.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST)
+        return any(int(self._call(self._d.cuGraphNodeGetType, node)) == host for node in nodes)
+
     def graph_launch(self, executable: Any, stream: Any) -> None:
         self._call(self._d.cuGraphLaunch, executable, stream)
 

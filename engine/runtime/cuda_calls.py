@@ -211,6 +211,10 @@ class CudaApi(abc.ABC):
     def graph_empty(self, graph: Any) -> bool:
         raise NotImplementedError
 
+    def graph_calls_host(self, graph: Any) -> bool:
+        """Whether a replay would call a function on the host."""
+        raise NotImplementedError
+
     def graph_launch(self, executable: Any, stream: Any) -> None:
         raise NotImplementedError
 

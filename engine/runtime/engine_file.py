@@ -14,9 +14,11 @@ Layout, numbers little-endian:
 
 The header's ``engine_bytes`` and ``engine_sha256`` are the size and hash of the engine; ``key`` is
 `pixano_edge.engine.build.key.EngineKey` (what must be equal for the engine to be used), ``facts`` what was seen while
-building. `read_engine` checks both hashes and the exact size, so neither a truncated, padded or damaged file nor a
-foreign one (a plain plan of trtexec, for example) gets as far as TensorRT. The hashes find damage, they do not prove
-where a file came from: an engine is code, take it from sources you trust only.
+building. In ``facts``, ``scratch_bytes`` has the device memory that a context needs per profile, or null and
+``scratch_reason`` says why it is not known: only a GPU tells, and TensorRT for RTX builds without one. `read_engine`
+checks both hashes and the exact size, so neither a truncated, padded or damaged file nor a foreign one (a plain plan of
+trtexec, for example) gets as far as TensorRT. The hashes find damage, they do not prove where a file came from: an
+engine is code, take it from sources you trust only.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from typing import Any
 from ..errors import BundleError
 
 SUFFIX = ".engine"
+SCRATCH = "scratch_bytes"
+SCRATCH_REASON = "scratch_reason"
 MAGIC = b"PXENGINE"
 LAYOUT = 1
 MAX_HEADER_BYTES = 16 << 20
@@ -66,6 +70,15 @@ class EngineHeader:
     def flavour(self) -> str:
         """``tensorrt`` or ``tensorrt_rtx``."""
         return str(self.key.get("flavour", ""))
+
+    @property
+    def scratch_bytes(self) -> int | None:
+        """Device memory that its hungriest profile needs; None where the builder could not tell."""
+        told = self.facts.get(SCRATCH)
+        if not isinstance(told, list):
+            return None
+        numbers = [n for n in told if type(n) is int and n >= 0]
+        return max(numbers) if numbers and len(numbers) == len(told) else None
 
 
 def write_engine(

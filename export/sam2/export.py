@@ -26,6 +26,7 @@ from pixano_edge.export.sam2 import graphs, parity
 from pixano_edge.export.sam2.feeds import random_feeds
 from pixano_edge.export.sam2.golden import add_golden, picture_note
 from pixano_edge.export.tensorrt_graph import SUFFIX, TensorrtVariants
+from pixano_edge.export.work_memory import measure_graphs
 
 VARIANTS = ("fp32", "fp16")
 Progress = Callable[[str, int, int], None]
@@ -134,6 +135,8 @@ def _export(
                 files = {graph: writer.root / entries[graph][variant].file for graph in specs}
                 measured += _measure(files, suite, variant, threads)
         report = parity.require(suite, measured)
+        step("Measuring memory")
+        memory = measure_graphs(writer.root, specs, entries, threads)
         step("Writing golden samples")
         golden = add_golden(writer, loaded.model, pictures, constants)
         notes += [picture_note(g, photo) for g, photo in zip(golden, pictures)]
@@ -151,6 +154,7 @@ def _export(
                 ).model_dump(),
                 "postprocess": Postprocess(mask_threshold=constants.mask_threshold).model_dump(),
                 "graphs": {g: Graph(variants=v).model_dump() for g, v in entries.items()},
+                "memory": [m.model_dump() for m in memory],
                 "parity": report.model_dump(),
                 "golden": [g.model_dump() for g in golden],
                 "notes": notes,
@@ -160,7 +164,7 @@ def _export(
 
 def count_steps(variants: Sequence[str]) -> int:
     """Number of steps that `export_sam2` reports for these variants."""
-    return 3 + 2 * len(contract.graphs(contract.Sam2Constants())) + 2 * len(variants)
+    return 4 + 2 * len(contract.graphs(contract.Sam2Constants())) + 2 * len(variants)
 
 
 def default_name(checkpoint: str) -> str:

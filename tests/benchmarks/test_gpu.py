@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pixano_edge.benchmarks import cli, gpu, gpu_contenders, power
-from pixano_edge.benchmarks.contenders import ENCODER_CASE, MASK_CASE
-from pixano_edge.benchmarks.gpu_contenders import CASES, DECODER_CASE, GpuContender, Way
+from pixano_edge.benchmarks.contenders import CLICK_CASE, ENCODER_CASE, MASK_CASE
+from pixano_edge.benchmarks.gpu_contenders import CASES, DECODER_CASE, ORT_TENSORRT, GpuContender, Way
 from pixano_edge.benchmarks.segment import make_inputs
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.cli.main import app
@@ -38,6 +38,7 @@ BUNDLE: Any = SimpleNamespace(
 """All that is read of a bundle whose graphs are stubs."""
 EAGER = Way("onnxruntime", "fp32", False)
 GRAPH = Way("onnxruntime", "fp32", True)
+ORT_TRT = Way(ORT_TENSORRT, "fp16", False)
 
 
 def decode(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +50,9 @@ def decode(inputs: dict[str, Any]) -> dict[str, Any]:
 
 class Clocked(StubDevice):
     """A deferred stream that counts one millisecond per launch."""
+
+    tensorrt = False
+    """Whether ONNX Runtime's TensorRT provider finds its libraries."""
 
     def __init__(self) -> None:
         super().__init__("cuda:0", deferred=True, discrete=True, captures=True)
@@ -81,6 +85,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[Clocked]:
         return opened[-1]
 
     def session(path: Path, spec: Any, on: Clocked, *, backend: str, options: Any) -> StubSession:
+        if backend == ORT_TENSORRT and not opened[-1].tensorrt:
+            raise DeviceError("No TensorRT library (libnvinfer) is found.", "Install TensorRT.")
         stub = StubSession(SPECS[spec.name], on, work[spec.name], capturable=True)
         monkeypatch.setattr(stub, "info", lambda: {"warnings": ["odd"], "options": options})
         return stub
@@ -112,7 +118,7 @@ def test_eager_launches_and_graph_replays(devices: list[Clocked]) -> None:
         assert "empty" not in device.ops, "a steady call allocates nothing"
         assert one.start.recorded == way.capture
         assert one.start.memory == 10**6  # one reading between
-        assert [len(one.milliseconds[c]) for c in CASES] == [1, 1, 0]
+        assert [len(one.milliseconds[c]) for c in CASES] == [1, 1, 0, 0]
         assert one.milliseconds[ENCODER_CASE] == [1.0]
         one.close()
         assert "close" in device.ops
@@ -136,9 +142,68 @@ def test_answers_are_those_of_the_graphs(devices: list[Clocked]) -> None:
         assert a.keys() == b.keys()
         for name in a:
             assert np.array_equal(a[name], b[name])
+    clicks = eager.outputs(CLICK_CASE)
+    assert clicks["masks"].shape == (1, 3, 540, 960)
+    assert set(np.unique(clicks["masks"])) == {-1.0, 1.0}
     with_mask, without = graph.outputs(MASK_CASE), graph.outputs(DECODER_CASE)
     assert with_mask["masks"].shape[1] == 3
     assert not np.array_equal(with_mask["masks"], without["masks"])
+
+
+def test_whole_click_is_the_predictor_on_cached_features(devices: list[Clocked]) -> None:
+    for way, op in ((EAGER, "launch"), (GRAPH, "replay")):
+        one = contender(way)
+        one.enter(CLICK_CASE)
+        calls = devices[-1].calls
+        calls.clear()
+        answer = one.click()
+        assert answer.masks.shape == (1, 3, 540, 960)
+        names = [c[0] for c in calls]
+        assert names.count(op) == 1, "the decoder alone"
+        assert names.count("synchronize") == 1
+        assert "empty" not in names
+        assert "host_empty" not in names
+        assert not one.milliseconds[CLICK_CASE]
+        one.close()
+        assert devices[-1].ops[-1] == "close"
+
+
+def test_cases_come_back_to_their_own_buffers_after_clicks(devices: list[Clocked]) -> None:
+    """The predictor binds the same bindings; what is timed after it must be what was timed before it."""
+    for way, op in ((EAGER, "launch"), (GRAPH, "replay")):
+        one = contender(way)
+        before = {case: one.outputs(case) for case in CASES}
+        for case in (*CASES[::-1], *CASES):
+            one.enter(case)
+            assert not one.milliseconds.get(case)
+            devices[-1].calls.clear()
+            one.calls()[case]()
+            assert devices[-1].ops.count(op) == 1, case
+            got = one.outputs(case)
+            for name, value in before[case].items():
+                assert np.array_equal(got[name], value), (str(way), case, name)
+
+
+def test_clicks_that_are_not_recorded_are_refused(devices: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = contender(GRAPH)
+    monkeypatch.setattr(Clocked, "capture", lambda self, work: (_ for _ in ()).throw(DeviceError("no room.", "")))
+    with pytest.raises(DeviceError, match=r"did not work in the predictor\. .*no room"):
+        one.enter(CLICK_CASE)
+    assert any("no room" in text for text in one.warnings())
+
+
+def test_onnxruntimes_tensorrt_provider(devices: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match="libnvinfer"):
+        contender(ORT_TRT)
+    assert "close" in devices[-1].ops
+    monkeypatch.setattr(Clocked, "tensorrt", True)
+    one = contender(ORT_TRT)
+    assert str(one.way) == "ONNX Runtime TensorRT fp16, eager"
+    options = one._encoder.info()["options"]
+    assert options == {"provider_options": {"trt_fp16_enable": "1"}}
+    assert Way(ORT_TENSORRT, "fp32", False).options() is None
+    assert not [w for w in gpu.ways(("fp32", "fp16")) if w.backend == ORT_TENSORRT and w.capture]
+    assert len(gpu.ways(("fp32", "fp16"))) == 10
 
 
 def test_a_graph_that_is_none_is_refused(devices: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,12 +255,19 @@ def test_figures(on_stub: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(figures.starts) == names
     assert {r.case for r in figures.rows} == set(CASES)
     for row in figures.rows:
-        assert row.wall.count == row.device.count == 3
-        assert row.device.p50 == pytest.approx(0.001)
-        assert row.relative_error == 0.0
+        assert row.wall.count == 3
+        if row.case == CLICK_CASE:
+            assert row.device is None
+            assert row.relative_error is None
+        else:
+            assert row.device is not None
+            assert row.device.count == 3
+            assert row.device.p50 == pytest.approx(0.001)
+            assert row.relative_error == 0.0
         assert row.mask_iou == (None if row.case == ENCODER_CASE else 1.0)
         assert row.ratio is None
     assert "No engine was built. Build it: pixano-edge build x" in figures.skipped["TensorRT fp32, graph"]
+    assert "libnvinfer" in figures.skipped["ONNX Runtime TensorRT fp32, eager"]
     assert any("PyTorch CUDA" in name for name in figures.skipped)
     for name in names:
         assert figures.powers[name] == power.Power(50.0, 0.5, 1)
@@ -220,6 +292,21 @@ def test_a_wrong_contender_shows_in_its_accuracy(on_stub: list[Clocked], monkeyp
     assert errors[ENCODER_CASE, str(EAGER)] == 0.0
     assert (errors[ENCODER_CASE, str(GRAPH)] or 0) > 1
     assert set(figures.powers.values()) == {None}
+
+
+def test_a_case_that_fails_is_listed_and_stops_nobody(on_stub: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = GpuContender.click
+
+    def click(self: GpuContender) -> Any:
+        if self.way == GRAPH:
+            raise DeviceError("no room.", "Free some.")
+        return real(self)
+
+    monkeypatch.setattr(GpuContender, "click", click)
+    figures = gpu.measure_gpu(BUNDLE, precisions=("fp32",), rounds=1, power_seconds=0)
+    assert figures.skipped[f"{GRAPH}, {CLICK_CASE}"] == "no room. Free some."
+    ran = {(r.contender, r.case) for r in figures.rows}
+    assert ran == {(str(w), c) for w in (EAGER, GRAPH) for c in CASES} - {(str(GRAPH), CLICK_CASE)}
 
 
 def test_nothing_that_runs_is_an_error_with_every_reason(

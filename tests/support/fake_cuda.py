@@ -47,6 +47,7 @@ class FakeDriver(FakeState):
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=0, CU_EVENT_DISABLE_TIMING=2)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_HOST=3)
     CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
     CUdevice_attribute = SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{name}": name for name in ATTRIBUTES})
 
@@ -284,8 +285,13 @@ class FakeDriver(FakeState):
         return handle
 
     @driver_call
-    def cuGraphGetNodes(self, hGraph: Handle, numNodes: int = 0) -> tuple[None, int]:
-        return None, len(self._graphs[int(hGraph)])
+    def cuGraphGetNodes(self, hGraph: Handle, numNodes: int = 0) -> tuple[list[Any], int]:
+        steps = self._graphs[int(hGraph)]
+        return list(steps[:numNodes]), len(steps)
+
+    @driver_call
+    def cuGraphNodeGetType(self, hNode: Any) -> int:
+        return 3 if getattr(hNode, "on_host", False) else 0
 
     @driver_call
     def cuGraphInstantiate(self, hGraph: Handle, flags: int) -> Handle:

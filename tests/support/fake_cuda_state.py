@@ -137,6 +137,16 @@ class FakeState:
 
         self._queue(stream, ("launch", name, stream), run)
 
+    def launch_host(self, stream: int, work: Callable[[], None]) -> None:
+        """Queues a call of a function on the host (``cuLaunchHostFunc``)."""
+        self._check_context()
+
+        def run() -> None:
+            work()
+
+        run.on_host = True  # type: ignore[attr-defined]
+        self._queue(stream, ("host", stream), run)
+
     def at(self, pointer: int, count: int, dtype: Any = np.float32) -> Any:
         """View of device memory for the kernel of a test."""
         kind = np.dtype(dtype)

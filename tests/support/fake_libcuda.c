@@ -82,7 +82,12 @@ status cuEventRecord(handle event, handle stream) { note("record", (uint64_t)eve
 status cuEventSynchronize(handle event) { note("event_synchronize", (uint64_t)event, 0, 0); return 0; }
 status cuEventElapsedTime_v2(float *ms, handle start, handle end) { *ms = 2.5f; note("elapsed", (uint64_t)start, (uint64_t)end, 0); return 0; }
 status cuEventDestroy_v2(handle event) { note("event_destroy", (uint64_t)event, 0, 0); return 0; }
-status cuGraphGetNodes(handle graph, handle *nodes, size_t *count) { if (nodes == NULL) *count = recorded; return 0; }
+status cuGraphGetNodes(handle graph, handle *nodes, size_t *count) {
+    if (nodes != NULL) for (size_t i = 0; i < *count; i++) nodes[i] = (handle)(i + 1);
+    else *count = recorded;
+    return 0;
+}
+status cuGraphNodeGetType(handle node, int *kind) { *kind = getenv("FAKE_LIBCUDA_HOST_NODE") && (uint64_t)node == 2 ? 3 : 1; return 0; }
 status cuGraphInstantiateWithFlags(handle *executable, handle graph, unsigned long long flags) { *executable = new_handle(); note("instantiate", (uint64_t)graph, flags, 0); return 0; }
 status cuGraphLaunch(handle executable, handle stream) { note("launch", (uint64_t)executable, (uint64_t)stream, 0); return 0; }
 status cuGraphDestroy(handle graph) { note("graph_destroy", (uint64_t)graph, 0, 0); return 0; }
@@ -105,7 +110,7 @@ status cuGetProcAddress_v2(const char *name, void **found, int version, uint64_t
     PLAIN(cuStreamWaitEvent) KNOWN("cuStreamBeginCapture", cuStreamBeginCapture_v2) PLAIN(cuStreamEndCapture)
     PLAIN(cuEventCreate) PLAIN(cuEventRecord) PLAIN(cuEventSynchronize)
     KNOWN("cuEventElapsedTime", cuEventElapsedTime_v2) KNOWN("cuEventDestroy", cuEventDestroy_v2)
-    PLAIN(cuGraphGetNodes) KNOWN("cuGraphInstantiate", cuGraphInstantiateWithFlags) PLAIN(cuGraphInstantiateWithFlags)
+    PLAIN(cuGraphGetNodes) PLAIN(cuGraphNodeGetType) KNOWN("cuGraphInstantiate", cuGraphInstantiateWithFlags) PLAIN(cuGraphInstantiateWithFlags)
     PLAIN(cuGraphLaunch) PLAIN(cuGraphDestroy) PLAIN(cuGraphExecDestroy)
     *found = NULL;
     if (result) *result = 1; /* CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND */

@@ -12,8 +12,11 @@ import pytest
 from pixano_edge.engine.build import child
 from pixano_edge.engine.build.names import BUILD_CALLS, RTX_BUILD_CALLS
 from pixano_edge.engine.errors import BuildError, DeviceError
+from pixano_edge.engine.runtime.tensorrt_api import TensorRt
 from pixano_edge.engine.runtime.tensorrt_names import missing_calls
+from tests.engine.runtime.trt import DYNAMIC, fake
 from tests.support.fake_trt_builder import DataType, FakeBuilderModule, Layer, LayerType, Network, Tensor
+from tests.support.gpu_stub import GpuStub
 
 SPEC = {
     "inputs": [{"name": "a", "dtype": "float32", "dims": ["B", 4]}],
@@ -193,3 +196,17 @@ def test_every_name_is_in_the_real_package() -> None:
     for method in BUILD_CALLS["IProgressMonitor"]:
         assert hasattr(trt.IProgressMonitor, method)
     assert {m for m in trt.ComputeCapability.__members__ if m.startswith("SM")} >= {"SM75", "SM86", "SM89", "SM120"}
+
+
+def test_scratch_memory_is_that_of_every_profile_and_the_engine_is_closed(tmp_path: Path) -> None:
+    device = GpuStub()
+    trt = fake(device)
+    (tmp_path / "engine").write_bytes(DYNAMIC)
+    job = {"name": "dynamic", "file": str(tmp_path / "engine"), "host_code": True}
+    with device.current():
+        answer = child.scratch(TensorRt(trt, "tensorrt"), job, _said.append_event)
+    assert answer["scratch_bytes"] == [16384, 1024, 4096]
+    assert ("load", True) in trt.calls
+    (tmp_path / "engine").write_bytes(b"foreign")
+    with device.current(), pytest.raises(DeviceError, match="cannot load graph 'dynamic'"):
+        child.scratch(TensorRt(trt, "tensorrt"), job, _said.append_event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from pixano_edge.engine.build.key import Box, EngineKey
 from pixano_edge.engine.build.locate import find_engine
 from pixano_edge.engine.build.plan import Options, Target, choices, choose, find_target, make_key
 from pixano_edge.engine.bundle import Bundle
-from pixano_edge.engine.errors import BuildError, BundleError, DeviceError, MissingDependencyError
+from pixano_edge.engine.errors import BuildError, BundleError, CancelledError, DeviceError, MissingDependencyError
 from pixano_edge.engine.runtime.base import DeviceInfo
 from pixano_edge.engine.runtime.engine_file import read_engine
 from tests.engine.bundle.sample import fields, make_bundle
@@ -51,6 +52,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
     seen: list[Mapping[str, Any]] = []
 
     def work(job: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+        if job["action"] == "scratch":
+            return {"scratch_bytes": [100 * len(Path(job["file"]).read_bytes()), 50]}
         seen.append(job)
         rtx = job["flavour"] == "tensorrt_rtx"
         if job["action"] == "describe":
@@ -364,3 +367,54 @@ def test_keys_in_files_are_those_of_the_build(
     header, _ = read_engine(built.path)
     assert EngineKey.from_dict(header.key) == make_key(choice, ON_RTX, Options()) == built.key
     assert header.facts["built_from"] == "onnx"
+
+
+def test_the_header_tells_the_scratch_memory_where_a_gpu_told_it(
+    bundle: Bundle, cache: EngineCache, jobs: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = choose(bundle)[0]
+    (built,) = build_engines(bundle, [choice], ON_ORIN, Options(), cache)
+    header, _ = read_engine(built.path)
+    assert header.facts["scratch_bytes"] == [600, 50]  # of the engine as built: "plan 1"
+    assert header.scratch_bytes == 600
+    real = engines.run_child
+
+    def no_room(job: Mapping[str, Any], **calls: Any) -> dict[str, Any]:
+        if job["action"] == "scratch":
+            raise DeviceError("No room for the weights.", "")
+        return real(job, **calls)
+
+    monkeypatch.setattr(engines, "run_child", no_room)
+    (built,) = build_engines(bundle, [choice], ON_ORIN, Options(), cache, rebuild=True)
+    header, _ = read_engine(built.path)
+    assert header.scratch_bytes is None
+    assert header.facts["scratch_reason"] == "No room for the weights."
+
+
+def test_the_header_says_that_no_gpu_was_there_to_tell(
+    bundle: Bundle, cache: EngineCache, jobs: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, facts = choose(bundle)[0], SimpleNamespace(compute_capability=ON_RTX.capabilities[0])
+    for found, scratch in (((), None), ((facts,), 600)):
+        monkeypatch.setattr(engines, "cuda_facts", lambda found=found: (found, None))
+        (built,) = build_engines(bundle, [choice], ON_RTX, Options(), cache, rebuild=True)
+        header, _ = read_engine(built.path)
+        assert header.scratch_bytes == scratch
+        said = header.facts.get("scratch_reason", "")
+        assert said == ("" if found else "built without a GPU of compute capability 8.6 or 8.9 to open it on")
+
+
+def test_a_cancelled_build_is_no_unknown_scratch_memory(
+    bundle: Bundle, cache: EngineCache, jobs: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engines.run_child
+
+    def cancelled(job: Mapping[str, Any], **calls: Any) -> dict[str, Any]:
+        if job["action"] == "scratch":
+            raise CancelledError("Cancelled.", "")
+        return real(job, **calls)
+
+    monkeypatch.setattr(engines, "run_child", cancelled)
+    with pytest.raises(CancelledError):
+        list(build_engines(bundle, choose(bundle)[:1], ON_ORIN, Options(), cache))
+    assert list((cache.root / "work").iterdir()) == []

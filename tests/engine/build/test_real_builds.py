@@ -27,7 +27,8 @@ from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts.base import GraphSpec, TensorSpec
 from pixano_edge.engine.errors import BuildError, CancelledError, DeviceError
 from pixano_edge.engine.runtime.base import DeviceInfo
-from pixano_edge.engine.runtime.engine_file import read_engine
+from pixano_edge.engine.runtime.engine_file import read_engine, read_header
+from pixano_edge.engine.runtime.gpu_info import cuda_facts
 
 pytestmark = pytest.mark.skipif(
     "tensorrt_rtx" not in library.installed(), reason="pip install 'pixano-edge[tensorrt-rtx]'"
@@ -116,8 +117,20 @@ def test_dynamic_graphs_have_profiles_for_the_typical_case_and_the_whole_range(b
 
 
 def test_neither_the_command_nor_its_children_import_the_export_stack(built: Run) -> None:
-    # The command itself, one child that describes, one per engine and one per layer report.
-    assert built.processes == 2 + 2 * len(built.answer["engines"])
+    # The command itself, one child that describes, one per engine and one per layer report, and one per engine that
+    # asks for its scratch memory where a GPU of the targets is there.
+    facts = [read_header(Path(engine["path"])).facts for engine in built.answer["engines"]]
+    asked = sum("built without a GPU" not in f.get("scratch_reason", "") for f in facts)
+    assert built.processes == 2 + 2 * len(built.answer["engines"]) + asked
+
+
+def test_the_header_says_why_scratch_memory_is_not_known(built: Run) -> None:
+    for engine in built.answer["engines"]:
+        header = read_header(Path(engine["path"]))
+        assert (header.scratch_bytes is None) == bool(header.facts.get("scratch_reason"))
+        if not cuda_facts()[0]:
+            assert header.scratch_bytes is None
+            assert "8.6 or 8.9" in header.facts["scratch_reason"]
 
 
 def test_every_layer_in_fp32_has_a_reason(built: Run) -> None:

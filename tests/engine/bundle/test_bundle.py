@@ -109,6 +109,31 @@ def test_newer_schema_says_upgrade(bundle_dir: Path) -> None:
     assert "Install a newer pixano-edge" in refused(bundle_dir, "schema version 2", "up to 1").action
 
 
+MEASURED = {"graph": "mask_decoder", "variant": "fp16", "session_bytes": 1, "activation_bytes": 2, "sizes": {"P": 1}}
+
+
+def test_memory_figures_may_be_there_or_not(bundle_dir: Path) -> None:
+    edit_manifest(bundle_dir, lambda m: m.pop("memory"))  # as bundles were before
+    assert Bundle.open(bundle_dir).manifest.memory == []
+    edit_manifest(bundle_dir, lambda m: m.update(memory=[{**MEASURED, "measured_with": "x"}]))
+    assert Bundle.open(bundle_dir).manifest.memory[0].activation_bytes == 2
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ([{**MEASURED, "measured_with": "x", "variant": "int4"}], "int4"),
+        ([{**MEASURED, "measured_with": "x", "graph": "other"}], "other"),
+        ([{**MEASURED, "measured_with": "x"}] * 2, "has twice"),
+        ([{**MEASURED, "measured_with": "x", "activation_bytes": -1}], "activation_bytes"),
+        ([MEASURED], "measured_with"),
+    ],
+)
+def test_memory_figures_that_fit_nothing_are_refused(bundle_dir: Path, memory: list[Any], words: str) -> None:
+    edit_manifest(bundle_dir, lambda m: m.update(memory=memory))
+    refused(bundle_dir, words)
+
+
 def test_unknown_family_says_upgrade(bundle_dir: Path) -> None:
     edit_manifest(bundle_dir, lambda m: m.update(family="sam9"))
     assert "newer pixano-edge" in refused(bundle_dir, "sam9").action

@@ -37,6 +37,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
     seen: list[dict[str, Any]] = []
 
     def work(job: Mapping[str, Any], **calls: Any) -> dict[str, Any]:
+        if job["action"] == "scratch":
+            return {"scratch_bytes": [1]}
         seen.append(dict(job))
         if job["action"] == "describe":
             return {"version": "1.7.1", "compute_capabilities": ["SM86", "SM89"]}

@@ -279,7 +279,10 @@ def test_info_of_the_machine_and_of_a_bundle(tiny_bundle: Path, tmp_path: Path, 
     assert facts["engine"]["image_encoder"]["provider"] == "CPUExecutionProvider"
     assert facts["parity"]["passed"] is True
     assert facts["warnings"] == []
+    assert facts["memory"]["parts"]["activations"] > 0
+    assert facts["memory"]["sources"] == dict.fromkeys(("weights", "work"), "measured at export, on a CPU")
     table = _invoke("info", tiny_bundle).stdout
+    assert "(measured at export, on a CPU), bound tensors" in " ".join(table.split())
     assert "worst relative error" in table
     assert "Apache-2.0" in table
 

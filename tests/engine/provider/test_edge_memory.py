@@ -118,6 +118,28 @@ async def test_server_info_tells_budget_use_and_room(make: Make) -> None:
     assert (account["reserved"], account["models"]) == (0, [])
 
 
+async def test_figures_say_what_kind_they_are_and_what_was_found_serves_the_next_load(
+    make: Make, opener: GpuOpener
+) -> None:
+    provider = make(cache_mb=0)
+    await provider.instantiate_model("edge", _config())
+    (model,) = (await _memory(provider))["models"]
+    assert model["sources"] == {"weights": "found at a load on this device", "work": "an estimate"}
+    opener.models["a"].reported = MemoryUse(activations=30 * MIB)
+    await _ask(provider)
+    (model,) = (await _memory(provider))["models"]
+    assert model["parts"]["activations"] == 30 * MIB
+    assert model["sources"]["work"] == "found at a load on this device"
+    await provider.delete_model("a")
+    await provider.instantiate_model("edge", _config())
+    (model,) = (await _memory(provider))["models"]
+    assert opener.models["a"].reported == MemoryUse()  # a new predictor, which told nothing yet
+    assert model["parts"]["activations"] == 30 * MIB
+    assert model["sources"]["work"] == "found at a load on this device"
+    await provider.instantiate_model("edge", _config("b"))
+    assert (await _memory(provider))["models"][1]["sources"]["work"] == "an estimate"
+
+
 async def test_the_least_recently_used_model_makes_room_and_comes_back(make: Make, opener: GpuOpener) -> None:
     provider = make()
     await _ask(provider, "a")

@@ -76,7 +76,13 @@ def test_a_call_exists_with_these_arguments(name: str) -> None:
 def test_names_and_numbers_are_the_real_ones() -> None:
     enums = {
         enum: getattr(driver, enum)
-        for enum in ("CUstream_flags", "CUevent_flags", "CUstreamCaptureMode", "CUpointer_attribute")
+        for enum in (
+            "CUstream_flags",
+            "CUevent_flags",
+            "CUstreamCaptureMode",
+            "CUgraphNodeType",
+            "CUpointer_attribute",
+        )
     }
     for name in used_names():
         if hasattr(driver, name):
@@ -127,6 +133,7 @@ def test_nvml_has_what_is_asked() -> None:
 
 SCRIPT = """
 import gc
+import os
 import sys
 import numpy as np
 from pixano_edge.engine.errors import ContractError, DeviceError, DeviceMemoryError
@@ -159,6 +166,10 @@ def refused(kind, call):
     raise AssertionError(call)
 
 refused(DeviceError, lambda: device.capture(lambda: None))
+os.environ["FAKE_LIBCUDA_HOST_NODE"] = "1"  # the library says that a graph's second node is a call of a host function
+assert "on the host" in refused(DeviceError, lambda: device.capture(lambda: [device.copy(host, buffer) for _ in "ab"]))
+device.capture(lambda: device.copy(host, buffer)).close()
+del os.environ["FAKE_LIBCUDA_HOST_NODE"]
 refused(DeviceMemoryError, lambda: device.empty((1 << 22,), "uint8"))
 
 class Foreign:
@@ -230,7 +241,7 @@ def test_the_real_bindings_take_every_argument(library: Path, tmp_path: Path) ->
         ("instantiate", "executable_destroy"),
     ):
         assert getattr(count, made) == getattr(count, freed) > 0, (made, freed)
-    assert count.end == count.graph_destroy == 2
+    assert count.end == count.graph_destroy == 4
     stream = done.stdout.strip()
     assert ["stream", stream, "1", "0"] in lines, "a non-blocking stream"
     assert ["begin", stream, "1", "0"] in lines, "thread-local recording"

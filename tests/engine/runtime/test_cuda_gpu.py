@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Iterator
@@ -127,6 +128,23 @@ def test_a_failed_capture_leaves_the_stream_usable(device: CudaDevice) -> None:
         assert (device.download(buffer) == 3).all()
     device.capture(lambda: device.copy(other, buffer)).replay()
     assert (device.download(other) == 3).all()
+
+
+def test_a_capture_with_a_call_of_a_host_function_is_refused(device: CudaDevice) -> None:
+    """What ONNX Runtime queues behind kernels whose host memory it frees; see `CudaDevice.capture`."""
+    source, target = device.empty(SHAPE, "float32"), device.empty(SHAPE, "float32")
+    called = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+    address = ctypes.cast(called, ctypes.c_void_p).value
+
+    def work() -> None:
+        device.copy(target, source)
+        driver.cuLaunchHostFunc(driver.CUstream(device.stream), driver.CUhostFn(address), 0)
+
+    driver = pytest.importorskip("cuda.bindings.driver")
+    with pytest.raises(DeviceError, match="calls a function on the host"):
+        device.capture(work)
+    device.capture(lambda: device.copy(target, source)).replay()
+    device.synchronize()
 
 
 def test_frees_of_other_threads_do_not_break_a_capture(device: CudaDevice) -> None:

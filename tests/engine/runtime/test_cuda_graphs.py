@@ -108,6 +108,25 @@ class TestGraphs:
             device.capture(lambda: launch(device, driver))
         self._usable(device, driver, buffer)
 
+    def test_calls_of_host_functions_are_refused(self, pair: Pair) -> None:
+        """They free what one run used: ONNX Runtime's CUDA provider would free it again at each replay."""
+        device, driver = pair
+        buffer, freed = device.empty(SHAPE, "float32"), []
+
+        def work() -> None:
+            launch(device, driver)
+            driver.launch_host(device.stream, lambda: freed.append(1))
+            launch(device, driver)
+
+        with device.current():
+            work()
+        device.synchronize()
+        assert freed == [1]
+        with pytest.raises(DeviceError, match=r"calls a function on the host.*without graph capture"):
+            device.capture(work)
+        self._usable(device, driver, buffer)
+        assert freed == [1]
+
     def _usable(self, device: CudaDevice, driver: FakeDriver, buffer: Buffer) -> None:
         assert not device.capturing
         assert driver.live["graph"] == driver.live["executable"] == 0
