@@ -205,7 +205,7 @@ class Chain:
     def _record(self, binding: Binding, lane: _Lane) -> bool:
         """Records one run and replays it; False, with a warning, where that does not work."""
         try:
-            lane.graph = self.device.capture(binding.run)  # counts the run that the replay then does
+            lane.graph = self.device.capture(binding.run, host_copies=False)  # counts the run that the replay does
         except DeviceError as error:
             lane.refused = True
             self.warnings[binding.session.spec.name] = (

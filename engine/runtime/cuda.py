@@ -251,7 +251,7 @@ class CudaDevice(Device):
             self._refuse_recording("synchronise")
             self._api.stream_synchronize(self._handle())
 
-    def capture(self, work: Callable[[], None]) -> CapturedGraph:
+    def capture(self, work: Callable[[], None], *, host_copies: bool = True) -> CapturedGraph:
         """Records what `work` queues on the stream, without running it.
 
         One recording at a time in a process; other threads that use this device wait. Take the locks of all sessions
@@ -259,12 +259,12 @@ class CudaDevice(Device):
         The buffers that `work` uses must live as long as the graph.
 
         Raises:
-            DeviceError: `work` queued nothing on the stream, a call of a host function, or did what cannot be recorded
-                (allocate, upload, download, synchronise); the stream is usable again. What else `work` raises passes
-                through.
+            DeviceError: `work` queued nothing on the stream, a call of a host function, a copy out of host memory
+                without `host_copies`, or did what cannot be recorded (allocate, upload, download, synchronise); the
+                stream is usable again. What else `work` raises passes through.
         """
         if not self.captures:
-            return super().capture(work)
+            return super().capture(work, host_copies=host_copies)
         with RECLAIMER, self._current:
             self._refuse_recording("record a second graph")
             stream = self._handle()
@@ -282,11 +282,14 @@ class CudaDevice(Device):
                         f"Nothing was recorded on the stream of {self.name}.",
                         "Let the back end launch on Device.stream.",
                     )
-                if self._api.graph_calls_host(graph):
-                    # ONNX Runtime's CUDA provider frees the host memory of some kernels (Concat, Split, ScatterND,
-                    # MatMul over many matrices) that way: each replay would read it and free it once more.
+                # ONNX Runtime's CUDA provider hands some kernels (Concat of unequal parts, Split, ScatterND, MatMul
+                # over many matrices) their arguments through host memory and frees it behind them, by a call of a
+                # host function where it may: each replay would read, and free, what belongs to somebody else.
+                calls, copies = self._api.graph_host_work(graph)
+                if calls or (copies and not host_copies):
+                    what = "calls a function on the host" if calls else "copies out of host memory"
                     raise DeviceError(
-                        f"What was recorded on {self.name} calls a function on the host, made for one run only.",
+                        f"What was recorded on {self.name} {what}, made for one run only.",
                         "Run without graph capture.",
                     )
                 executable = self._api.graph_instantiate(graph)

@@ -212,11 +212,19 @@ class BindingsApi(CudaApi):
     def graph_empty(self, graph: Any) -> bool:
         return int(self._call(self._d.cuGraphGetNodes, graph)[-1]) == 0
 
-    def graph_calls_host(self, graph: Any) -> bool:
+    def graph_host_work(self, graph: Any) -> tuple[bool, bool]:
         count = int(self._call(self._d.cuGraphGetNodes, graph)[-1])
         nodes, _ = self._call(self._d.cuGraphGetNodes, graph, count)
-        host = int(self._d.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST)
-        return any(int(self._call(self._d.cuGraphNodeGetType, node)) == host for node in nodes)
+        kinds = self._d.CUgraphNodeType
+        call, copy = int(kinds.CU_GRAPH_NODE_TYPE_HOST), int(kinds.CU_GRAPH_NODE_TYPE_MEMCPY)
+        found = [(int(self._call(self._d.cuGraphNodeGetType, node)), node) for node in nodes]
+        return any(kind == call for kind, _ in found), any(
+            self._reads_host(node) for kind, node in found if kind == copy
+        )
+
+    def _reads_host(self, node: Any) -> bool:
+        parameters = self._call(self._d.cuGraphMemcpyNodeGetParams, node)
+        return int(parameters.srcMemoryType) == int(self._d.CUmemorytype.CU_MEMORYTYPE_HOST)
 
     def graph_launch(self, executable: Any, stream: Any) -> None:
         self._call(self._d.cuGraphLaunch, executable, stream)

@@ -211,8 +211,8 @@ class CudaApi(abc.ABC):
     def graph_empty(self, graph: Any) -> bool:
         raise NotImplementedError
 
-    def graph_calls_host(self, graph: Any) -> bool:
-        """Whether a replay would call a function on the host."""
+    def graph_host_work(self, graph: Any) -> tuple[bool, bool]:
+        """Whether a replay would call a function on the host, and whether it would copy out of host memory."""
         raise NotImplementedError
 
     def graph_launch(self, executable: Any, stream: Any) -> None:

@@ -168,11 +168,16 @@ class Device(abc.ABC):
     def synchronize(self) -> None:
         """Waits until everything queued on the stream is done."""
 
-    def capture(self, work: Callable[[], None]) -> CapturedGraph:
+    def capture(self, work: Callable[[], None], *, host_copies: bool = True) -> CapturedGraph:
         """Records what `work` queues on the stream, without running it.
 
         `work` must not allocate, synchronise or copy to pageable memory; run it once before, so that nothing is
         initialised on the way.
+
+        Args:
+            work: Queues the work.
+            host_copies: Whether `work` may copy out of host memory: a replay reads the same memory again, so whoever
+                owns it must keep it. A back end of somebody else's may have freed it by then.
 
         Raises:
             DeviceError: The device has no graphs (see `captures`), or `work` did what cannot be recorded; the stream

@@ -1,7 +1,9 @@
 """ONNX Runtime back end: one `InferenceSession` per graph, one `IOBinding` per set of shapes.
 
-On a CPU tensors are bound as OrtValues over numpy memory. On a GPU they are bound by address, everything runs on the
-device's stream, and a run only launches: ONNX Runtime is told not to wait at its end. Not run on a GPU yet.
+On a CPU tensors are bound as OrtValues over numpy memory. On a GPU they are bound by address and everything runs on the
+device's stream. A run there ends with a wait for the stream: without it ONNX Runtime keeps the host memory that some
+kernels read until the session closes, and then frees it from a CUDA callback, which ends the process ("operation not
+permitted" in cudaFreeHost; seen with onnxruntime-gpu 1.27 on an H100). Recorded launches do not wait.
 
 ONNX Runtime is imported when the first session opens, never before.
 """
@@ -21,7 +23,7 @@ from .base import Array, Binding, Buffer, Device, Session, Shape
 from .cpu import check_writable
 from .memory import MemoryUse, graph_bytes, is_out_of_memory
 from .ort_check import check_graph, error_types, load_onnxruntime
-from .ort_graphs import EAGER, GraphNumbers
+from .ort_graphs import EAGER, RECORDED, GraphNumbers
 from .ort_options import OrtOptions, session_options, thread_count
 from .ort_placement import CPU, NO_CPU, RECORD, Placement, check_placement, read_placement, tells_placement
 from .ort_providers import (
@@ -279,7 +281,9 @@ class OrtSession(Session):
         if not self._on_gpu:
             return None
         number = EAGER
-        if self._graphs is not None and not self.device.capturing:
+        if self.device.capturing:
+            number = RECORDED
+        elif self._graphs is not None:
             if binding.state is None:
                 tensors = self._tensors
                 shapes = tuple(binding._expected[t.name] for t in tensors)
@@ -288,9 +292,10 @@ class OrtSession(Session):
         options = self._run_options.get(number)
         if options is None:
             options = self._ort.RunOptions()
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            if number == RECORDED:
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             if self._graphs is not None:
-                options.add_run_config_entry("gpu_graph_id", str(number))
+                options.add_run_config_entry("gpu_graph_id", str(max(number, EAGER)))
             self._run_options[number] = options
         return options
 

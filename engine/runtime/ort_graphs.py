@@ -12,6 +12,9 @@ from collections.abc import Hashable
 EAGER = -1
 """Value of ``gpu_graph_id`` that neither captures nor replays."""
 
+RECORDED = -2
+"""Our own mark of a run that `Device.capture` records; ONNX Runtime is told `EAGER`."""
+
 _REMEMBERED = 64
 """Sets of addresses that ran once and are remembered for a second run."""
 

@@ -183,9 +183,9 @@ class StubDevice(CpuDevice):
         self.calls.append(("synchronize",))
         self.finish()
 
-    def capture(self, work: Callable[[], None]) -> CapturedGraph:
+    def capture(self, work: Callable[[], None], *, host_copies: bool = True) -> CapturedGraph:
         if not self.captures:
-            return super().capture(work)
+            return super().capture(work, host_copies=host_copies)
         self._not_while_recording("recording twice")
         self._recording = ([], [])
         try:

@@ -91,9 +91,15 @@ class MaskDecoder(nn.Module):
                 "label_table": torch.cat([prompt.not_a_point_embed.weight, prompt.point_embed.weight]),
                 "no_mask": prompt.no_mask_embed.weight.reshape(1, -1, 1, 1),
                 "position": model.get_image_wide_positional_embeddings(),
+                # The last row stands for the points of a prompt, which are added to it.
                 "tokens": torch.cat(
-                    [decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight]
-                ).unsqueeze(0),
+                    [
+                        decoder.obj_score_token.weight,
+                        decoder.iou_token.weight,
+                        decoder.mask_tokens.weight,
+                        torch.zeros_like(decoder.iou_token.weight),
+                    ]
+                ),
             }
             for name, value in buffers.items():
                 self.register_buffer(name, value.detach().clone())
@@ -107,6 +113,18 @@ class MaskDecoder(nn.Module):
         is_padding = (labels < 0).unsqueeze(-1)
         # A padding point has no place: only its learned embedding counts.
         return torch.where(is_padding, 0.0, position) + nn.functional.embedding(labels + 1, self.label_table)
+
+    def place(self, labels: Tensor) -> Tensor:
+        """(P, N) labels to (P, 6 + N, C): the decoder's own six tokens and zeros where the points' will be.
+
+        A lookup instead of Expand and Concat: the sizes that those need at run time would be computed on the CPU, and
+        ONNX Runtime's CUDA kernel for parts of unequal size reads them from host memory, so that its launch cannot be
+        recorded.
+        """
+        own = len(self.tokens) - 1
+        # In float32, which TensorRT 10.3 can sum.
+        count = nn.functional.pad(labels.float() * 0 + 1, (own, 0), value=1.0).cumsum(1)
+        return nn.functional.embedding((count.clamp(max=own + 1) - 1).int(), self.tokens)
 
     def forward(
         self,
@@ -137,8 +155,7 @@ class MaskDecoder(nn.Module):
         sparse = self.embed_points(point_coords, point_labels)
         use_mask = (has_mask_input > 0.5).reshape(-1, 1, 1, 1)
         dense = torch.where(use_mask, self.mask_embed(mask_input), self.no_mask)
-        # Broadcast by a sum: Expand would ask for P at run time, which ONNX Runtime then computes on the CPU.
-        tokens = torch.cat([self.tokens + 0.0 * has_mask_input.reshape(-1, 1, 1), sparse], dim=1)
+        tokens = self.place(point_labels) + nn.functional.pad(sparse, (0, 0, len(self.tokens) - 1, 0))
         queries, keys = self.transformer(
             point_embeddings=tokens.unsqueeze(1),
             image_embeddings=image_embed + dense,

@@ -47,7 +47,8 @@ class FakeDriver(FakeState):
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=0, CU_EVENT_DISABLE_TIMING=2)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_HOST=3)
+    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_MEMCPY=1, CU_GRAPH_NODE_TYPE_HOST=3)
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_HOST=1)
     CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
     CUdevice_attribute = SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{name}": name for name in ATTRIBUTES})
 
@@ -178,7 +179,12 @@ class FakeDriver(FakeState):
         assert ByteCount > 0
         self._check_memory(dst, ByteCount)
         self._check_memory(src, ByteCount)
-        self._queue(int(hStream), ("copy", dst, src, ByteCount, int(hStream)), lambda: _move(self, dst, src, ByteCount))
+
+        def run() -> None:
+            _move(self, dst, src, ByteCount)
+
+        run.from_host = self._on_host(src, ByteCount)  # type: ignore[attr-defined]
+        self._queue(int(hStream), ("copy", dst, src, ByteCount, int(hStream)), run)
 
     @driver_call
     def cuStreamCreate(self, Flags: int) -> Handle:
@@ -291,7 +297,11 @@ class FakeDriver(FakeState):
 
     @driver_call
     def cuGraphNodeGetType(self, hNode: Any) -> int:
-        return 3 if getattr(hNode, "on_host", False) else 0
+        return 3 if getattr(hNode, "on_host", False) else 1 if getattr(hNode, "from_host", None) is not None else 0
+
+    @driver_call
+    def cuGraphMemcpyNodeGetParams(self, hNode: Any) -> SimpleNamespace:
+        return SimpleNamespace(srcMemoryType=1 if hNode.from_host else 2)
 
     @driver_call
     def cuGraphInstantiate(self, hGraph: Handle, flags: int) -> Handle:

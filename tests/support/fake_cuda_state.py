@@ -245,5 +245,9 @@ class FakeState:
                 return start
         return None
 
+    def _on_host(self, pointer: int, nbytes: int) -> bool:
+        start = self._find(pointer, nbytes)
+        return start is not None and self._memory[start][2] != "alloc"
+
     def _check_memory(self, pointer: int, nbytes: int) -> None:
         assert self._find(pointer, nbytes) is not None, "memory that is neither on the device nor page-locked"

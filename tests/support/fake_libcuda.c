@@ -88,6 +88,11 @@ status cuGraphGetNodes(handle graph, handle *nodes, size_t *count) {
     return 0;
 }
 status cuGraphNodeGetType(handle node, int *kind) { *kind = getenv("FAKE_LIBCUDA_HOST_NODE") && (uint64_t)node == 2 ? 3 : 1; return 0; }
+status cuGraphMemcpyNodeGetParams(handle node, void *parameters) {
+    memset(parameters, 0, 200);
+    ((int *)parameters)[8] = getenv("FAKE_LIBCUDA_HOST_COPY") ? 1 : 2; /* srcMemoryType, behind four sizes */
+    return 0;
+}
 status cuGraphInstantiateWithFlags(handle *executable, handle graph, unsigned long long flags) { *executable = new_handle(); note("instantiate", (uint64_t)graph, flags, 0); return 0; }
 status cuGraphLaunch(handle executable, handle stream) { note("launch", (uint64_t)executable, (uint64_t)stream, 0); return 0; }
 status cuGraphDestroy(handle graph) { note("graph_destroy", (uint64_t)graph, 0, 0); return 0; }
@@ -110,7 +115,7 @@ status cuGetProcAddress_v2(const char *name, void **found, int version, uint64_t
     PLAIN(cuStreamWaitEvent) KNOWN("cuStreamBeginCapture", cuStreamBeginCapture_v2) PLAIN(cuStreamEndCapture)
     PLAIN(cuEventCreate) PLAIN(cuEventRecord) PLAIN(cuEventSynchronize)
     KNOWN("cuEventElapsedTime", cuEventElapsedTime_v2) KNOWN("cuEventDestroy", cuEventDestroy_v2)
-    PLAIN(cuGraphGetNodes) PLAIN(cuGraphNodeGetType) KNOWN("cuGraphInstantiate", cuGraphInstantiateWithFlags) PLAIN(cuGraphInstantiateWithFlags)
+    PLAIN(cuGraphGetNodes) PLAIN(cuGraphNodeGetType) PLAIN(cuGraphMemcpyNodeGetParams) KNOWN("cuGraphInstantiate", cuGraphInstantiateWithFlags) PLAIN(cuGraphInstantiateWithFlags)
     PLAIN(cuGraphLaunch) PLAIN(cuGraphDestroy) PLAIN(cuGraphExecDestroy)
     *found = NULL;
     if (result) *result = 1; /* CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND */

@@ -160,7 +160,7 @@ def test_a_failed_recording_is_told_and_not_repeated() -> None:
     chain, session = Chain(device), StubSession(spec(), device, double, capturable=True)
     tries = []
 
-    def fail(work: Callable[[], None]) -> Any:
+    def fail(work: Callable[[], None], **_: bool) -> Any:
         tries.append(1)
         raise DeviceError("cudaErrorStreamCaptureInvalidated.", "")
 
@@ -179,7 +179,9 @@ def test_recording_keeps_other_threads_away() -> None:
     sessions = [StubSession(spec(), device, double, capturable=True) for _ in range(2)]
     plain = device.capture
 
-    def slow(work: Callable[[], None]) -> Any:
+    def slow(work: Callable[[], None], *, host_copies: bool) -> Any:
+        assert not host_copies, "memory of the back end, which a replay must not read"
+
         def slowed() -> None:
             threading.Event().wait(0.02)
             work()

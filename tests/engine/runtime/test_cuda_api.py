@@ -81,6 +81,7 @@ def test_names_and_numbers_are_the_real_ones() -> None:
             "CUevent_flags",
             "CUstreamCaptureMode",
             "CUgraphNodeType",
+            "CUmemorytype",
             "CUpointer_attribute",
         )
     }
@@ -170,6 +171,11 @@ os.environ["FAKE_LIBCUDA_HOST_NODE"] = "1"  # the library says that a graph's se
 assert "on the host" in refused(DeviceError, lambda: device.capture(lambda: [device.copy(host, buffer) for _ in "ab"]))
 device.capture(lambda: device.copy(host, buffer)).close()
 del os.environ["FAKE_LIBCUDA_HOST_NODE"]
+os.environ["FAKE_LIBCUDA_HOST_COPY"] = "1"  # and now that copies read host memory
+copies = lambda: device.copy(host, buffer)
+assert "out of host memory" in refused(DeviceError, lambda: device.capture(copies, host_copies=False))
+del os.environ["FAKE_LIBCUDA_HOST_COPY"]
+device.capture(copies, host_copies=False).close()
 refused(DeviceMemoryError, lambda: device.empty((1 << 22,), "uint8"))
 
 class Foreign:
@@ -241,7 +247,7 @@ def test_the_real_bindings_take_every_argument(library: Path, tmp_path: Path) ->
         ("instantiate", "executable_destroy"),
     ):
         assert getattr(count, made) == getattr(count, freed) > 0, (made, freed)
-    assert count.end == count.graph_destroy == 4
+    assert count.end == count.graph_destroy == 6
     stream = done.stdout.strip()
     assert ["stream", stream, "1", "0"] in lines, "a non-blocking stream"
     assert ["begin", stream, "1", "0"] in lines, "thread-local recording"

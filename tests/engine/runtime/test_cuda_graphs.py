@@ -127,6 +127,17 @@ class TestGraphs:
         self._usable(device, driver, buffer)
         assert freed == [1]
 
+    def test_copies_out_of_host_memory_are_refused_where_asked(self, pair: Pair) -> None:
+        """The memory may be a back end's own, free again by the time of the replay."""
+        device, driver = pair
+        source, buffer = device.host_empty(SHAPE, "float32"), device.empty(SHAPE, "float32")
+        other = device.empty(SHAPE, "float32")
+        device.capture(lambda: device.copy(buffer, source)).close()
+        device.capture(lambda: device.copy(other, buffer), host_copies=False).close()
+        with pytest.raises(DeviceError, match=r"copies out of host memory.*without graph capture"):
+            device.capture(lambda: device.copy(buffer, source), host_copies=False)
+        self._usable(device, driver, buffer)
+
     def _usable(self, device: CudaDevice, driver: FakeDriver, buffer: Buffer) -> None:
         assert not device.capturing
         assert driver.live["graph"] == driver.live["executable"] == 0

@@ -178,7 +178,7 @@ def test_recording_can_be_switched_off() -> None:
 def test_a_failed_recording_is_a_warning() -> None:
     predictor, device = on_gpu()
 
-    def fail(work: Callable[[], None]) -> Any:
+    def fail(work: Callable[[], None], **_: bool) -> Any:
         raise DeviceError("no graphs today.", "")
 
     device.capture = fail  # type: ignore[method-assign,assignment]
