@@ -83,8 +83,8 @@ class GpuContender:
     """The engine's sessions on a GPU, chained on the device; the predictor uses them in the same way.
 
     Raises:
-        EdgeError: The device, the files or the back end are not there; or, for ``way.capture``, its launches cannot be
-            recorded (another name for the eager one would be no figure of its own).
+        EdgeError: The device, the files or the back end are not there; or, for ``way.capture``, launches of neither
+            graph can be recorded (another name for the eager one would be no figure of its own).
     """
 
     def __init__(self, bundle: Bundle, constants: Sam2Constants, inputs: Inputs, way: Way, device: str) -> None:
@@ -134,9 +134,12 @@ class GpuContender:
         """Brings a case to its steady state; the predictor and the cases before it bind other buffers.
 
         Raises:
-            EdgeError: The case does not run here.
+            EdgeError: The case does not run here; or, for ``way.capture``, the launches of its graph cannot be
+                recorded: ONNX Runtime computes the sizes of open dimensions on the CPU.
         """
         session = self._encoder if case == ENCODER_CASE else self._decoder
+        if self.way.capture and not self._chain.captures(session):
+            raise self._not_recordable(session)
         for _ in range(self._chain.warm_runs(session)):
             self.calls()[case]()
         if case == CLICK_CASE and self._predictor is not None and self._chain.captures(session):
@@ -244,13 +247,16 @@ class GpuContender:
         return bool(self._chain.info()["replays"])
 
     def _check_recordable(self) -> None:
-        for session in (self._encoder, self._decoder):
-            if not self._chain.captures(session):
-                said = session.info()["warnings"]
-                raise DeviceError(
-                    f"{self.way}: launches of '{session.spec.name}' cannot be recorded. {' '.join(said)}".strip(),
-                    "The eager figures stand for it.",
-                )
+        """Raises the reason where neither graph's launches can be recorded."""
+        if not any(self._chain.captures(session) for session in (self._encoder, self._decoder)):
+            raise self._not_recordable(self._encoder)
+
+    def _not_recordable(self, session: Session) -> DeviceError:
+        said = " ".join(session.info()["warnings"])
+        return DeviceError(
+            f"{self.way}: launches of '{session.spec.name}' cannot be recorded. {said}".strip(),
+            "The eager figures stand for it.",
+        )
 
 
 class TorchGpuContender:

@@ -127,6 +127,7 @@ def _test_step(tests: Path | None, scratch: Path, has: Callable[[str], bool]) ->
         "-q",
         "-p",
         "no:cacheprovider",
+        "--continue-on-collection-errors",
         f"--junitxml={result}",
         *files,
     )

@@ -228,6 +228,29 @@ def test_sessions_that_cannot_be_recorded_are_refused(devices: list[Clocked], mo
 
 
 @pytest.fixture
+def fixed_encoder(devices: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the encoder can be recorded, as where ONNX Runtime computes the decoder's sizes on the CPU."""
+    real = gpu_contenders.open_session
+
+    def session(*args: Any, **kwargs: Any) -> Any:
+        made = real(*args, **kwargs)
+        made.capturable = made.spec.name == sam2.IMAGE_ENCODER
+        return made
+
+    monkeypatch.setattr(gpu_contenders, "open_session", session)
+
+
+@pytest.mark.usefixtures("fixed_encoder")
+def test_one_graph_that_can_be_recorded_is_timed_and_the_other_left_out(on_stub: list[Clocked]) -> None:
+    figures = gpu.measure_gpu(BUNDLE, precisions=("fp32",), rounds=2, power_seconds=0)
+    ran = {(r.contender, r.case) for r in figures.rows}
+    assert ran == {(str(EAGER), case) for case in CASES} | {(str(GRAPH), ENCODER_CASE)}
+    assert figures.starts[str(GRAPH)].recorded
+    for case in (DECODER_CASE, MASK_CASE, CLICK_CASE):
+        assert "launches of 'mask_decoder' cannot be recorded. odd" in figures.skipped[f"{GRAPH}, {case}"]
+
+
+@pytest.fixture
 def on_stub(devices: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> list[Clocked]:
     """A machine that has one GPU, for the whole benchmark; the CPU's answers come from the same stubs."""
     monkeypatch.setattr(gpu, "read_hardware", lambda: Hardware(2, None, None, (GPU,), None))

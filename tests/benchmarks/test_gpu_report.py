@@ -198,6 +198,33 @@ JUNIT = """<testsuites><testsuite name="pytest">
 </testsuite></testsuites>"""
 
 
+TESTS = Path(__file__).resolve().parents[1]
+COLLECT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import pytest
+sys.exit(pytest.main(["-m", "gpu", "-q", "--co", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def test_gpu_tests_collect_on_a_box_without_the_export_stack() -> None:
+    """One file that does not import would keep pytest from running any of them."""
+    absent = ("torch", "transformers", "onnx", "onnxscript", "skimage", "psutil", "tensorrt_rtx_bindings")
+    files = gpu_report.gpu_tests(TESTS)
+    assert len(files) >= 5
+    done = run_command([sys.executable, "-c", COLLECT.format(absent=absent), *files], 120, TESTS.parent)
+    assert done.code == 0, done.out + done.err
+    for file in files:
+        assert Path(file).name in done.out or "onnx" in Path(file).read_text(), file
+
+
 def test_pytest_results_are_read(tmp_path: Path) -> None:
     file = tmp_path / "tests.xml"
     assert read_tests(Finished(4, "", "usage: no", 1), file).status == "failed"

@@ -78,7 +78,11 @@ def test_a_wrong_answer_disables_the_combination(demo_bundle: Path, monkeypatch:
 def test_bench_has_both_clocks_and_they_agree(demo_bundle: Path) -> None:
     figures = measure_gpu(Bundle.open(demo_bundle), DEVICE, rounds=10, power_seconds=1.0)
     assert figures.rows
-    assert {(row.contender, row.case) for row in figures.rows} == {(name, c) for name in figures.starts for c in CASES}
+    ran = {(row.contender, row.case) for row in figures.rows}
+    for name in figures.starts:
+        for case in CASES:
+            assert ((name, case) in ran) != (f"{name}, {case}" in figures.skipped), (name, case)
+            assert (name, case) in ran or name.endswith("graph"), figures.skipped[f"{name}, {case}"]
     for row in figures.rows:
         limit = 1e-3 if "fp32" in row.contender else 5e-2
         if row.case == CLICK_CASE:

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
 
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import DeviceError, MissingDependencyError
 from pixano_edge.engine.runtime import CpuDevice, Device, OrtSession, open_device, open_session
 from pixano_edge.engine.runtime.ort_placement import read_profile
-from tests.engine.runtime.graphs import save, spec
 from tests.support.fake_ort import CUDA, TRT
+
+helper = pytest.importorskip("onnx.helper", reason="making test graphs needs onnx: pip install onnx")
+
+from tests.engine.runtime.graphs import save, spec  # noqa: E402 (imports onnx)
 
 pytestmark = pytest.mark.gpu
 

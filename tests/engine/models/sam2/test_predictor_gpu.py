@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from pixano_edge.engine.bundle import Bundle
@@ -26,6 +25,7 @@ from pixano_edge.engine.models.verdicts import VerdictStore
 from pixano_edge.engine.runtime import open_device
 from tests.engine.models.sam2.test_cache import run_all
 from tests.support.make_preprocess_reference import procedural_image
+from tests.support.system import resident as resident_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -123,10 +123,10 @@ def test_1000_predictions_take_no_more_memory(demo_bundle: Path, backend: str) -
 
         run(100)
         gc.collect()
-        resident, free = psutil.Process().memory_info().rss, predictor._device.info().memory_free
+        resident, free = resident_bytes(), predictor._device.info().memory_free
         run(1000)
         gc.collect()
-        assert psutil.Process().memory_info().rss - resident < 16 << 20
+        assert resident_bytes() - resident < 16 << 20
         now = predictor._device.info().memory_free
         if free is not None and now is not None:
             assert free - now < 16 << 20
