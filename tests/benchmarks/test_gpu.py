@@ -186,7 +186,7 @@ def test_cases_come_back_to_their_own_buffers_after_clicks(devices: list[Clocked
 
 def test_clicks_that_are_not_recorded_are_refused(devices: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> None:
     one = contender(GRAPH)
-    monkeypatch.setattr(Clocked, "capture", lambda self, work: (_ for _ in ()).throw(DeviceError("no room.", "")))
+    monkeypatch.setattr(Clocked, "capture", lambda self, work, **_: (_ for _ in ()).throw(DeviceError("no room.", "")))
     with pytest.raises(DeviceError, match=r"did not work in the predictor\. .*no room"):
         one.enter(CLICK_CASE)
     assert any("no room" in text for text in one.warnings())
@@ -207,7 +207,7 @@ def test_onnxruntimes_tensorrt_provider(devices: list[Clocked], monkeypatch: pyt
 
 
 def test_a_graph_that_is_none_is_refused(devices: list[Clocked], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Clocked, "capture", lambda self, work: (_ for _ in ()).throw(DeviceError("no.", "")))
+    monkeypatch.setattr(Clocked, "capture", lambda self, work, **_: (_ for _ in ()).throw(DeviceError("no.", "")))
     with pytest.raises(DeviceError, match="recording did not work"):
         contender(GRAPH)
     assert "close" in devices[-1].ops
