@@ -90,6 +90,18 @@ class MaskParity(_Model):
     min_iou: float
 
 
+class ClipParity(_Model):
+    """A short clip tracked by the engine, compared with PyTorch's video predictor frame by frame."""
+
+    variant: str
+    frames: int
+    """Answers compared; a frame that is tracked again after a correction counts again."""
+    objects: int
+    mean_iou: float
+    """As in `MaskParity`, with twice the tolerance."""
+    min_iou: float
+
+
 class ParityReport(_Model):
     """Figures taken at export against the PyTorch original on the same weights."""
 
@@ -99,6 +111,8 @@ class ParityReport(_Model):
     """What was compared on (names, not paths)."""
     tensors: list[TensorParity]
     masks: list[MaskParity]
+    clips: list[ClipParity] = []
+    """Empty for a bundle that does not track."""
     tolerance: dict[str, float]
     passed: bool
 

@@ -24,7 +24,7 @@ from pixano_edge.export.onnx_graph import count_parameters, export_graph
 from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
 from pixano_edge.export.photos import Photo, default_photos, load_photos
 from pixano_edge.export.sam2 import checkpoint as checkpoints
-from pixano_edge.export.sam2 import graphs, parity, video_graphs
+from pixano_edge.export.sam2 import graphs, parity, video_graphs, video_parity
 from pixano_edge.export.sam2.feeds import random_feeds
 from pixano_edge.export.sam2.golden import add_golden, picture_note
 from pixano_edge.export.tensorrt_graph import SUFFIX, TensorrtVariants
@@ -188,13 +188,18 @@ class _Export:
         """Every variant against PyTorch; raises `parity.ParityError` when one is too far off."""
         self._step("Asking PyTorch")
         suite = parity.build_suite(self._loaded.model, self._photos, self._loaded.constants)
+        video = None
+        if self._loaded.video is not None:
+            video = video_parity.build_suite(
+                self._loaded.video_model, self._photos, self._loaded.constants, self._loaded.video
+            )
         measured = []
         for variant in [*self._variants, *(v + SUFFIX for v in self._variants)]:
             self._step(f"Measuring {variant}")
             # A TensorRT variant that is the plain file has the plain variant's figures.
             if variant in self._variants or self._changed(variant):
                 files = {graph: self._writer.root / held[variant].file for graph, held in self._entries.items()}
-                measured += _measure(files, suite, variant, self._threads)
+                measured += _measure(files, suite, video, variant, self._threads)
         return parity.require(suite, measured)
 
 
@@ -233,19 +238,32 @@ def _add_graph(writer: BundleWriter, model: onnx.ModelProto, graph: str, variant
 
 
 def _measure(
-    files: dict[str, Path], suite: parity.Suite, variant: str, threads: int | None
+    files: dict[str, Path],
+    suite: parity.Suite,
+    video: video_parity.VideoSuite | None,
+    variant: str,
+    threads: int | None,
 ) -> list[parity.VariantParity]:
     """Figures of one variant; fp16 twice, since ONNX Runtime's CPU provider hides most of its error."""
+
+    def compare(files: dict[str, Path], name: str, optimise: bool = True) -> parity.VariantParity:
+        run = parity.onnx_runner(files, threads, optimise)
+        found = parity.compare(run, suite, name)
+        if video is not None:
+            found.tensors += video_parity.compare_tensors(run, video, name)
+            found.clip = video_parity.compare_clip(files, video, name, threads, optimise)
+        return found
+
     if variant.startswith("fp32"):
-        return [parity.compare(parity.onnx_runner(files, threads), suite, variant)]
+        return [compare(files, variant)]
     with tempfile.TemporaryDirectory() as folder:
         copies = {graph: Path(folder) / f"{graph}.onnx" for graph in files}
         for graph, file in files.items():
             onnx.save(rounded(onnx.load(file)), copies[graph])
-        as_on_gpu = parity.compare(parity.onnx_runner(copies, threads, optimise=False), suite, variant)
+        as_on_gpu = compare(copies, variant, optimise=False)
     if variant != parity.FP16:
         return [as_on_gpu]
-    return [as_on_gpu, parity.compare(parity.onnx_runner(files, threads), suite, parity.FP16_CPU)]
+    return [as_on_gpu, compare(files, parity.FP16_CPU)]
 
 
 class _Steps:
