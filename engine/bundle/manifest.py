@@ -60,6 +60,9 @@ class GraphVariant(_Model):
     """``onnx``: any back end that reads ONNX; ``tensorrt``: changed for TensorRT only."""
     nodes: int
     parameters: int
+    weight_bytes: int | None = None
+    """Bytes of the weights once loaded, where the file does not hold them like that: they lie in another graph's file,
+    or in a narrower type. None: as the file's size says."""
 
 
 class Graph(_Model):

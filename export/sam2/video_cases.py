@@ -48,12 +48,16 @@ class Modules:
         model: `Sam2VideoModel` in eval mode, fp32.
         constants: Of the checkpoint.
         video: Of the checkpoint.
+
+    Attributes:
+        side: Side of the model's input.
     """
 
     def __init__(self, model: Any, constants: Sam2Constants, video: Sam2VideoConstants) -> None:
         self._model = model
         self._constants = constants
         self._video = video
+        self.side = constants.image_size
 
     def maps(self, kept: Stored) -> tuple[Tensor, Tensor, Tensor]:
         """`top` without the no-memory embedding and the two high-resolution maps of cached features, batch 1."""
@@ -353,7 +357,7 @@ def make_cases(
     """
     rng = np.random.default_rng(seed)
     pool = [entry for entries in objects for entry in entries]
-    side = modules._constants.image_size
+    side = modules.side
 
     def draw(*shape: int) -> list[list[Stored]]:
         return [[pool[i] for i in row] for row in rng.integers(0, len(pool), shape)]
@@ -364,13 +368,11 @@ def make_cases(
         [(1, 1, 0), (1, 1, 1), (1, most, marks), (2, 3, 5), (3, 2, 2), (1, most + 2, marks + 3)]
     ):
         # The last row is that of conditioning frames; the first memory has it.
-        rows = rng.integers(0, most - 1, (count, memories))
+        rows = rng.integers(0, most - 1, (count, memories), np.int32)
         rows[:, 0] = most - 1
-        steps = rng.integers(1, marks, (count, pointers))
+        steps = rng.integers(1, marks, (count, pointers), np.int32)
         kept = frames[index % len(frames)]
-        cases.append(
-            modules.attention(kept, draw(count, memories), rows, draw(count, pointers), steps.reshape(count, pointers))
-        )
+        cases.append(modules.attention(kept, draw(count, memories), rows, draw(count, pointers), steps))
     kept = frames[3 % len(frames)]  # those of the case with two objects
     two = cases[3].want[sam2_video.TRACKED_EMBED]
     three = np.concatenate([two, two[:1] * np.float32(0.5)])

@@ -160,4 +160,5 @@ def bfloat16_distance(got: npt.NDArray[np.float32], exact: npt.NDArray[np.float3
     # A value that bfloat16 cannot hold was not rounded: its whole difference counts.
     off_grid = (bits & np.uint32(0xFFFF)) != 0
     distance = np.where(off_grid, np.maximum(np.abs(got - exact), distance), distance)
-    return np.where(np.isfinite(got), distance, np.float32(np.inf)).astype(np.float32)
+    found: npt.NDArray[np.float32] = np.where(np.isfinite(got), distance, np.float32(np.inf)).astype(np.float32)
+    return found
