@@ -60,10 +60,27 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundle (fp32 and fp16) exported from `tiny_checkpoint`; read-only, copy it before changing it."""
+    """Bundle (images alone, fp32 and fp16) of `tiny_checkpoint`; read-only, copy it before changing it."""
     from pixano_edge.export.sam2 import export_sam2
 
-    return export_sam2(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-sam2")
+    return export_sam2(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-sam2", image_only=True)
+
+
+@pytest.fixture(scope="session")
+def tracking_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers folder of a tiny SAM 2 whose memory matters in the masks."""
+    pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
+    from tests.support.tiny import make_tracking_model, save_checkpoint
+
+    return save_checkpoint(make_tracking_model(), tmp_path_factory.mktemp("tracking") / "tracking-sam2")
+
+
+@pytest.fixture(scope="session")
+def tracking_bundle(tracking_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle (images and video, fp32 and fp16) of `tracking_checkpoint`; read-only, copy it before changing it."""
+    from pixano_edge.export.sam2 import export_sam2
+
+    return export_sam2(tracking_checkpoint, tmp_path_factory.mktemp("bundle") / "tracking-sam2", threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,9 @@ class GraphVariant(_Model):
     """``onnx``: any back end that reads ONNX; ``tensorrt``: changed for TensorRT only."""
     nodes: int
     parameters: int
+    weight_bytes: int | None = None
+    """Bytes of the weights once loaded, where the file does not hold them like that: they lie in another graph's file,
+    or in a narrower type. None: as the file's size says."""
 
 
 class Graph(_Model):
@@ -105,6 +108,18 @@ class MaskParity(_Model):
     min_iou: float
 
 
+class ClipParity(_Model):
+    """A short clip tracked by the engine, compared with PyTorch's video predictor frame by frame."""
+
+    variant: str
+    frames: int
+    """Answers compared; a frame that is tracked again after a correction counts again."""
+    objects: int
+    mean_iou: float
+    """As in `MaskParity`, with twice the tolerance."""
+    min_iou: float
+
+
 class ParityReport(_Model):
     """Figures taken at export against the PyTorch original on the same weights."""
 
@@ -114,6 +129,8 @@ class ParityReport(_Model):
     """What was compared on (names, not paths)."""
     tensors: list[TensorParity]
     masks: list[MaskParity]
+    clips: list[ClipParity] = []
+    """Empty for a bundle that does not track."""
     tolerance: dict[str, float]
     passed: bool
 
@@ -165,6 +182,8 @@ class Manifest(_Model):
     """Empty in bundles made before it was measured, or on systems that do not tell."""
     parity: ParityReport | None
     golden: list[GoldenSample]
+    golden_clip: GoldenSample | None = None
+    """Of a bundle that tracks: a clip cut out of `image`, with prompts and reference outputs."""
     files: dict[str, FileEntry]
     """Every file but the manifest itself, by POSIX path relative to the bundle."""
     notes: list[str] = []

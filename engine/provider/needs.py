@@ -198,7 +198,7 @@ def _graph(manifest: Manifest, name: str, options: LoadOptions, bundled: Engines
     measured = [m for m in manifest.memory if m.graph == name and m.variant in wanted]
     if options.device == "cpu" and options.precision == "auto":  # what `combinations` takes there
         measured = [m for m in measured if m.variant == FULL] or measured
-    files = max((_file(manifest, v.file) for v in wanted.values()), default=0)
+    files = max((v.weight_bytes or _file(manifest, v.file) for v in wanted.values()), default=0)
     engines = EngineFacts()
     if _may_use_engines(options):
         for digest in {manifest.files[v.file].sha256 for v in wanted.values()}:

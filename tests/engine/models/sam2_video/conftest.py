@@ -39,18 +39,10 @@ def tiny_graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, An
     torch = pytest.importorskip("torch", reason="the reference: pip install 'pixano-edge[export]'")
     from pixano_edge.export.onnx_graph import export_graph
     from pixano_edge.export.sam2 import graphs, video_graphs
-    from tests.support.tiny import make_tiny_model
+    from tests.support.tiny import make_tracking_model
 
     torch.set_num_threads(1)
-    model = make_tiny_model(SIDE, WIDTH)
-    with torch.no_grad():
-        # Sharp weights in the loop through the memory make it chaotic: a rounding error would grow from frame to frame.
-        for name, parameter in model.named_parameters():
-            if name.startswith(("memory_attention", "memory_encoder")) and parameter.ndim > 1:
-                parameter.mul_(0.6)
-        # The time of a pointer would move the masks by less than rounding does.
-        model.temporal_positional_encoding_projection_layer.weight.mul_(8)
-        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(2.0)
+    model = make_tracking_model(SIDE)
     constants = sam2.Sam2Constants(image_size=SIDE, hidden_dim=WIDTH)
     video = video_graphs.video_constants(model)
     folder = tmp_path_factory.mktemp("video-graphs")
