@@ -124,4 +124,4 @@ def test_onnx_runtime_names_its_provider(bundle: Bundle) -> None:
 
 
 def test_nothing_to_say_about_nothing() -> None:
-    assert find_suspect([], SimpleNamespace(manifest=SimpleNamespace(parity=None)), "fp32", "x") is None  # type: ignore[arg-type]
+    assert find_suspect([], SimpleNamespace(manifest=SimpleNamespace(parity=None, constants={})), "fp32", "x") is None  # type: ignore[arg-type]
