@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,14 @@ class Step:
     skip: str = ""
     after: str = ""
     folder: Path | None = None
+
+    @property
+    def text(self) -> str:
+        """The command as a reader of the report would type it in that folder."""
+        inside = str(self.folder or Path.cwd()) + os.sep
+        python = Path(sys.executable)
+        words = ["python" if word == str(python) else word.replace(inside, "") for word in self.command]
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ def run_steps(
         left = total - (clock() - begin)
         reason = step.skip or _not_ready(step, outcomes, left, total)
         if reason:
-            outcomes.append(Outcome(step.name, "skipped", 0.0, reason, " ".join(step.command), {}))
+            outcomes.append(Outcome(step.name, "skipped", 0.0, reason, step.text, {}))
             continue
         say(step.name)
         limit = min(step.limit, left)
@@ -171,9 +180,7 @@ def run_steps(
                 reading = Reading("timed out", f"No end within {limit:.0f} s. {last_line(done)}".strip())
             else:
                 reading = _reading(step, done)
-        outcomes.append(
-            Outcome(step.name, reading.status, seconds, reading.reason, " ".join(step.command), reading.details)
-        )
+        outcomes.append(Outcome(step.name, reading.status, seconds, reading.reason, step.text, reading.details))
     return outcomes
 
 

@@ -1,6 +1,7 @@
 """A CUDA device through cuda-bindings: one stream, page-locked and device memory, events, recorded graphs.
 
-Not run on a GPU yet: tested against a stand-in for the driver, and the calls against the real package's signatures.
+Run on an H100 with cuda-bindings 13.3 (docs/gpu-h100.md); elsewhere tested against a stand-in for the driver, and the
+calls against the real package's signatures. Integrated memory (Jetson) was not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Execution providers of ONNX Runtime: which one a name means, what it is given, and loading the plug-in ones.
 
 Option names are those of onnxruntime-gpu 1.31, onnxruntime-ep-nv-tensorrt-rtx 0.5 and onnxruntime-ep-openvino 1.8.
-Not run on a GPU yet.
+The CUDA provider was run on an H100; TensorRT's and the RTX plug-in were not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands that prove a box, on a real GPU with the demo bundle; run with ``pytest -m gpu``. Not run on a GPU yet.
+"""The commands that prove a box, on a real GPU with the demo bundle; run with ``pytest -m gpu``.
 
 What the device, the back ends and the predictor do there is tested beside their own files (``test_*_gpu.py``).
 """

