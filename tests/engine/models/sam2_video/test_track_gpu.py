@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from pixano_edge.engine.bundle import Bundle
@@ -22,6 +21,7 @@ from pixano_edge.engine.models.masks import mask_iou
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.model import Sam2VideoModel
 from pixano_edge.engine.models.sam2_video.tracker import ObjectResult, VideoTracker
+from tests.support.system import resident
 from tests.support.tracking import moving_squares
 
 pytestmark = pytest.mark.gpu
@@ -123,12 +123,12 @@ def test_two_hundred_frames_take_no_more_memory(on_gpu: Sam2VideoModel) -> None:
         for _ in range(50):  # the bank is full, shapes stand still, launches are recorded
             next(results)
         gc.collect()
-        resident, free, maps = psutil.Process().memory_info().rss, device.info().memory_free, tracker.maps
+        before, free, maps = resident(), device.info().memory_free, tracker.maps
         runs, recorded = on_gpu.runs, on_gpu.info()["stream"]["recorded"]
         for _ in range(200):
             next(results)
         gc.collect()
-        assert psutil.Process().memory_info().rss - resident < 16 << 20
+        assert resident() - before < 16 << 20
         now = device.info().memory_free
         if free is not None and now is not None:
             assert free - now < 16 << 20
