@@ -10,29 +10,28 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pixano_edge.export.demo.sam2_model import IMAGE_SIZE
 from pixano_edge.export.demo.scenes import USUAL, Crowd, Mask, generate_scene
 
 # The first steps see more and smaller objects: many places to ask about in each image, from which the decoder learns
-# soonest that the prompt matters. Each line holds below its part of the small steps.
+# soonest that the prompt matters. Each line holds for the steps before its number.
 CURRICULUM = (
-    (0.15, Crowd(objects=8, near=0.4, small=0.16, radius=(24.0, 56.0), width=(5.0, 8.0), camouflage=0.5)),
-    (0.35, Crowd(objects=8, near=0.6, small=0.12, radius=(28.0, 64.0), width=(5.0, 9.0), camouflage=0.7)),
+    (1500, Crowd(objects=8, near=0.4, small=0.16, radius=(24.0, 56.0), width=(5.0, 8.0), camouflage=0.5)),
+    (3500, Crowd(objects=8, near=0.6, small=0.12, radius=(28.0, 64.0), width=(5.0, 9.0), camouflage=0.7)),
 )
 
 
-def crowd_at(part: float) -> Crowd:
-    """The scenes of a training step; ``part`` of the steps with small pictures are done."""
-    return next((crowd for until, crowd in CURRICULUM if part < until), USUAL)
+def crowd_at(step: int) -> Crowd:
+    """The scenes of a training step."""
+    return next((crowd for until, crowd in CURRICULUM if step < until), USUAL)
 
 
 @dataclass
 class Batch:
-    """B scenes of S x S pixels with C clicks and P boxes each; places are in pixels of a picture of ``IMAGE_SIZE``.
+    """B scenes with P clicks and P boxes each.
 
-    ``images`` (B, S, S, 3) uint8 RGB; ``clicks`` (B, C, 2) and ``boxes`` (B, P, 4) float32;
-    ``click_masks`` (B, C, S/2, S/2) and ``box_masks`` (B, P, S/2, S/2) uint8, 255 x the coverage of the visible object;
-    ``click_present`` (B, C) float32, 0 where the click is on the background, which asks for no object; ``regions``
+    ``images`` (B, S, S, 3) uint8 RGB; ``clicks`` (B, P, 2) and ``boxes`` (B, P, 4) float32 pixels;
+    ``click_masks`` and ``box_masks`` (B, P, S/2, S/2) uint8, 255 x the coverage of the visible object;
+    ``click_present`` (B, P) float32, 0 where the click is on the background, which asks for no object; ``regions``
     (B, S/2, S/2) int64 index of the object that shows in each cell, -1 for none; ``outlines`` (B, 8, 4) float32 boxes
     of the objects by that index.
     """
@@ -65,101 +64,74 @@ def sample_click(rng: np.random.Generator, mask: Mask) -> tuple[float, float]:
 
 
 def sample_box(rng: np.random.Generator, box: tuple[int, int, int, int], size: int) -> NDArray[np.float32]:
-    """The exact box seven times in ten, otherwise with every side moved by up to 6 % of the extent."""
+    """The exact box four times in ten, otherwise with every side moved by up to 8 % of the extent."""
     exact = np.array(box, np.float32)
-    if rng.random() < 0.7:
+    if rng.random() < 0.4:
         return exact
     extent = np.array([box[2] - box[0], box[3] - box[1]] * 2, np.float32)
-    return np.clip(exact + rng.uniform(-0.06, 0.06, 4) * extent + rng.uniform(-1, 1, 4), 0, size).astype(np.float32)
+    return np.clip(exact + rng.uniform(-0.08, 0.08, 4) * extent + rng.uniform(-1, 1, 4), 0, size).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the batches of a run are made of.
-
-    ``seed`` of the run; the first ``small_steps`` steps show ``small_batch`` pictures of half the side, which cost a
-    quarter, all later ones ``batch`` of the full side; ``clicks`` and ``boxes`` for each picture.
-    """
-
-    seed: int
-    batch: int
-    small_steps: int
-    small_batch: int
-    clicks: int
-    boxes: int
-
-    def shape(self, step: int) -> tuple[int, int]:
-        """Number and side of the pictures of a step."""
-        return (self.small_batch, IMAGE_SIZE // 2) if step < self.small_steps else (self.batch, IMAGE_SIZE)
-
-
-def make_batch(index: int, plan: Plan) -> Batch:
+def make_batch(index: int, seed: int, batch: int, prompts: int, size: int) -> Batch:
     """The training batch of step ``index``; a pure function."""
-    rng = np.random.default_rng([7, plan.seed, index])
-    batch, size = plan.shape(index)
-    half, unit = size // 2, IMAGE_SIZE / size
-    clicks, boxes = plan.clicks, plan.boxes
+    rng = np.random.default_rng([7, seed, index])
+    half = size // 2
     out = Batch(
         np.zeros((batch, size, size, 3), np.uint8),
-        np.zeros((batch, clicks, 2), np.float32),
-        np.zeros((batch, clicks, half, half), np.uint8),
-        np.ones((batch, clicks), np.float32),
-        np.zeros((batch, boxes, 4), np.float32),
-        np.zeros((batch, boxes, half, half), np.uint8),
+        np.zeros((batch, prompts, 2), np.float32),
+        np.zeros((batch, prompts, half, half), np.uint8),
+        np.ones((batch, prompts), np.float32),
+        np.zeros((batch, prompts, 4), np.float32),
+        np.zeros((batch, prompts, half, half), np.uint8),
         np.full((batch, half, half), -1, np.int64),
         np.zeros((batch, 8, 4), np.float32),
     )
     for b in range(batch):
-        scene_seed = (plan.seed * 10**7 + index) * 64 + b
+        scene_seed = (seed * 10**7 + index) * batch + b
         objects: list[int] = []
         while not objects:
-            scene = generate_scene(scene_seed, "train", size, crowd_at(index / max(plan.small_steps, 1)))
+            scene = generate_scene(scene_seed, "train", size, crowd_at(index))
             areas = [int(o.visible.sum()) for o in scene.objects]
             wholes = [int(o.amodal.sum()) for o in scene.objects]
-            least = 50 / unit**2
-            objects = [i for i, (a, w) in enumerate(zip(areas, wholes, strict=True)) if a >= least and a >= 0.2 * w]
+            objects = [i for i, (a, w) in enumerate(zip(areas, wholes, strict=True)) if a >= 50 and a >= 0.2 * w]
             scene_seed += 10**12
         out.images[b] = scene.image
         for i, obj in enumerate(scene.objects):
             out.regions[b][obj.visible[1::2, 1::2]] = i
             out.outlines[b, i] = obj.box
         halves = {i: _half(scene.objects[i].visible) for i in objects}
-        order = [*rng.permutation(objects), *rng.choice(objects, clicks)]
-        for p in range(clicks):
-            i = int(order[p])
-            free = None
+        order = [*rng.permutation(objects), *rng.choice(objects, 2 * prompts)]
+        for p in range(prompts):
+            i, j = int(order[p]), int(order[p + prompts])
             if rng.random() < 0.03:
                 free = ~np.logical_or.reduce([o.visible for o in scene.objects])
-            if free is not None and free.sum() > 100:
-                out.clicks[b, p] = sample_click(rng, free)
-                out.click_present[b, p] = 0
-            else:
-                out.clicks[b, p] = sample_click(rng, scene.objects[i].visible)
-                out.click_masks[b, p] = halves[i]
-        order = [*rng.permutation(objects), *rng.choice(objects, boxes)]
-        for p in range(boxes):
-            i = int(order[p])
-            out.boxes[b, p] = sample_box(rng, scene.objects[i].box, size)
-            out.box_masks[b, p] = halves[i]
-    out.clicks[:] = (out.clicks + 0.5) * unit - 0.5  # a click is a pixel's centre, a box the corners of pixels
-    out.boxes *= unit
-    out.outlines *= unit
+                if free.sum() > 100:
+                    out.clicks[b, p] = sample_click(rng, free)
+                    out.click_present[b, p] = 0
+                    out.boxes[b, p] = sample_box(rng, scene.objects[j].box, size)
+                    out.box_masks[b, p] = halves[j]
+                    continue
+            out.clicks[b, p] = sample_click(rng, scene.objects[i].visible)
+            out.click_masks[b, p] = halves[i]
+            out.boxes[b, p] = sample_box(rng, scene.objects[j].box, size)
+            out.box_masks[b, p] = halves[j]
     return out
 
 
-def _produce(queue: mp.Queue, first: int, plan: Plan) -> None:
+def _produce(queue: mp.Queue, first: int, args: tuple[int, int, int, int]) -> None:
     cv2.setNumThreads(1)
     index = first
     while True:
-        queue.put(make_batch(index, plan))
+        queue.put(make_batch(index, *args))
         index += 1
 
 
-def batches(first: int, plan: Plan) -> Iterator[Batch]:
+def batches(first: int, seed: int, batch: int, prompts: int, size: int) -> Iterator[Batch]:
     """Batches ``first``, ``first + 1``, ... in order, prepared by one process that runs a few ahead."""
     context = mp.get_context("spawn")
     queue: mp.Queue = context.Queue(maxsize=6)
-    worker = context.Process(target=_produce, args=(queue, first, plan), daemon=True)
+    args = (queue, first, (seed, batch, prompts, size))
+    worker = context.Process(target=_produce, args=args, daemon=True)
     worker.start()
     try:
         while True:

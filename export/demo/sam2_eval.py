@@ -27,22 +27,21 @@ def held_out_iou(model: Sam2VideoModel, scenes: int, first: int = 0) -> dict[str
     resized bilinearly to the scene and cut at 0.
     """
     model.eval()
-    device = model.no_memory_embedding.device
     found: dict[str, list[float]] = {"click": [], "box": []}
     for seed in range(first, first + scenes):
         scene = generate_scene(seed, "heldout", IMAGE_SIZE)
         prompts = held_out_prompts(scene)
         if not prompts:
             continue
-        features = encode(model, normalise(torch.from_numpy(scene.image)[None].to(device)))
-        clicks = torch.tensor([p.click for p in prompts], dtype=torch.float32, device=device)[None, :, None]
-        corners = torch.tensor([p.box for p in prompts], dtype=torch.float32, device=device).reshape(1, -1, 2, 2)
-        by_click = decode(model, features, clicks, torch.ones_like(clicks[..., 0], dtype=torch.long))
-        by_box = decode(model, features, corners, torch.tensor([2, 3], device=device).expand(1, len(prompts), 2))
+        features = encode(model, normalise(torch.from_numpy(scene.image)[None]))
+        clicks = torch.tensor([p.click for p in prompts], dtype=torch.float32)[None, :, None]
+        corners = torch.tensor([p.box for p in prompts], dtype=torch.float32).reshape(1, -1, 2, 2)
+        by_click = decode(model, features, clicks, torch.ones(clicks.shape[:3], dtype=torch.long))
+        by_box = decode(model, features, corners, torch.tensor([2, 3]).expand(1, len(prompts), 2))
         best = by_click.iou[0, :, 1:].argmax(-1) + 1
-        rows = torch.arange(len(prompts), device=device)
+        rows = torch.arange(len(prompts))
         for kind, logits in (("click", by_click.logits[0, rows, best]), ("box", by_box.logits[0, :, 0])):
             full = F.interpolate(logits[None], size=scene.image.shape[:2], mode="bilinear", align_corners=False)[0]
-            masks = (full > 0).cpu().numpy()
+            masks = (full > 0).numpy()
             found[kind] += [iou(m, scene.objects[p.index].visible) for m, p in zip(masks, prompts, strict=True)]
     return {kind: round(float(np.mean(values)), 4) for kind, values in found.items()}

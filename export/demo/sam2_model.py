@@ -156,45 +156,20 @@ class Decoded:
 def normalise(images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 RGB to (B, 3, H, W) float32 with the ImageNet mean and deviation."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
-    mean, std = pixels.new_tensor(MEAN), pixels.new_tensor(STD)
-    return (pixels - mean[:, None, None]) / std[:, None, None]
-
-
-def set_side(model: Sam2VideoModel, side: int) -> None:
-    """Prepare the encoder for training on square pictures of ``side`` pixels: ``IMAGE_SIZE`` or half of it.
-
-    The windows of the third stage cover its whole map. On a smaller map they would be padded, and the padding
-    attended to, which a full picture never shows.
-    """
-    for block in model.vision_encoder.backbone.blocks:
-        full = block.__dict__.setdefault("full_window", block.window_size)
-        block.window_size = min(full, side // 16)
-
-
-def image_position(model: Sam2VideoModel, grid: int) -> Tensor:
-    """The positional code of a ``grid`` x ``grid`` map, (1, C, grid, grid): the model's own where that is its size."""
-    steps = (torch.arange(grid, device=model.no_memory_embedding.device) + 0.5) / grid
-    places = torch.stack([steps.expand(grid, grid), steps[:, None].expand(grid, grid)], dim=-1)
-    code: Tensor = model.shared_image_embedding(places)
-    return code.permute(2, 0, 1)[None]
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def encode(model: Sam2VideoModel, pixels: Tensor) -> Features:
     """Run the image encoder as ``Sam2Model`` does for a still image (the no-memory embedding is added)."""
     levels = model.vision_encoder(pixels).fpn_hidden_states
-    with torch.autocast(pixels.device.type, enabled=False):
-        position = image_position(model, levels[2].shape[-1])
+    with torch.autocast("cpu", enabled=False):
+        position = model.get_image_wide_positional_embeddings()
     return Features(
         top=levels[2] + model.no_memory_embedding.reshape(1, -1, 1, 1),
         s0=model.mask_decoder.conv_s0(levels[0]),
         s1=model.mask_decoder.conv_s1(levels[1]),
         position=position,
     )
-
-
-def _for_each(feature: Tensor, prompts: int) -> Tensor:
-    """(B, C, h, w) to (B * prompts, C, h, w)."""
-    return feature[:, None].expand(-1, prompts, -1, -1, -1).flatten(0, 1)
 
 
 def decode(
@@ -209,14 +184,13 @@ def decode(
     Args:
         model: the model; its own prompt encoder and decoder modules are used.
         features: of B images.
-        points: (B, P, N, 2) float32 pixels of a picture of ``IMAGE_SIZE``, whatever the size of this one; a box is
-            its two corners labelled 2 and 3.
+        points: (B, P, N, 2) float32 pixel coordinates; a box is its two corners labelled 2 and 3.
         labels: (B, P, N) int64; the padding point (label -1) is appended here, as the stock forward does.
         mask_input: (B, P, S/4, S/4) float32 logits of an earlier round, or None.
     """
     encoder, decoder = model.prompt_encoder, model.mask_decoder
     batch, count = points.shape[:2]
-    with torch.autocast(points.device.type, enabled=False):  # coordinates need more than the 8 bits of bfloat16
+    with torch.autocast("cpu", enabled=False):  # coordinates need more than the 8 bits of bfloat16
         sparse = encoder._embed_points(points, labels, pad=True)
     if mask_input is None:
         dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
@@ -224,7 +198,7 @@ def decode(
         dense = encoder.mask_embed(mask_input.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).flatten(0, 1)[:, None])
     fixed = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([fixed.expand(batch, count, -1, -1), sparse], dim=2)
-    image = _for_each(features.top, count) + dense
+    image = features.top.repeat_interleave(count, 0) + dense
     queries, keys = decoder.transformer(
         point_embeddings=tokens,
         image_embeddings=image,
@@ -234,9 +208,9 @@ def decode(
     # The decoder runs per prompt with a leading batch of images: (B * P, 1, tokens, C) or (B, P, tokens, C).
     queries = queries.reshape(batch, count, tokens.shape[2], -1)
     keys = keys.reshape(batch * count, -1, keys.shape[-1]).transpose(1, 2).unflatten(2, image.shape[-2:])
-    up = decoder.upscale_conv1(keys) + _for_each(features.s1, count)
+    up = decoder.upscale_conv1(keys) + features.s1.repeat_interleave(count, 0)
     up = decoder.activation(decoder.upscale_layer_norm(up))
-    up = decoder.activation(decoder.upscale_conv2(up) + _for_each(features.s0, count))
+    up = decoder.activation(decoder.upscale_conv2(up) + features.s0.repeat_interleave(count, 0))
     kernels = [mlp(queries[:, :, 2 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
     weights = torch.stack(kernels, dim=2)
     logits = (weights @ up.reshape(batch, count, up.shape[1], -1)).unflatten(-1, up.shape[-2:])

@@ -28,14 +28,15 @@ class Surroundings(nn.Module):
         Args:
             features: of B images.
             regions: (B, S/2, S/2) int64, index of the object that shows in each cell, -1 for none.
-            boxes: (B, K, 4) float32 xyxy around what shows of each object, in pixels of a picture of ``IMAGE_SIZE``.
+            boxes: (B, K, 4) float32 xyxy in pixels, around what shows of each object.
         """
-        total = boxes.new_zeros(())
+        total = torch.zeros(())
         for head, level in zip(self.heads, (features.top, features.s1, features.s0), strict=True):
             out = head(level).float()
-            step = regions.shape[-1] // level.shape[-1]
-            owner = regions[:, step // 2 :: step, step // 2 :: step]  # at the cell's centre
-            total = total + self._level(out, owner, boxes, IMAGE_SIZE // level.shape[-1])
+            stride = IMAGE_SIZE // level.shape[-1]
+            start, step = stride // 4, stride // 2  # the cell's centre, in the half-size map
+            owner = regions[:, start::step, start::step]
+            total = total + self._level(out, owner, boxes, stride)
         return total / len(self.heads)
 
     @staticmethod
@@ -43,12 +44,12 @@ class Surroundings(nn.Module):
         present = (owner >= 0).float()
         inside = F.binary_cross_entropy_with_logits(out[:, 0], present)
         own = boxes.gather(1, owner.clamp(min=0).flatten(1)[..., None].expand(-1, -1, 4)).unflatten(1, owner.shape[1:])
-        centre = (torch.arange(owner.shape[-1], device=out.device) + 0.5) * stride
+        centre = (torch.arange(owner.shape[-1]) + 0.5) * stride
         x, y = centre[None, None, :], centre[None, :, None]
         sides = torch.stack([x - own[..., 0], y - own[..., 1], own[..., 2] - x, own[..., 3] - y], 1) / (IMAGE_SIZE / 4)
         wrong = F.smooth_l1_loss(out[:, 1:5], sides, reduction="none", beta=0.1).mean(1)
         box = (wrong * present).sum() / present.sum().clamp(min=1)
-        weight = out.new_tensor(3.0)  # borders are few
+        weight = torch.tensor(3.0)  # borders are few
         right = F.binary_cross_entropy_with_logits(
             out[:, 5, :, :-1], (owner[:, :, 1:] != owner[:, :, :-1]).float(), pos_weight=weight
         )

@@ -7,12 +7,10 @@ averaged weights as a ``sam2_video`` folder (config.json and model.safetensors).
 the number of steps and not the speed of the machine (unless ``--minutes`` asks for that), so a run is reproducible from
 its seed up to rounding, with the same ``--workers``. The packaged checkpoint is such a run.
 
-The first ``--small-steps`` show pictures of half the side, which cost a quarter: what a prompt asks for and which
-pixels belong together are learnt there, the fine borders later, on full pictures. Each step shows scenes with some
-clicks and boxes; every third step asks some of them again with one correcting click and the logits of the first round
-as a mask prompt. A step is divided between ``--workers`` processes of one thread each, whose gradients are averaged:
-small operations gain little from threads, and lose much by waiting for each other. Matrices inside blocks are trained
-with Muon, whose work is divided too, the rest with AdamW.
+Each step shows B scenes with P clicks and P boxes; every third step asks some of them again with one correcting
+click and the logits of the first round as a mask prompt. A step is divided between ``--workers`` processes of one
+thread each, whose gradients are averaged: small operations gain little from threads, and lose much by waiting
+for each other. Matrices inside blocks are trained with Muon, the rest with AdamW.
 """
 
 from __future__ import annotations
@@ -22,19 +20,16 @@ import copy
 import logging
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from transformers import Sam2VideoModel
 
-from pixano_edge.export.demo.prompts import Batch, Plan, batches
+from pixano_edge.export.demo.prompts import Batch, batches
 from pixano_edge.export.demo.sam2_eval import held_out_iou
 from pixano_edge.export.demo.sam2_model import (
     IMAGE_SIZE,
@@ -45,18 +40,12 @@ from pixano_edge.export.demo.sam2_model import (
     initialise,
     is_memory,
     normalise,
-    set_side,
     tiny_config,
 )
 from pixano_edge.export.demo.surroundings import Surroundings
 
 log = logging.getLogger("train_sam2")
 BOX_LABELS = (2, 3)
-CLICK_WEIGHT, BOX_WEIGHT = 0.8, 1.2
-FINE_FROM = 0.75
-"""Part of the run from which full pictures are compared at half their side, before that at a quarter."""
-SMALL_COST = 0.4
-"""Time of a step with small pictures over that of one with full pictures; the learning rate follows the time."""
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -67,14 +56,16 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
         target: (..., H, W) float32 coverage in [0, 1].
 
     Returns:
-        (...) float32. The first term is a smooth count of wrong pixels over those of the object, close to 1 - IoU
-        whatever the object's size; a focal factor keeps easy pixels quiet.
+        (...) float32. The first term is a smooth count of wrong pixels over the pixels of the union (at most twice
+        the object's), close to 1 - IoU whatever the object's size; a focal factor keeps easy pixels quiet.
     """
     probability = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     wrong = (probability.detach() - target).abs()
     area = target.sum((-1, -2))
-    pixels = (entropy * (0.25 + wrong)).sum((-1, -2)) / area.clamp(min=32)
+    union = area + (probability.detach() * (1 - target)).sum((-1, -2))
+    union = union.minimum(2 * area).clamp(min=32)
+    pixels = (entropy * (0.25 + wrong)).sum((-1, -2)) / union
     overlap = (probability * target).sum((-1, -2))
     dice = 1 - (2 * overlap + 1) / (probability.sum((-1, -2)) + area + 1)
     return pixels + dice
@@ -111,7 +102,6 @@ def round_loss(
     multimask: bool,
     generator: torch.Generator,
     rivalry: float = 0.0,
-    fine: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The loss of one decoding and the index of the candidate a user would be given.
 
@@ -124,21 +114,17 @@ def round_loss(
         generator: draws which of candidates 1 to 3 is trained. SAM trains the best of the three, since a click
             on a real picture may mean a whole or a part; here it means one thing, and all three shall know it.
         rivalry: weight of :func:`rivalry_loss`.
-        fine: compare at the target's size, as the answers are judged, and not at the logits' own.
     """
     small = F.avg_pool2d(target, 2)
     with torch.no_grad():
         iou = true_iou(out.logits, small[:, :, None].expand_as(out.logits))
-        other = torch.randint(1, 4, target.shape[:2], generator=generator, device=target.device)
+        other = torch.randint(1, 4, target.shape[:2], generator=generator)
     chosen = torch.stack([torch.zeros_like(other), other], dim=2)
+    size = tuple(target.shape[-2:])
     picked = out.logits.gather(2, chosen[..., None, None].expand(-1, -1, -1, *out.logits.shape[-2:]))
-    wanted = small
-    if fine:
-        size = tuple(target.shape[-2:])
-        full = F.interpolate(picked.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
-        picked, wanted = full.unflatten(0, picked.shape[:2]), target
-    losses = mask_loss(picked, wanted[:, :, None].expand(-1, -1, 2, -1, -1))
-    weight = target.new_tensor([0.5, 1.0] if multimask else [1.0, 0.3])
+    full = F.interpolate(picked.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+    losses = mask_loss(full.unflatten(0, picked.shape[:2]), target[:, :, None].expand(-1, -1, 2, -1, -1))
+    weight = torch.tensor([0.5, 1.0] if multimask else [1.0, 0.3])
     masks = (losses * weight).sum(-1)
     quality = (out.iou - iou).abs().mean(-1)
     score = F.binary_cross_entropy_with_logits(out.score, present, reduction="none")
@@ -153,16 +139,15 @@ def correction(logits: Tensor, target: Tensor, generator: torch.Generator) -> tu
     """One click in the wrong part of each mask: points (B, P, 1, 2) float32 and labels (B, P, 1) int64.
 
     ``logits`` and ``target`` are (B, P, S/4, S/4). A missed part gives a positive click, a part too many a
-    negative one; where nothing is wrong the click falls on the object. Points are pixels of a picture of
-    ``IMAGE_SIZE``.
+    negative one; where nothing is wrong the click falls on the object. Points are pixels of the full image.
     """
     wanted = target > 0.5
     wrong = ((logits > 0) != wanted).float().flatten(2)
     weights = wrong + 1e-3 * wanted.float().flatten(2) + 1e-6
     cell = torch.multinomial(weights.flatten(0, 1), 1, generator=generator).unflatten(0, logits.shape[:2])
     width = logits.shape[-1]
-    jitter = torch.rand(*cell.shape, 2, generator=generator, device=target.device)
-    points = (torch.stack([cell % width, cell // width], -1) + jitter) * (IMAGE_SIZE / width) - 0.5
+    jitter = torch.rand(*cell.shape, 2, generator=generator)
+    points = (torch.stack([cell % width, cell // width], -1) + jitter) * 4 - 0.5
     return points, wanted.flatten(2).gather(2, cell).long()
 
 
@@ -178,31 +163,28 @@ def step_loss(
 
     Both helping terms matter most early: ``progress`` of the run, 0 to 1, turns them down.
     """
-    device = model.no_memory_embedding.device
     rivalry = 1.0 if progress < 0.15 else 0.2
-    fine = batch.images.shape[1] < IMAGE_SIZE or progress > FINE_FROM
-
-    def tensor(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    with torch.autocast(device.type, torch.bfloat16):
-        features = encode(model, normalise(tensor(batch.images)))
-        dense = surroundings.loss(features, tensor(batch.regions), tensor(batch.outlines))
-    total = (1 - 0.7 * progress) * dense
-    clicks, boxes = tensor(batch.clicks)[:, :, None], tensor(batch.boxes).unflatten(2, (2, 2))
-    foreground = torch.ones(clicks.shape[:3], dtype=torch.long, device=device)
-    corners = torch.tensor(BOX_LABELS, device=device).expand(boxes.shape[:3])
-    here = torch.ones(boxes.shape[:2], device=device)
+    half = IMAGE_SIZE / 2
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encode(model, normalise(torch.from_numpy(batch.images)))
+    shape = batch.clicks.shape[:2]
+    clicks = torch.from_numpy(batch.clicks)[:, :, None]
+    corners = torch.from_numpy(batch.boxes).reshape(*shape, 2, 2)
     kinds = (
-        (clicks, foreground, batch.click_masks, tensor(batch.click_present), True, CLICK_WEIGHT),
-        (boxes, corners, batch.box_masks, here, False, BOX_WEIGHT),
+        (clicks, torch.ones(*shape, 1, dtype=torch.long), batch.click_masks, batch.click_present, True),
+        (corners, torch.tensor(BOX_LABELS).expand(*shape, 2), batch.box_masks, None, False),
     )
-    for points, labels, masks, present, multimask, weight in kinds:
-        target = tensor(masks).float() / 255
-        with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = surroundings.loss(features, torch.from_numpy(batch.regions), torch.from_numpy(batch.outlines))
+    total = (1 - 0.7 * progress) * dense
+    for points, labels, masks, here, multimask in kinds:
+        target = torch.from_numpy(masks).float() / 255
+        assert target.shape[-1] == half
+        present = torch.ones(shape) if here is None else torch.from_numpy(here)
+        with torch.autocast("cpu", torch.bfloat16):
             out = decode(model, features, points, labels)
-        loss, given = round_loss(out, target, present, multimask, generator, rivalry, fine)
-        total = total + weight * loss
+        loss, given = round_loss(out, target, present, multimask, generator, rivalry)
+        total = total + loss
         if refine:
             total = total + second_round(
                 model, features, out, given, points, labels, target, present, refine, generator
@@ -228,43 +210,15 @@ def second_round(
     click, label = correction(first, F.avg_pool2d(target[:, :count], 2), generator)
     points = torch.cat([points[:, :count], click], 2)
     labels = torch.cat([labels[:, :count], label], 2)
-    with torch.autocast(target.device.type, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         again = decode(model, features, points, labels, mask_input=first)
     loss, _ = round_loss(again, target[:, :count], present[:, :count], False, generator)
     return 0.5 * loss
 
 
-@dataclass
-class Optimizers:
-    """What a process updates: its ``own`` matrices with Muon, all other parameters with AdamW.
-
-    ``shares`` holds the matrices of every process, from which the others take the updated ones.
-    """
-
-    muon: torch.optim.Optimizer
-    adamw: torch.optim.Optimizer
-    shares: list[list[nn.Parameter]]
-    trained: list[nn.Parameter]
-
-    def step(self, factor: float) -> None:
-        """One update at ``factor`` times the peak rates; gradients are cleared."""
-        for optimizer in (self.muon, self.adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.step()
-        for owner, share in enumerate(self.shares if len(self.shares) > 1 else []):
-            with torch.no_grad():
-                flat = torch.cat([p.detach().flatten() for p in share])
-                dist.broadcast(flat, owner)
-                for parameter, part in zip(share, flat.split([p.numel() for p in share]), strict=True):
-                    parameter.copy_(part.view_as(parameter))
-        for parameter in self.trained:
-            parameter.grad = None
-
-
 def build_optimizers(
-    model: Sam2VideoModel, surroundings: Surroundings, lr: float, muon_lr: float, rank: int = 0, workers: int = 1
-) -> Optimizers:
+    model: Sam2VideoModel, surroundings: Surroundings, lr: float, muon_lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and feed-forward layers, AdamW for the rest; memory is frozen."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = [*surroundings.parameters()]
@@ -274,15 +228,12 @@ def build_optimizers(
             continue
         inner = "vision_encoder.backbone.blocks" in name or "mask_decoder.transformer" in name
         (matrices if inner and parameter.ndim == 2 else rest).append(parameter)
-    shares: list[list[nn.Parameter]] = [[] for _ in range(workers)]
-    for matrix in sorted(matrices, key=nn.Parameter.numel, reverse=True):
-        min(shares, key=lambda share: sum(p.numel() for p in share)).append(matrix)
-    muon = torch.optim.Muon(shares[rank], lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return Optimizers(muon, adamw, shares, [*matrices, *rest])
+    return [muon, adamw]
 
 
 def rate(progress: float, decay_from: float) -> float:
@@ -310,13 +261,11 @@ def share_gradients(parameters: list[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def progress_at(step: int, steps: int, small_steps: int) -> float:
-    """Part of the run's time that ``step`` steps take, 0 to 1."""
-
-    def cost(count: int) -> float:
-        return SMALL_COST * min(count, small_steps) + max(0, count - small_steps)
-
-    return cost(step) / cost(steps)
+def agreed_minutes(minutes: float) -> float:
+    """The first process's clock, so that all processes follow one schedule."""
+    clock = torch.tensor([minutes], dtype=torch.float64)
+    dist.broadcast(clock, 0)
+    return float(clock)
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
@@ -338,50 +287,56 @@ def train(rank: int, args: argparse.Namespace) -> None:
     model.train()
     ema = copy.deepcopy(model).eval()
     surroundings = Surroundings()
-    optimizers = build_optimizers(model, surroundings, args.lr, args.muon_lr, rank, args.workers)
+    optimizers = build_optimizers(model, surroundings, args.lr, args.muon_lr)
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     step, spent = 0, 0.0
     if args.resume:
-        state = torch.load(out / f"last-{rank}.pt", weights_only=True)
+        state = torch.load(out / "last.pt", weights_only=True)
         model.load_state_dict(state["model"])
         surroundings.load_state_dict(state["surroundings"])
         ema.load_state_dict(state["ema"])
-        optimizers.muon.load_state_dict(state["muon"])
-        optimizers.adamw.load_state_dict(state["adamw"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
-    log.info("%s, %d trained parameters", args, sum(p.numel() for p in optimizers.trained))
+    log.info("%s, %d trained parameters", args, sum(p.numel() for p in trained))
     start = time.monotonic() - spent
-    logged_at = spent
+    saved_at = logged_at = spent
     running, count = 0.0, 0
-    seed = args.seed * args.workers + rank
-    plan = Plan(
-        seed, args.batch // args.workers, args.small_steps, args.small_batch // args.workers, args.clicks, args.boxes
-    )
-    for batch in batches(step, plan):
-        progress = progress_at(step, args.steps, args.small_steps)
+    share = args.batch // args.workers
+    for batch in batches(step, args.seed * args.workers + rank, share, args.prompts, IMAGE_SIZE):
+        spent = 60 * agreed_minutes((time.monotonic() - start) / 60)
+        progress = spent / (60 * args.minutes) if args.minutes else step / args.steps
+        if progress >= 1:
+            break
         factor = rate(progress, args.decay_from)
-        generator = torch.Generator().manual_seed(seed * 10**8 + step)
+        generator = torch.Generator().manual_seed((args.seed * args.workers + rank) * 10**8 + step)
         refine = 2 if step % 3 == 0 and progress > 0.1 else 0
-        set_side(model, batch.images.shape[1])
         loss = step_loss(model, surroundings, batch, refine, progress, generator)
         loss.backward()
-        share_gradients(optimizers.trained)
-        nn.utils.clip_grad_norm_(optimizers.trained, 3.0)
-        optimizers.step(factor)
+        share_gradients(trained)
+        nn.utils.clip_grad_norm_(trained, 3.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         average(ema, model, min(0.998, step / (step + 20)))
         running, count = running + float(loss.detach()), count + 1
-        spent = time.monotonic() - start
         if spent - logged_at > 30:
             log.info("%5.1f min  step %d  lr x%.2f  loss %.4f", spent / 60, step, factor, running / count)
             running, count, logged_at = 0.0, 0, spent
-        if step % args.save_every == 0 or step == args.steps:
-            save(out / f"last-{rank}.pt", model, surroundings, ema, optimizers, step, spent)
+        if spent - saved_at > args.save_every * 60:
+            saved_at = spent
             if rank == 0:
+                save(out / "last.pt", model, surroundings, ema, optimizers, step, spent)
                 ema.save_pretrained(out / "final")
-                scenes = 200 if step == args.steps else 40
-                log.info("%5.1f min  step %d  held-out IoU %s", spent / 60, step, held_out_iou(ema, scenes))
-        if step == args.steps:
-            break
+                log.info("held-out IoU %s", held_out_iou(ema, 40))
+    if rank != 0:
+        return
+    save(out / "last.pt", model, surroundings, ema, optimizers, step, spent)
+    ema.save_pretrained(out / "final")
+    log.info("finished after %.1f min, %d steps; held-out IoU %s", spent / 60, step, held_out_iou(ema, 200))
 
 
 def save(
@@ -389,16 +344,14 @@ def save(
     model: nn.Module,
     surroundings: nn.Module,
     ema: nn.Module,
-    optimizers: Optimizers,
+    optimizers: list[torch.optim.Optimizer],
     step: int,
     spent: float,
 ) -> None:
-    """Write the state of a process; the old file stays until the new one is whole."""
+    """Write the state of a run; the old file stays until the new one is whole."""
     part = path.with_suffix(".part")
-    modules = {"model": model, "surroundings": surroundings, "ema": ema}
-    state = {name: module.state_dict() for name, module in modules.items()}
-    state |= {"muon": optimizers.muon.state_dict(), "adamw": optimizers.adamw.state_dict()}
-    torch.save({**state, "step": step, "spent": spent}, part)
+    weights = {"model": model.state_dict(), "surroundings": surroundings.state_dict(), "ema": ema.state_dict()}
+    torch.save({**weights, "step": step, "spent": spent, "optimizers": [o.state_dict() for o in optimizers]}, part)
     part.replace(path)
 
 
@@ -406,19 +359,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the demo's small SAM 2 on synthetic scenes.")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
-    parser.add_argument("--steps", type=int, default=16000, help="length of the run")
-    parser.add_argument("--small-steps", type=int, default=11000, help="the first ones, with pictures of half the side")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=8600, help="length of the run in steps")
+    length.add_argument("--minutes", type=float, default=0.0, help="length of the run by the clock instead")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="continue from OUT/last-*.pt")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--batch", type=int, default=8, help="scenes in a step")
-    parser.add_argument("--small-batch", type=int, default=8, help="scenes in one of the first steps")
-    parser.add_argument("--clicks", type=int, default=4, help="for each scene")
-    parser.add_argument("--boxes", type=int, default=8, help="for each scene")
+    parser.add_argument("--prompts", type=int, default=6, help="clicks, and boxes, for each scene")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=1.5e-3, help="peak rate of Muon")
     parser.add_argument("--decay-from", type=float, default=0.2, help="fraction of the run where the rate descends")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; batches are shared by them")
+    parser.add_argument("--save-every", type=float, default=6.0, help="minutes between checkpoints")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; --batch is shared by them")
     parser.add_argument("--port", type=int, default=29531, help="local port by which the processes find each other")
     return parser.parse_args(argv)
 
