@@ -36,6 +36,7 @@ from pixano_edge.export.demo.scenes import (
 from pixano_edge.export.demo.textures import COLORS, PATTERNS, Split, background, object_texture
 
 LENGTH = 60
+_CROWD = Crowd(small=0.05, radius=(28.0, 58.0), camouflage=0.5)
 Labels = NDArray[np.int8]
 _SPLIT_KEY = {"train": 11, "heldout": 12}  # other streams than those of the scenes
 _COVERS = ("circle", "square", "hexagon", "heart", "rectangle", "ellipse")
@@ -50,7 +51,7 @@ class Cast:
     a path that crosses an earlier object's; ``hide`` the chance that a last, larger object passes over one of them.
     """
 
-    crowd: Crowd = Crowd(small=0.05, radius=(28.0, 58.0), camouflage=0.5)
+    crowd: Crowd = _CROWD
     objects: tuple[int, int] = (2, 4)
     speed: tuple[float, float] = (1.0, 4.0)
     meet: float = 0.7
@@ -227,7 +228,7 @@ def make_script(seed: int, split: Split, length: int = LENGTH, size: int = SIZE,
     """
     rng = np.random.default_rng([_SPLIT_KEY[split], seed])
     unit = size / 256
-    margin = int(round(24 * unit))
+    margin = round(24 * unit)
     ground = background(rng, split, size + 2 * margin, size + 2 * margin)
     pan = (0.0, 0.0)
     if rng.random() < 0.5:
