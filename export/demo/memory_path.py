@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +36,14 @@ class Answer:
     full: Tensor | None = None
     all: Decoded | None = None
     chosen: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """What a frame leaves behind for n objects: ``maps`` (n, 64, G, G) and ``pointers`` (n, C)."""
+
+    maps: Tensor
+    pointers: Tensor
 
 
 def of_objects(features: Features, owner: Tensor) -> Features:
@@ -71,7 +78,7 @@ class MemoryPath:
         if model.occlusion_spatial_embedding_parameter is not None:
             self._encoder.occlusion = model.occlusion_spatial_embedding_parameter.reshape(1, -1, 1, 1)
 
-    def bank(self) -> ObjectBank[Any]:
+    def bank(self) -> ObjectBank[Slot]:
         """An empty bank; its memories hold tensors for all n objects."""
         return ObjectBank(self.video)
 
@@ -84,7 +91,9 @@ class MemoryPath:
             labels: (n, N) int64.
             earlier: (n, S/4, S/4) float32 logits of an earlier answer as mask prompt, or None.
         """
-        out = decode(self.model, features, points[:, None], labels[:, None], None if earlier is None else earlier[:, None])
+        out = decode(
+            self.model, features, points[:, None], labels[:, None], None if earlier is None else earlier[:, None]
+        )
         count = points.shape[1]
         return self._choose(out, self.video.multimask_min_points <= count <= self.video.multimask_max_points)
 
@@ -99,41 +108,31 @@ class MemoryPath:
         there = (masks.flatten(1) > 0).any(1).float()
         return Answer(logits, there * GIVEN_SCALE + GIVEN_BIAS, out.token, out.score, full)
 
-    def tracked(self, features: Features, selection: Selection[Any], extra: float = 0.0) -> Answer:
+    def tracked(self, features: Features, selection: Selection[Slot]) -> Answer:
         """Objects on a frame where nothing is said about them.
 
         Args:
             features: one image per object.
             selection: what the frame attends to.
-            extra: added to the temporal code of the conditioning frames' pointers. Training draws it, so that frames
-                far from the prompt are not new to the model; tracking leaves it at 0.
         """
-        embed = self.attend(features, selection, extra)
+        embed = self.attend(features, selection)
         points, labels = _no_points(len(embed))
         out = decode(self.model, replace(features, top=embed), points[:, None], labels[:, None])
         return self._choose(out, self.video.multimask_for_tracking and self.video.multimask_min_points == 0)
 
-    def attend(self, features: Features, selection: Selection[Any], extra: float = 0.0) -> Tensor:
+    def attend(self, features: Features, selection: Selection[Slot]) -> Tensor:
         """The embedding (n, C, G, G) conditioned on the memories."""
         n = features.top.shape[0]
         times = torch.tensor(selection.times, dtype=torch.float32).expand(n, -1)
-        prompts = sum(row == self.video.num_memories - 1 for row in selection.rows)
-        if extra:
-            shift = torch.zeros_like(times)
-            shift[:, :prompts] = extra
-            times = times + shift
-        pointers: Any = [memory.pointer for memory in selection.pointers]
         return self._attention(
             features.top,
-            torch.stack([memory.features for memory in selection.memories], 1),
+            torch.stack([memory.slot.maps for memory in selection.memories], 1),
             torch.tensor(selection.rows).expand(n, -1),
-            torch.stack(pointers, 1),
+            torch.stack([memory.slot.pointers for memory in selection.pointers], 1),
             times,
         )
 
-    def remember(
-        self, bank: ObjectBank[Any], frame: int, features: Features, answer: Answer, prompted: bool
-    ) -> None:
+    def remember(self, bank: ObjectBank[Slot], frame: int, features: Features, answer: Answer, prompted: bool) -> None:
         """Puts what a frame leaves behind into the bank; masks of prompted frames are remembered with hard borders."""
         full = answer.logits if answer.full is None else answer.full
         maps, pointers = self._encoder(
@@ -144,8 +143,7 @@ class MemoryPath:
             answer.token,
             answer.pointer_score[:, None],
         )
-        logits: Any = answer.logits
-        bank.store(Memory(frame, maps, pointers, logits), prompted)
+        bank.store(Memory(frame, Slot(maps, pointers)), prompted)
 
     def _choose(self, out: Decoded, multimask: bool) -> Answer:
         """The candidate that the stock model takes, for each of n objects."""
@@ -180,6 +178,7 @@ def track(path: MemoryPath, features: Sequence[Features], owner: Tensor, answer:
         own = of_objects(features[frame], owner)
         step = path.tracked(own, bank.select(frame, False, len(features)))
         path.remember(bank, frame, own, step, False)
-        bank.out_of_reach(frame)
+        for memory in bank.out_of_reach(frame):
+            bank.drop(memory)
         answers.append(step)
     return answers

@@ -20,7 +20,8 @@ def encode_frames(model: Sam2VideoModel, images: torch.Tensor, chunk: int = 8) -
     for part in images.split(chunk):
         many = encode(model, normalise(part))
         features += [
-            Features(many.top[i : i + 1], many.s0[i : i + 1], many.s1[i : i + 1], many.position) for i in range(len(part))
+            Features(many.top[i : i + 1], many.s0[i : i + 1], many.s1[i : i + 1], many.position)
+            for i in range(len(part))
         ]
     return features
 

@@ -133,7 +133,8 @@ def answer_loss(answer: Answer, target: Tensor, present: Tensor, generator: torc
         present: (n,) float32, 0 for a hidden object, which only the object score is to say.
         generator: draws a second candidate to be trained beside the chosen one, since another frame may choose it.
     """
-    assert answer.all is not None and answer.chosen is not None
+    assert answer.all is not None
+    assert answer.chosen is not None
     logits, guessed = answer.all.logits[:, 0], answer.all.iou[:, 0]
     rows = torch.arange(len(target))
     other = torch.randint(1, 4, (len(target),), generator=generator)
@@ -217,7 +218,9 @@ def memory_parameters(model: Sam2VideoModel) -> dict[str, nn.Parameter]:
 
 def build_optimizer(parameters: dict[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """AdamW; codes of time, of absence and the like, which start small, learn faster."""
-    quick = [p for n, p in parameters.items() if p.ndim == 1 or n.startswith(("memory_temporal", "no_obj", "occlusion"))]
+    quick = [
+        p for n, p in parameters.items() if p.ndim == 1 or n.startswith(("memory_temporal", "no_obj", "occlusion"))
+    ]
     known = {id(p) for p in quick}
     rest = [p for p in parameters.values() if id(p) not in known]
     groups = [{"params": rest, "lr": lr}, {"params": quick, "lr": 2 * lr, "weight_decay": 0.0}]
@@ -284,7 +287,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     step = first
     for step, tracks in steps_of(model, args, first, args.seed * args.workers + rank):
         progress = step / args.steps
-        if progress >= 1:
+        if progress >= 1 or (args.stop and step >= args.stop):
             break
         shared = np.random.default_rng([23, args.seed, step])  # the same in all processes: equal work for each
         own = np.random.default_rng([29, args.seed * args.workers + rank, step])
@@ -340,6 +343,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=str(packaged), help="sam2_video folder with a trained image part")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
     parser.add_argument("--steps", type=int, default=2400, help="length of the run")
+    parser.add_argument("--stop", type=int, default=0, help="leave the run at this step, to be resumed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--keep-memory", action="store_true", help="start from the checkpoint's memory, not anew")
