@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="training needs pixano-edge[export]")
 pytest.importorskip("skimage", reason="clips use the photographs of the scikit-image wheel")
 
 import torch
+
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.export.demo import clip_batches, memory_path, memory_start, train_memory
 from pixano_edge.export.demo.clips import first_prompts, generate_clip
