@@ -90,7 +90,7 @@ class TrackingQuality:
 def judge(clip: int, shape: str, method: str, masks: Sequence[Mask], truth: npt.NDArray[np.bool_]) -> Track:
     """Figures of one track: ``masks`` of all frames against ``truth`` (T, H, W)."""
     values = [mask_iou(mask, true) for mask, true in zip(masks, truth, strict=True)]
-    there = truth.any((1, 2))
+    there = np.asarray(truth.any((1, 2)))
     after = range(1, len(values))
     return Track(
         clip,

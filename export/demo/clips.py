@@ -186,7 +186,7 @@ class Clip:
 
     def visible(self, index: int) -> Mask:
         """(T, H, W) bool, where an object shows."""
-        return self.labels == index
+        return np.asarray(self.labels == index)
 
 
 def _course(rng: np.random.Generator, place: Placement, when: float, cast: Cast, size: int) -> Course:

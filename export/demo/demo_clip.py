@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import cv2
+import numpy as np
 import typer
 
 from pixano_edge.engine.models.rle import encode_rle
@@ -27,7 +28,7 @@ HIDDEN = 3
 def suits(clip: Clip) -> bool:
     """Whether a clip shows what tracking is about: at least three objects to ask for, one of which is hidden entirely
     for at least three frames and comes back."""
-    tracks = [clip.visible(p.index).any((1, 2)) for p in first_prompts(clip)]
+    tracks = [np.asarray(clip.visible(p.index).any((1, 2))) for p in first_prompts(clip)]
     gone = [[i for i, seen in enumerate(track) if not seen] for track in tracks]
     return len(tracks) >= OBJECTS and any(len(g) >= HIDDEN and g[-1] < len(clip.images) - 4 for g in gone)
 

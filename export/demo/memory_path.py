@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class MemoryPath:
         self._attention = MemoryAttention(model)
         self._encoder = MemoryEncoder(model)
         self._no_memory = model.no_memory_embedding.detach().reshape(1, -1, 1, 1)
-        config = model.config.mask_decoder_config
+        config: Any = model.config.mask_decoder_config
         self._delta = float(config.dynamic_multimask_stability_delta)
         self._stable = float(config.dynamic_multimask_stability_thresh)
         self.refresh()

@@ -13,6 +13,8 @@ A memory attention with random weights first has to find out where to look. Here
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Sam2VideoModel
@@ -44,22 +46,25 @@ def start_memory(model: Sam2VideoModel, samples: Tensor, seed: int = 0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if not is_memory(name) or "layer_norm" in name:
+        if not is_memory(name):
             continue
         if name.endswith(".bias"):
             parameter.zero_()
+        elif "layer_norm" in name:
+            parameter.fill_(1)
         elif name.endswith("memory_fuser.layers.0.scale") or name.endswith("memory_fuser.layers.1.scale"):
             parameter.fill_(0.2)
         elif parameter.ndim > 1 and name.endswith(".weight"):
             _draw(parameter, generator)
     model.mask_downsample.weight.fill_(20 / 16)  # a mask of 0 and 1 to logits of -10 and 10
-    model.mask_downsample.bias.fill_(-10)
-    for parameter, width in (
+    nn.init.constant_(model.mask_downsample.get_parameter("bias"), -10)
+    for code, width in (
         (model.memory_temporal_positional_encoding, 0.1),
         (model.no_object_pointer, 0.5),
         (model.occlusion_spatial_embedding_parameter, 0.5),
     ):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * width)
+        if code is not None:
+            code.copy_(torch.randn(code.shape, generator=generator) * width)
     encoder = model.memory_encoder
     encoder.feature_projection.weight[IMAGE_CHANNELS:] = 0
     encoder.mask_downsampler.final_conv.weight[:IMAGE_CHANNELS] = 0
@@ -74,7 +79,8 @@ def start_memory(model: Sam2VideoModel, samples: Tensor, seed: int = 0) -> None:
     half = HIDDEN // 2
     fast = torch.zeros(HIDDEN, dtype=torch.bool)
     fast[: 2 * FAST_PAIRS] = fast[half : half + 2 * FAST_PAIRS] = True
-    for layer in model.memory_attention.layers:
+    layers: Any = model.memory_attention.layers
+    for layer in layers:
         cross = layer.cross_attn_image
         cross.q_proj.weight.zero_()
         cross.k_proj.weight.zero_()
@@ -86,9 +92,6 @@ def start_memory(model: Sam2VideoModel, samples: Tensor, seed: int = 0) -> None:
         _draw(cross.o_proj.weight, generator, BRANCH)
         _draw(layer.self_attn.o_proj.weight, generator, SMALL)
         _draw(layer.linear2.weight, generator, SMALL)
-        for norm in (layer.layer_norm1, layer.layer_norm2, layer.layer_norm3):
-            norm.weight.fill_(1)
-            norm.bias.zero_()
     fit_norm(model.memory_attention.layer_norm, samples)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,7 +26,7 @@ def flow_maps(frames: Sequence[Image]) -> list[NDArray[np.float32]]:
     displacements are chained, so that a mask is resampled once, however long the clip; points that leave the picture
     stay outside.
     """
-    search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     height, width = frames[0].shape[:2]
     grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
     maps = [grid]
@@ -34,13 +35,7 @@ def flow_maps(frames: Sequence[Image]) -> list[NDArray[np.float32]]:
         gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         flow: NDArray[np.float32] = search.calc(gray, before, None)
         there = grid + flow
-        outside = (-2.0 * width, -2.0 * height, 0.0, 0.0)
-        maps.append(
-            np.asarray(
-                cv2.remap(maps[-1], there, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=outside),
-                np.float32,
-            )
-        )
+        maps.append(_resample(maps[-1], there, (-2.0 * width, -2.0 * height, 0.0, 0.0)))
         before = gray
     return maps
 
@@ -48,4 +43,13 @@ def flow_maps(frames: Sequence[Image]) -> list[NDArray[np.float32]]:
 def warped(mask: Mask, maps: Sequence[NDArray[np.float32]]) -> list[Mask]:
     """The first mask carried along :func:`flow_maps`, on each frame."""
     soft = mask.astype(np.float32)
-    return [np.asarray(cv2.remap(soft, place, None, cv2.INTER_LINEAR) > 0.5) for place in maps]
+    return [_resample(soft, place, (0.0, 0.0, 0.0, 0.0)) > 0.5 for place in maps]
+
+
+def _resample(
+    values: NDArray[np.float32], places: NDArray[np.float32], outside: tuple[float, float, float, float]
+) -> NDArray[np.float32]:
+    """``values`` (H, W) or (H, W, 2) at ``places`` (H, W, 2), bilinear; ``outside`` where those leave the picture."""
+    nowhere = np.empty(0, np.float32)  # OpenCV's way to say that the places are in one array
+    sampled = cv2.remap(values, places, nowhere, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=outside)
+    return np.asarray(sampled, np.float32)

@@ -46,6 +46,7 @@ from pixano_edge.export.demo.train_sam2 import average, correction, mask_loss, r
 
 log = logging.getLogger("train_memory")
 KINDS = ("click", "click", "box", "mask")
+LOG_EVERY = 10
 
 
 @dataclass
@@ -216,18 +217,26 @@ def memory_parameters(model: Sam2VideoModel) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW; codes of time, of absence and the like, which start small, learn faster."""
-    quick = [
-        p for n, p in parameters.items() if p.ndim == 1 or n.startswith(("memory_temporal", "no_obj", "occlusion"))
+def build_optimizers(parameters: dict[str, nn.Parameter], lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW, with codes of time, of absence and the like, which start small, learning faster; and Muon for the
+    matrices of the memory attention, unless ``muon_lr`` is 0."""
+    quick = {
+        n for n, p in parameters.items() if p.ndim == 1 or n.startswith(("memory_temporal", "no_obj", "occlusion"))
+    }
+    inner = {n for n, p in parameters.items() if muon_lr and p.ndim == 2 and n.startswith("memory_attention")} - quick
+    rest = parameters.keys() - quick - inner
+    groups = [
+        {"params": [p for n, p in parameters.items() if n in rest], "lr": lr},
+        {"params": [p for n, p in parameters.items() if n in quick], "lr": 2 * lr, "weight_decay": 0.0},
     ]
-    known = {id(p) for p in quick}
-    rest = [p for p in parameters.values() if id(p) not in known]
-    groups = [{"params": rest, "lr": lr}, {"params": quick, "lr": 2 * lr, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for group in optimizer.param_groups:
-        group["peak"] = group["lr"]
-    return optimizer
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    if inner:
+        matrices = [p for n, p in parameters.items() if n in inner]
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
 def start_samples(model: Sam2VideoModel, seed: int) -> Tensor:
@@ -270,18 +279,19 @@ def train(rank: int, args: argparse.Namespace) -> None:
     if not args.keep_memory:
         start_memory(model, start_samples(model, args.seed), args.seed)
     ema = copy.deepcopy(model)
-    optimizer = build_optimizer(parameters, args.lr)
+    optimizers = build_optimizers(parameters, args.lr, args.muon_lr)
     first, spent = 0, 0.0
     if args.resume:
         state = torch.load(out / "last.pt", weights_only=True)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, spent = state["step"], state["spent"]
     path = MemoryPath(model)
     log.info("%s, %d trained parameters", args, sum(p.numel() for p in parameters.values()))
     begin = time.monotonic() - spent
-    saved_at = logged_at = spent
+    saved_at = spent
     losses: list[float] = []
     ious: list[float] = []
     step = first
@@ -302,36 +312,42 @@ def train(rank: int, args: argparse.Namespace) -> None:
         share_gradients(list(parameters.values()))
         nn.utils.clip_grad_norm_(parameters.values(), args.clip)
         factor = rate(progress, args.decay_from)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         average(ema, model, min(0.995, (step + 1) / (step + 21)))
         losses.append(float(loss.detach()))
         ious.append(iou)
         spent = time.monotonic() - begin
-        if spent - logged_at > 30:
+        if (step + 1) % LOG_EVERY == 0:
             text = "%5.1f min  step %d  lr x%.2f  loss %.4f  IoU on last frames %.3f"
             log.info(text, spent / 60, step + 1, factor, np.mean(losses), np.mean(ious))
-            losses, ious, logged_at = [], [], spent
+            losses, ious = [], []
         if spent - saved_at > args.save_every * 60:
             saved_at = spent
             if rank == 0:
-                save(out, model, ema, optimizer, step + 1, spent)
+                save(out, model, ema, optimizers, step + 1, spent)
                 log.info("held-out J %s", held_out_j(ema, args.watch))
     if rank == 0:
         spent = time.monotonic() - begin
-        save(out, model, ema, optimizer, step, spent)
+        save(out, model, ema, optimizers, step, spent)
         log.info("finished after %.1f min, %d steps; held-out J %s", spent / 60, step, held_out_j(ema, 2 * args.watch))
 
 
 def save(
-    out: Path, model: Sam2VideoModel, ema: Sam2VideoModel, optimizer: torch.optim.Optimizer, step: int, spent: float
+    out: Path,
+    model: Sam2VideoModel,
+    ema: Sam2VideoModel,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    spent: float,
 ) -> None:
     """Write the state of a run and the averaged model; the old state stays until the new one is whole."""
     part = out / "last.part"
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "step": step, "spent": spent}, part)
+    weights = {"model": model.state_dict(), "ema": ema.state_dict()}
+    torch.save({**weights, "step": step, "spent": spent, "optimizers": [o.state_dict() for o in optimizers]}, part)
     part.replace(out / "last.pt")
     ema.save_pretrained(out / "final")
 
@@ -352,6 +368,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", type=int, default=32, help="how many earlier clips to draw from")
     parser.add_argument("--objects", type=int, default=3, help="objects of each clip, at most")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of AdamW")
+    parser.add_argument("--muon-lr", type=float, default=0.0, help="peak rate of Muon, 0 for AdamW alone")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--decay-from", type=float, default=0.3, help="fraction of the run where the rate descends")
     parser.add_argument("--save-every", type=float, default=8.0, help="minutes between checkpoints")
