@@ -50,6 +50,6 @@ def _resample(
     values: NDArray[np.float32], places: NDArray[np.float32], outside: tuple[float, float, float, float]
 ) -> NDArray[np.float32]:
     """``values`` (H, W) or (H, W, 2) at ``places`` (H, W, 2), bilinear; ``outside`` where those leave the picture."""
-    nowhere = np.empty(0, np.float32)  # OpenCV's way to say that the places are in one array
-    sampled = cv2.remap(values, places, nowhere, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=outside)
+    x, y = (np.ascontiguousarray(places[..., axis]) for axis in (0, 1))
+    sampled = cv2.remap(values, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=outside)
     return np.asarray(sampled, np.float32)
