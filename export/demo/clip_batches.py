@@ -10,12 +10,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pixano_edge.export.demo.clips import Labels, make_script, render, trackable
+from pixano_edge.export.demo.clips import Labels, Script, make_script, render, trackable
 from pixano_edge.export.demo.scenes import SIZE
 
 LENGTH = 90  # frames of the clips that short ones are cut from
 STRIDES = ((0.15, (1,)), (0.4, (1, 2)), (1.01, (1, 1, 2, 3)))
 """Frames between those looked at, by progress of the training: larger steps, harder clips."""
+WINDOWS = 8
+"""Half of the time the one of so many cuts is taken where objects are hidden the most: else that is rarely seen."""
+GONE = 16  # pixels below which an object counts as hidden
 
 
 @dataclass
@@ -46,12 +49,10 @@ def make_short_clip(index: int, seed: int, frames: int, progress: float, size: i
     clip_seed = seed * 10**7 + index
     while True:
         script = make_script(clip_seed, "train", LENGTH, size)
-        strides = strides_at(progress)
-        stride = int(strides[rng.integers(len(strides))])
-        room = (LENGTH - 1) // stride - (frames - 1)
-        gap = int(rng.integers(3, room)) if rng.random() < 0.5 and room > 4 else 0
-        start = int(rng.integers(0, LENGTH - stride * (frames - 1 + gap)))
-        times = [0] + [t + gap for t in range(1, frames)]
+        cuts = [_cut(rng, strides_at(progress), frames) for _ in range(WINDOWS)]
+        start, stride, times = cuts[0]
+        if rng.random() < 0.5:
+            start, stride, times = max(cuts, key=lambda cut: _hidden(script, cut))
         clip = render(script, [start + stride * t for t in times])
         ends = tuple(
             tuple(trackable(clip.labels[end], script.whole_areas(start + stride * times[end]))) for end in (0, -1)
@@ -59,6 +60,27 @@ def make_short_clip(index: int, seed: int, frames: int, progress: float, size: i
         if ends[0]:
             return ShortClip(clip.images, clip.labels, tuple(times), (ends[0], ends[1]))
         clip_seed += 10**12
+
+
+def _cut(rng: np.random.Generator, strides: tuple[int, ...], frames: int) -> tuple[int, int, list[int]]:
+    """First frame, stride, and frame numbers in units of the stride from 0; half the time with a gap."""
+    stride = int(strides[rng.integers(len(strides))])
+    room = (LENGTH - 1) // stride - (frames - 1)
+    gap = int(rng.integers(3, room)) if rng.random() < 0.5 and room > 4 else 0
+    start = int(rng.integers(0, LENGTH - stride * (frames - 1 + gap)))
+    return start, stride, [0] + [t + gap for t in range(1, frames)]
+
+
+def _hidden(script: Script, cut: tuple[int, int, list[int]]) -> int:
+    """How often an object that can be asked for on the first frame is hidden on a later one."""
+    start, stride, times = cut
+    first = script.labels(start)
+    count = 0
+    asked = trackable(first, script.whole_areas(start))
+    for time in times[1:]:
+        labels = script.labels(start + stride * time)
+        count += sum(int(np.count_nonzero(labels == index)) < GONE for index in asked)
+    return count
 
 
 def _produce(queue: mp.Queue, first: int, seed: int, frames: int, total: int) -> None:

@@ -125,6 +125,12 @@ def first_answer(path: MemoryPath, own: Features, masks: Tensor, kind: str, rng:
         return path.prompted(own, points, torch.tensor([2, 3]).expand(len(masks), 2))
 
 
+def bounded(losses: Tensor, most: float = 3.0) -> Tensor:
+    """Losses scaled down to ``most`` where they are larger, with their gradient: a sliver of an object that is taken
+    for the whole picture must not decide about a step alone."""
+    return losses * (most / losses.detach().clamp(min=1e-6)).clamp(max=1)
+
+
 def answer_loss(answer: Answer, target: Tensor, present: Tensor, generator: torch.Generator) -> Tensor:
     """The loss of one frame.
 
@@ -141,12 +147,12 @@ def answer_loss(answer: Answer, target: Tensor, present: Tensor, generator: torc
     other = torch.randint(1, 4, (len(target),), generator=generator)
     picked = torch.stack([logits[rows, answer.chosen], logits[rows, other]], 1)
     full = F.interpolate(picked, size=target.shape[-2:], mode="bilinear", align_corners=False)
-    masks = mask_loss(full, target[:, None].expand_as(full)) * torch.tensor([1.0, 0.5])
+    masks = bounded(mask_loss(full, target[:, None].expand_as(full))) * torch.tensor([1.0, 0.5])
     small = F.avg_pool2d(target, 2)
     quality = (guessed - true_iou(logits, small[:, None].expand_as(logits))).abs()[:, 1:].mean(1)
-    score = F.binary_cross_entropy_with_logits(answer.score, present, reduction="none")
+    score = bounded(F.binary_cross_entropy_with_logits(answer.score, present, reduction="none"))
     shown = present.sum().clamp(min=1)
-    return (present * (masks.sum(1) + 0.1 * quality)).sum() / shown + 0.3 * score.mean()
+    return (present * (masks.sum(1) + 0.1 * quality)).sum() / shown + score.mean()
 
 
 def taught(answer: Answer, target: Tensor, present: Tensor, who: Tensor) -> Answer:

@@ -36,6 +36,7 @@ def test_a_frame_does_not_depend_on_the_others(held_out: list[clips.Clip]) -> No
     image, labels = clip.script.render(41)
     assert (image == clip.images[41]).all()
     assert (labels == clip.labels[41]).all()
+    assert (clip.script.labels(41) == labels).all()
     assert (clips.render(clip.script, [41, 7]).images[1] == clip.images[7]).all()
 
 
