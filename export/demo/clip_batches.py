@@ -10,14 +10,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pixano_edge.export.demo.clips import Labels, Script, make_script, render, trackable
+from pixano_edge.export.demo.clips import Cast, Labels, Script, make_script, render, trackable
 from pixano_edge.export.demo.scenes import SIZE
 
 LENGTH = 90  # frames of the clips that short ones are cut from
-STRIDES = ((0.15, (1,)), (0.4, (1, 2)), (1.01, (1, 1, 2, 3)))
+STRIDES = ((0.15, (1,)), (0.4, (1, 2)), (1.01, (1, 2, 3)))
 """Frames between those looked at, by progress of the training: larger steps, harder clips."""
-WINDOWS = 8
-"""Half of the time the one of so many cuts is taken where objects are hidden the most: else that is rarely seen."""
+CAST = Cast(hide=0.9)
+WINDOWS = 12
+"""Most of the time the one of so many cuts is taken where objects are hidden and seen again: else that is rare."""
 GONE = 16  # pixels below which an object counts as hidden
 
 
@@ -48,11 +49,11 @@ def make_short_clip(index: int, seed: int, frames: int, progress: float, size: i
     rng = np.random.default_rng([17, seed, index])
     clip_seed = seed * 10**7 + index
     while True:
-        script = make_script(clip_seed, "train", LENGTH, size)
+        script = make_script(clip_seed, "train", LENGTH, size, CAST)
         cuts = [_cut(rng, strides_at(progress), frames) for _ in range(WINDOWS)]
         start, stride, times = cuts[0]
-        if rng.random() < 0.5:
-            start, stride, times = max(cuts, key=lambda cut: _hidden(script, cut))
+        if rng.random() < 0.7:
+            start, stride, times = max(cuts, key=lambda cut: _worth(script, cut))
         clip = render(script, [start + stride * t for t in times])
         ends = tuple(
             tuple(trackable(clip.labels[end], script.whole_areas(start + stride * times[end]))) for end in (0, -1)
@@ -71,16 +72,23 @@ def _cut(rng: np.random.Generator, strides: tuple[int, ...], frames: int) -> tup
     return start, stride, [0] + [t + gap for t in range(1, frames)]
 
 
-def _hidden(script: Script, cut: tuple[int, int, list[int]]) -> int:
-    """How often an object that can be asked for on the first frame is hidden on a later one."""
+def _worth(script: Script, cut: tuple[int, int, list[int]]) -> int:
+    """How much an object that can be asked for on the first frame is hidden later, and seen again: a tracker that only
+    goes on from the frame before loses it there."""
     start, stride, times = cut
     first = script.labels(start)
-    count = 0
     asked = trackable(first, script.whole_areas(start))
+    gone = dict.fromkeys(asked, False)
+    worth = 0
     for time in times[1:]:
         labels = script.labels(start + stride * time)
-        count += sum(int(np.count_nonzero(labels == index)) < GONE for index in asked)
-    return count
+        for index in asked:
+            if int(np.count_nonzero(labels == index)) < GONE:
+                gone[index] = True
+                worth += 1
+            elif gone[index]:
+                worth += 3
+    return worth
 
 
 def _produce(queue: mp.Queue, first: int, seed: int, frames: int, total: int) -> None:
