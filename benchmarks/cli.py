@@ -253,6 +253,43 @@ def quality(
     _report({**content, "environment": environment(1)}, show, as_json, output)
 
 
+@app.command(name="track-quality")
+def track_quality(
+    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
+    clips: Annotated[int, typer.Option(min=1, help="Held-out clips.")] = 100,
+    first: Annotated[int, typer.Option(min=0, help="Seed of the first held-out clip.")] = FIRST_SEED,
+    frames: Annotated[int, typer.Option(min=2, help="Frames of a clip.")] = 60,
+    precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the clips, one thread each.")] = 1,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tracking from one click on held-out synthetic clips, next to keeping the first mask and to optical flow.
+
+    Needs no torch. Equal arguments give equal figures; the table is Markdown.
+    """
+    if importlib.util.find_spec("skimage") is None:
+        raise MissingDependencyError("skimage", "benchmarks", "The textures of the clips")
+    from .tracking_quality import COLUMNS, evaluate, table_rows
+
+    folder = resolve_bundle(bundle)
+    with progress("Clips", clips, enabled=not as_json) as steps:
+        result = evaluate(folder, clips, first, frames, precision=precision, jobs=jobs, on_clip=steps.step)
+
+    def show() -> None:
+        typer.echo(
+            f"{result.objects} objects on {result.clips} held-out clips of {result.frames} frames from seed {first}, "
+            "one click on the first frame; J over the frames after it, 95 % intervals by bootstrap over clips\n"
+        )
+        typer.echo(markdown(COLUMNS, table_rows(result)))
+        for method, lead in result.leads().items():
+            typer.echo(f"\nlead over {method}: {100 * lead:.1f} points", nl=False)
+        typer.echo()
+
+    content = {"benchmark": "track-quality", "first": first, **result.to_dict()}
+    _report({**content, "environment": environment(1)}, show, as_json, output)
+
+
 @app.command()
 def memory(
     bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",

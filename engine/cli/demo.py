@@ -1,4 +1,4 @@
-"""`pixano-edge demo`: the bundled model on the bundled pictures, with times and IoU, in seconds and without torch."""
+"""`pixano-edge demo`: the bundled model on the bundled pictures and clip, with times and IoU, without torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from ..contracts import sam2_video
 from ..errors import EdgeError
 from ..models.images import decode_image
 from ..models.masks import mask_iou
 from ..models.rle import decode_rle
+from .demo_clip import ClipResult, read_clip, run_clip
 from .draw import overlay, write_png
 from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption, open_bundle
 from .output import JsonOption, make_folder, milliseconds, print_json, print_table
@@ -130,7 +132,7 @@ def demo(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment the bundled pictures with the bundled model; writes pictures and prints times.
+    """Segment the bundled pictures and track the bundled clip with the bundled model; writes pictures, prints times.
 
     The model is small and was trained on such pictures of shapes; it knows nothing else. Export a SAM 2 checkpoint
     with 'pixano-edge export sam2' for real photos.
@@ -140,14 +142,28 @@ def demo(
     opened = open_bundle(bundle)
 
     from ..models.sam2.predictor import Sam2ImagePredictor
+    from ..models.sam2_video.model import Sam2VideoModel
 
-    predictor = Sam2ImagePredictor.open(opened, device=device, backend=backend, precision=precision, threads=threads)
+    tracks = sam2_video.constants_of(opened.manifest.constants) is not None
+    model: Sam2VideoModel | Sam2ImagePredictor = (Sam2VideoModel if tracks else Sam2ImagePredictor).open(
+        opened, device=device, backend=backend, precision=precision, threads=threads
+    )
+    predictor = model.predictor if isinstance(model, Sam2VideoModel) else model
     load_seconds = time.perf_counter() - begin
     warm_up_seconds = _warm_up(predictor)
     make_folder(out)
     results = [run_picture(predictor, picture, objects, out) for picture, objects in pictures]
-    info = predictor.info()
-    predictor.close()
+    tracked: ClipResult | None = None
+    clip = read_clip(demo_folder())
+    skipped = ""
+    if clip is None:
+        skipped = "The demo's clip is not in this installation."
+    elif not isinstance(model, Sam2VideoModel):
+        skipped = f"Bundle '{opened.manifest.name}' holds no graphs for video, so the clip was not tracked."
+    else:
+        tracked = run_clip(model, *clip, out)
+    info = model.info()
+    model.close()
     total = time.perf_counter() - begin
     if as_json:
         print_json(
@@ -159,6 +175,8 @@ def demo(
                 "warm_up_seconds": warm_up_seconds,
                 "total_seconds": total,
                 "pictures": results,
+                "clip": tracked,
+                "clip_skipped": skipped,
             }
         )
         return
@@ -175,6 +193,16 @@ def demo(
     ]
     columns = ("picture", "objects", "encoder (once)", "one click", "IoU clicks", "IoU boxes")
     print_table(columns, rows, right=columns[1:], title=f"{opened.manifest.name} on the bundled pictures")
+    if tracked is None:
+        typer.echo(f"\n{skipped}")
+    else:
+        typer.echo(
+            f"\n{tracked.clip}: {tracked.objects} objects over {tracked.frames} frames, {tracked.fps:.1f} frames per "
+            f"second, IoU {tracked.first_iou:.3f} on the clicked frame and {tracked.mean_iou:.3f} after it: "
+            f"{', '.join(tracked.files)}"
+        )
+        if tracked.note:
+            typer.echo(tracked.note)
     typer.echo(
         f"\nLoaded in {milliseconds(load_seconds)}, warmed up in {milliseconds(warm_up_seconds)}, "
         f"all done in {total:.1f} s.\nPictures: {out.resolve()}"

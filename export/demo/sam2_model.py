@@ -146,11 +146,13 @@ class Features:
 
 @dataclass
 class Decoded:
-    """All four candidates of P prompts: ``logits`` (B, P, 4, S/4, S/4), ``iou`` (B, P, 4), ``score`` (B, P)."""
+    """All four candidates of P prompts: ``logits`` (B, P, 4, S/4, S/4), ``iou`` (B, P, 4), ``score`` (B, P), and the
+    mask tokens (B, P, 4, C) that object pointers are made from."""
 
     logits: Tensor
     iou: Tensor
     score: Tensor
+    tokens: Tensor
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -218,4 +220,5 @@ def decode(
         logits=logits.float(),
         iou=decoder.iou_prediction_head(queries[:, :, 1]).float(),
         score=decoder.pred_obj_score_head(queries[:, :, 0]).squeeze(-1).float(),
+        tokens=queries[:, :, 2 : 2 + len(kernels)],
     )

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -210,8 +211,11 @@ def test_demo_writes_pictures_and_times(tiny_bundle: Path, tmp_path: Path):
         assert 0 <= picture["click_iou"] <= 1
         for name in picture["files"]:
             assert np.asarray(Image.open(out / name)).ndim == 3
+    assert report["clip"] is None
     table = _invoke("demo", "--bundle", tiny_bundle, "-o", out)
     assert "one click" in table.stdout
+    for text in (report["clip_skipped"], table.stdout):
+        assert "holds no graphs for video" in " ".join(text.split())
     assert str(out) in table.stdout.replace("\n", "")
 
 
@@ -227,6 +231,61 @@ def test_demo_pictures_are_the_generated_ones(tmp_path: Path):
         new, old = np.asarray(Image.open(path), np.int16), np.asarray(Image.open(shipped / path.name), np.int16)
         # OpenCV versions round differently; other scenes would differ by tens of levels.
         assert np.abs(new - old).mean() < 0.5
+
+
+def test_demo_tracks_its_clip(tracking_bundle: Path, tmp_path: Path):
+    out = tmp_path / "demo"
+    result = _invoke("demo", "--bundle", tracking_bundle, "-o", out, "--json")
+    assert result.exit_code == 0, result.output
+    clip = json.loads(result.stdout)["clip"]
+    assert clip["objects"] >= 3
+    assert clip["fps"] > 0
+    assert 0 <= clip["mean_iou"] <= 1
+    strip = np.asarray(Image.open(out / "clip.strip.png"))
+    assert strip.shape == (256, 6 * 256, 3)
+    video, strip_name = clip["files"]
+    assert (out / strip_name).is_file()
+    written = cv2.VideoCapture(str(out / video))
+    assert int(written.get(cv2.CAP_PROP_FRAME_COUNT)) == clip["frames"] == 40
+    assert "frames per second" in _invoke("demo", "--bundle", tracking_bundle, "-o", out).stdout.replace("\n", " ")
+
+
+def test_demo_without_its_clip_says_so(tracking_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from pixano_edge.engine.cli import demo
+
+    monkeypatch.setattr(demo, "read_clip", lambda folder: None)
+    report = json.loads(_invoke("demo", "--bundle", tracking_bundle, "-o", tmp_path, "--json").stdout)
+    assert report["clip"] is None
+    assert "not in this installation" in report["clip_skipped"]
+
+
+def test_demo_clip_is_the_generated_one():
+    pytest.importorskip("skimage", reason="making clips needs pixano-edge[benchmarks]")
+    from pixano_edge.engine.cli.demo import demo_folder
+    from pixano_edge.engine.cli.demo_clip import read_clip
+    from pixano_edge.engine.models.sam2_video.frames import open_frames
+    from pixano_edge.export.demo.clips import first_prompts, generate_clip
+    from pixano_edge.export.demo.demo_clip import LENGTH, suits
+
+    shipped = read_clip(demo_folder())
+    assert shipped is not None
+    path, _, objects = shipped
+    assert path.stat().st_size < 600_000
+    seed = json.loads((demo_folder() / "clip.json").read_text())["seed"]
+    clip = generate_clip(seed, "heldout", LENGTH)
+    assert suits(clip)
+    for made, kept in zip(first_prompts(clip), objects, strict=True):
+        assert made.click == kept.click
+        assert (clip.visible(made.index) == kept.truth).mean() > 0.999  # OpenCV versions round differently
+    frames = open_frames(path)
+    assert len(frames) == LENGTH
+    for number in (0, LENGTH // 2, LENGTH - 1):
+        # A lossy video of noisy frames; those of its neighbours differ by more.
+        error, other = (
+            np.abs(frames[number].astype(int) - clip.images[n]).mean() for n in (number, (number + 5) % LENGTH)
+        )
+        assert error < 6
+        assert error < other
 
 
 def test_demo_model_is_good_on_its_pictures(demo_bundle: Path, tmp_path: Path):
