@@ -279,7 +279,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=args.workers)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    model = Sam2VideoModel.from_pretrained(args.checkpoint).eval()  # no dropout: clips are never seen twice alike
+    # In float32, whatever it is stored in; without dropout, since no clip is seen twice alike.
+    model = Sam2VideoModel.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     model.set_attn_implementation("sdpa")
     parameters = memory_parameters(model)
     if not args.keep_memory:
