@@ -1,6 +1,6 @@
 """What a model will take, from its bundle's manifest, before anything is loaded.
 
-Weights are the sizes of the graph files of the variant that will run (the largest one while that is not known yet), or
+A bundle that tracks is loaded with all of its graphs to track, and with the two for images otherwise. Weights are the sizes of the graph files of the variant that will run (the largest one while that is not known yet), or
 of a TensorRT engine that was built from them on this machine; bindings and caches follow from the contract and the
 settings. Activations are an estimate until the first runs were measured: a multiple of the largest graph's inputs and
 outputs.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,17 @@ import numpy as np
 from ..bundle.bundle import MAX_MANIFEST_BYTES, check_manifest, parse_manifest
 from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, Graph, Manifest
+from ..contracts import sam2_video
 from ..contracts.base import GraphSpec, TensorSpec
-from ..errors import BundleError
+from ..contracts.sam2 import Sam2Constants
+from ..contracts.sam2_video import Sam2VideoConstants
+from ..errors import BundleError, ContractError
+from ..models.sam2_video.steps import ATTENTION_BYTES
 from ..runtime.memory import MemoryUse
+from .families import IMAGES, VIDEOS, tracks
 from .settings import LoadOptions
+
+VIDEO_GRAPHS = (sam2_video.MEMORY_ATTENTION, sam2_video.TRACK_DECODER, sam2_video.MEMORY_ENCODER)
 
 ACTIVATION_FACTOR = 24
 """Activations per byte of a graph's inputs and outputs. An estimate, not a measurement: SAM 2 at 1024 pixels has 29 MB
@@ -32,19 +40,57 @@ SPARE_FEATURES = 3
 """Sets of image features beside the cache: one being computed, and two that `BufferPool` keeps for the next."""
 
 
-def declared_needs(path: Path, options: LoadOptions) -> MemoryUse:
+TRACKED_OBJECTS = 8
+"""Objects whose memories are declared for a model that tracks; what more of them take shows in use. An estimate: the
+clips of annotators have a handful."""
+
+
+def declared_needs(path: Path, options: LoadOptions, task: str = IMAGES) -> MemoryUse:
     """Reads the manifest of a bundle folder or ``.pxe`` file.
+
+    Args:
+        path: The bundle.
+        options: How it will be loaded.
+        task: What for.
 
     A bundle that cannot be read needs nothing here: opening it, which comes next, raises the error.
     """
     try:
-        data = _read(path)
+        data = read_manifest(path)
         manifest = parse_manifest(data)
         specs = check_manifest(manifest)
+        video = _video(manifest)
+        if task != VIDEOS or video is None:
+            specs = {name: spec for name, spec in specs.items() if name not in VIDEO_GRAPHS}
+            video = None
         bundled = _bundled(path, manifest, hashlib.sha256(data).hexdigest()) if _may_use_engines(options) else {}
-    except (BundleError, OSError, KeyError, *ZIP_ERRORS):
+    except (BundleError, ContractError, OSError, KeyError, *ZIP_ERRORS):
         return MemoryUse()
-    return manifest_needs(manifest, specs, options, bundled)
+    needs = manifest_needs(manifest, specs, options, bundled)
+    return needs if video is None else with_tracking(needs, *video)
+
+
+def with_tracking(needs: MemoryUse, image: Sam2Constants, video: Sam2VideoConstants) -> MemoryUse:
+    """The figures of all graphs with what tracking `TRACKED_OBJECTS` objects takes beside them."""
+    area = image.embed_size**2
+    # Maps on the device for one object: a frame with a prompt, and as far as one attends on either side of it and of
+    # the frame at hand (`ObjectBank.out_of_reach`), which overlap at the start of a clip only.
+    reach = max(video.num_memories, video.max_pointers) - 1
+    maps = TRACKED_OBJECTS * (1 + 2 * reach) * 4 * video.memory_dim * area
+    # Attention weights, once as scores and once as probabilities; calls are split so that they stay below a limit.
+    keys = video.num_memories * area + video.max_pointers * (image.hidden_dim // video.memory_dim)
+    weights = max(4 * area * keys, min(ATTENTION_BYTES, TRACKED_OBJECTS * 4 * area * keys))
+    return replace(
+        needs, activations=max(needs.activations or 0, 2 * weights), caches=(needs.caches or 0) + maps
+    )
+
+
+def _video(manifest: Manifest) -> tuple[Sam2Constants, Sam2VideoConstants] | None:
+    if not tracks(manifest.family, manifest.constants):
+        return None
+    video = sam2_video.constants_of(manifest.constants)
+    assert video is not None
+    return Sam2Constants.from_dict(manifest.constants), video
 
 
 def manifest_needs(
@@ -68,7 +114,7 @@ def manifest_needs(
     )
 
 
-def _read(path: Path) -> bytes:
+def read_manifest(path: Path) -> bytes:
     """Bytes of the manifest; cut off past its largest size, which `parse_manifest` then refuses."""
     if not path.is_file():
         return (path / MANIFEST_NAME).read_bytes()
