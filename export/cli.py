@@ -47,13 +47,16 @@ def sam2(
         str | None, typer.Option("--licence", "--license", help="SPDX identifier of the weights' licence.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    image_only: Annotated[
+        bool, typer.Option("--image-only", help="Leave tracking out, where the checkpoint has it.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at the output folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export SAM 2 / 2.1 image segmentation (every size).
+    """Export SAM 2 / 2.1: image segmentation, and tracking where the checkpoint has it (every size).
 
-    Writes the image encoder and the mask decoder as ONNX, measures them against PyTorch on photos, and leaves no
-    bundle when they differ.
+    Writes the graphs as ONNX, measures them against PyTorch on photos and on a short clip, and leaves no bundle when
+    they differ.
     """
     absent = next((m for m in _NEEDED if importlib.util.find_spec(m) is None), None)
     if absent:
@@ -64,10 +67,11 @@ def sam2(
     from pixano_edge.export.sam2.parity import ParityError
 
     wanted = [v.strip() for v in variants.split(",") if v.strip()]
-    with progress("Starting", count_steps(wanted), enabled=not as_json) as bar:
+    with progress("Starting", count_steps(wanted, image_only), enabled=not as_json) as bar:
 
         def step(name: str, done: int, total: int) -> None:
             bar.label(name)
+            bar.retotal(total)
             if done:
                 bar.step()
 
@@ -82,6 +86,7 @@ def sam2(
                 revision=revision,
                 licence=licence,
                 force=force,
+                image_only=image_only,
             )
         except ParityError as error:
             if not as_json:

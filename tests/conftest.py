@@ -60,10 +60,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundle (fp32 and fp16) exported from `tiny_checkpoint`; read-only, copy it before changing it."""
+    """Bundle (images alone, fp32 and fp16) of `tiny_checkpoint`; read-only, copy it before changing it."""
     from pixano_edge.export.sam2 import export_sam2
 
-    return export_sam2(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-sam2")
+    return export_sam2(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-sam2", image_only=True)
 
 
 @pytest.fixture(scope="session")

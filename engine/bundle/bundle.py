@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from ..contracts import sam2
+from ..contracts import sam2, sam2_video
 from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError
 from .engines import ENGINES_FOLDER, INDEX_NAME, EngineIndex, read_index
@@ -28,12 +28,8 @@ _REBUILD = f"Remove the folder '{ENGINES_FOLDER}', or build: pixano-edge build <
 _NEWER = "Install a newer pixano-edge: pip install --upgrade pixano-edge"
 
 
-def _sam2_specs(constants: dict[str, Any]) -> dict[str, GraphSpec]:
-    return sam2.graphs(sam2.Sam2Constants.from_dict(constants))
-
-
 # Family -> its graphs for the constants in a manifest. ContractError when the constants do not fit.
-_FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {sam2.FAMILY: _sam2_specs}
+_FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {sam2.FAMILY: sam2_video.family_graphs}
 
 
 class Bundle:
@@ -217,9 +213,12 @@ def check_manifest(manifest: Manifest) -> dict[str, GraphSpec]:
     except ContractError as error:
         raise BundleError(f"Bundle '{manifest.name}': {error.message}", error.action) from error
     _check_processing(manifest)
-    missing = sorted(set(specs) - set(manifest.graphs))
-    if missing:
+    if missing := sorted(set(specs) - set(manifest.graphs)):
         raise BundleError(f"Bundle '{manifest.name}' lacks the graphs {missing}.", "Export it again.")
+    if unknown := sorted(set(manifest.graphs) - set(specs)):
+        raise BundleError(
+            f"Bundle '{manifest.name}' holds the graphs {unknown}, which its constants do not describe.", _NEWER
+        )
     referenced: dict[str, tuple[str, ...]] = {
         f"golden sample '{s.name}'": (s.image, s.tensors) for s in manifest.golden
     }

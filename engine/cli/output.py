@@ -137,9 +137,10 @@ def print_facts(title: str, facts: Mapping[str, object]) -> None:
 class Steps:
     """Counts finished steps; moves the bar of `progress` where there is one."""
 
-    def __init__(self, advance: Any = None, describe: Any = None) -> None:
+    def __init__(self, advance: Any = None, describe: Any = None, resize: Any = None) -> None:
         self._advance = advance
         self._describe = describe
+        self._resize = resize
 
     def step(self, count: int = 1) -> None:
         if self._advance is not None:
@@ -148,6 +149,11 @@ class Steps:
     def label(self, text: str) -> None:
         if self._describe is not None:
             self._describe(text)
+
+    def retotal(self, total: int) -> None:
+        """Changes the number of steps, where it turns out to be another one."""
+        if self._resize is not None:
+            self._resize(total)
 
 
 @contextmanager
@@ -173,6 +179,7 @@ def progress(label: str, total: int | None, enabled: bool = True) -> Iterator[St
         yield Steps(
             advance=lambda count: bar.update(task, advance=count),
             describe=lambda text: bar.update(task, description=text),
+            resize=lambda total: bar.update(task, total=total),
         )
 
 

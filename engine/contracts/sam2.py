@@ -9,7 +9,7 @@ before the half-pixel shift, which the mask decoder graph adds itself as upstrea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from ..errors import ContractError
 from .base import GraphSpec, TensorSpec
 
 FAMILY = "sam2"
+
+VIDEO = "video"
+"""Key of the manifest's constants that holds those of tracking; absent in a bundle that does not track."""
 
 IMAGE_ENCODER = "image_encoder"
 MASK_DECODER = "mask_decoder"
@@ -95,8 +98,10 @@ class Sam2Constants:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Sam2Constants:
+    def from_dict(cls, values: Mapping[str, Any]) -> Sam2Constants:
         """Rebuilds the constants from the manifest, where every field must be; there are no defaults.
+
+        What a bundle that tracks adds under `VIDEO` is another contract's (`sam2_video.constants_of`).
 
         Raises:
             ContractError: Unknown or missing keys, wrong types or lengths, values that are not finite or out of range.
@@ -111,6 +116,7 @@ class Sam2Constants:
             "stability_delta": (lambda v: _finite(v) and v >= 0, "a finite number, 0 or more"),
             "stability_threshold": (_finite, "a finite number"),
         }
+        values = {k: v for k, v in values.items() if k != VIDEO}
         missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
         problems = [f"'{key}' is missing" for key in missing] + [f"'{key}' is unknown" for key in unknown]
         problems += [

@@ -10,6 +10,7 @@ Source: Ravi et al., "SAM 2" (2024), upstream ``sam2/modeling/sam2_base.py`` and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -106,6 +107,23 @@ class Sam2VideoConstants:
         return cls(**{**values, "mask_kernel": kernel})
 
 
+def constants_of(constants: Mapping[str, Any]) -> Sam2VideoConstants | None:
+    """The constants of tracking in a manifest's constants; None where the bundle does not track.
+
+    Raises:
+        ContractError: They are there and do not fit.
+    """
+    values = constants.get(sam2.VIDEO)
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise ContractError(
+            f"The SAM 2 video constants in the manifest are no object: {values!r}.",
+            "Export the bundle again with this version of pixano-edge.",
+        )
+    return Sam2VideoConstants.from_dict(dict(values))
+
+
 def memory_attention(c: sam2.Sam2Constants, v: Sam2VideoConstants) -> GraphSpec:
     """Conditions one frame's embedding on the memories of B objects, which have equal numbers of them.
 
@@ -183,6 +201,16 @@ def memory_encoder(c: sam2.Sam2Constants, v: Sam2VideoConstants) -> GraphSpec:
             "W": (c.mask_size, c.mask_size, c.image_size),
         },
     )
+
+
+def family_graphs(constants: Mapping[str, Any]) -> dict[str, GraphSpec]:
+    """Every graph of a bundle by name, for its manifest's constants: of images, and of tracking where it tracks.
+
+    Raises:
+        ContractError: The constants do not fit.
+    """
+    image, video = sam2.Sam2Constants.from_dict(constants), constants_of(constants)
+    return sam2.graphs(image) | (graphs(image, video) if video is not None else {})
 
 
 def graphs(c: sam2.Sam2Constants, v: Sam2VideoConstants) -> dict[str, GraphSpec]:

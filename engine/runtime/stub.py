@@ -114,6 +114,11 @@ class StubDevice(CpuDevice):
 
     def memory(self, buffer: Buffer) -> Array:
         """What a buffer holds now, also where the host could not look."""
+        if buffer.array is None and isinstance(buffer.owner, Buffer):  # a part of another buffer
+            start = buffer.pointer - buffer.owner.pointer
+            whole = self.memory(buffer.owner).reshape(-1).view(np.uint8)
+            part: Array = whole[start : start + buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
+            return part
         memory: Array = buffer.owner if buffer.array is None else buffer.array  # type: ignore[assignment]
         return memory
 

@@ -1,8 +1,9 @@
-"""Loading SAM 2 / SAM 2.1 weights into transformers' `Sam2Model` without running anybody's code.
+"""Loading SAM 2 / SAM 2.1 weights into transformers' models without running anybody's code.
 
 Two formats are read: a transformers folder or hub id (``model_type`` sam2 or sam2_video, safetensors only), and the
 original ``.pt`` files of facebookresearch/sam2 (``torch.load(weights_only=True)``; see `original`). Every tensor of
-the file is either used or belongs to the video memory, which image segmentation does not have.
+the file is used, or belongs to the video memory that was not asked for. Where the file holds that memory, a
+`Sam2VideoModel` is made beside the `Sam2Model`, on the same tensors.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Sam2Model
+from transformers import Sam2Model, Sam2VideoModel
 from transformers.utils import logging as transformers_logging
 
 from pixano_edge.engine.bundle.files import hash_file
 from pixano_edge.engine.bundle.manifest import Licence, Source
 from pixano_edge.engine.contracts.sam2 import NUM_MASKS, Sam2Constants
+from pixano_edge.engine.contracts.sam2_video import Sam2VideoConstants
 from pixano_edge.engine.errors import ContractError, ExportError
 from pixano_edge.export import licence as licences
-from pixano_edge.export.sam2 import original
+from pixano_edge.export.sam2 import original, video_graphs
 from pixano_edge.export.sam2.sizes import architecture_name
 
 MODEL_TYPES = ("sam2", "sam2_video")
@@ -62,7 +64,9 @@ class Checkpoint:
 
     Attributes:
         model: `Sam2Model`, float32, eval mode, on the CPU.
+        video_model: `Sam2VideoModel` on the same tensors; None where only images are exported.
         constants: What the contract needs to know.
+        video: Constants of tracking; None where only images are exported.
         source: Goes into the manifest.
         licence: Goes into the manifest.
         notes: Remarks for the user.
@@ -73,24 +77,31 @@ class Checkpoint:
     source: Source
     licence: Licence
     notes: list[str] = field(default_factory=list)
+    video_model: Any | None = None
+    video: Sam2VideoConstants | None = None
 
 
-def load(source: str | Path, *, revision: str | None = None, licence: str | None = None) -> Checkpoint:
+def load(
+    source: str | Path, *, revision: str | None = None, licence: str | None = None, image_only: bool = False
+) -> Checkpoint:
     """Loads a checkpoint.
 
     Args:
         source: Folder in transformers' format, hub id (``facebook/sam2.1-hiera-tiny``), or an original ``.pt`` file.
         revision: Branch, tag or commit of a hub id.
         licence: SPDX identifier that overrides what the checkpoint says.
+        image_only: Leave the memory modules out where there are any.
 
     Raises:
         ExportError: Not found, another model, damaged or incomplete weights, or a file that wants to run code.
     """
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path, label=path.resolve().name, licence=licences.detect(path, given=licence))
+        return _load_folder(
+            path, label=path.resolve().name, licence=licences.detect(path, given=licence), image_only=image_only
+        )
     if path.is_file():
-        return _load_original(path, licences.detect(given=licence))
+        return _load_original(path, licences.detect(given=licence), image_only)
     text = str(source)
     if path.suffix in (".pt", ".pth", ".safetensors") or not _HUB_ID.fullmatch(text):
         raise ExportError(
@@ -98,7 +109,8 @@ def load(source: str | Path, *, revision: str | None = None, licence: str | None
             "Give a folder in transformers' format, a hub id such as facebook/sam2.1-hiera-tiny, or an original .pt.",
         )
     folder = _download(text, revision)
-    return _load_folder(folder, label=text, licence=licences.detect(folder, text, licence, OFFICIAL_LICENCES))
+    found = licences.detect(folder, text, licence, OFFICIAL_LICENCES)
+    return _load_folder(folder, label=text, licence=found, image_only=image_only)
 
 
 def weights_sha256(files: list[Path]) -> str:
@@ -134,13 +146,29 @@ def download_errors() -> tuple[type[Exception], ...]:
     return (*hub, *(c for c in others if c is not None), OSError, ValueError, RuntimeError)
 
 
-def _load_folder(folder: Path, label: str, licence: Licence) -> Checkpoint:
+def _load_folder(folder: Path, label: str, licence: Licence, image_only: bool) -> Checkpoint:
     config = _read_config(folder)
     weights = _weight_files(folder)
     names = _tensor_names(weights)
+    model = _from_pretrained(Sam2Model, folder)
+    # transformers hides keys that its own ignore list covers, so the file's names are compared here.
+    check_keys(names, set(model.state_dict()))
+    has_memory = config["model_type"] == "sam2_video" and any(n.startswith(VIDEO_ONLY) for n in names)
+    video_model = None
+    if has_memory and not image_only:
+        video_model = _from_pretrained(Sam2VideoModel, folder)
+        check_memory_keys(names, set(video_model.state_dict()))
+        video_model.load_state_dict(model.state_dict(), strict=False, assign=True)  # one copy of what both have
+    generation = "sam2.1" if "occlusion_spatial_embedding_parameter" in names else "sam2"
+    found = _Found(model, video_model, has_memory, generation)
+    return _finish(found, folder, weights, label, "transformers", licence, config, image_only)
+
+
+def _from_pretrained(kind: Any, folder: Path) -> Any:
+    """One of transformers' models with the weights of a folder."""
     try:
         with _quiet():
-            loaded: Any = Sam2Model.from_pretrained(
+            model, info = kind.from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -152,14 +180,10 @@ def _load_folder(folder: Path, label: str, licence: Licence) -> Checkpoint:
             f"The checkpoint in '{folder}' could not be loaded: {_first_line(error)}",
             "Its config.json and weights do not fit together or are damaged; get the checkpoint again.",
         ) from error
-    model, info = loaded
-    # transformers hides keys that its own ignore list covers, so the file's names are compared here.
-    check_keys(names, set(model.state_dict()))
     mismatched = [str(m) for m in info["mismatched_keys"]]
     if mismatched:
         raise ExportError(f"Weights of another shape than config.json says: {mismatched[:5]}.", "Get it again.")
-    generation = "sam2.1" if "occlusion_spatial_embedding_parameter" in names else "sam2"
-    return _finish(model, folder, weights, label, "transformers", generation, licence, config)
+    return model
 
 
 @contextmanager
@@ -177,36 +201,53 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_original(path: Path, licence: Licence) -> Checkpoint:
-    model, generation = original.load(path)
-    return _finish(model, None, [path], path.name, "sam2-pt", generation, licence, {})
+def _load_original(path: Path, licence: Licence, image_only: bool) -> Checkpoint:
+    held = original.load(path, video=not image_only)
+    found = _Found(held.model, held.video_model, held.has_memory, held.generation)
+    return _finish(found, None, [path], path.name, "sam2-pt", licence, {}, image_only)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file held; see `Checkpoint` and `original.Original`."""
+
+    model: Any
+    video_model: Any | None
+    has_memory: bool
+    generation: str
 
 
 def _finish(
-    model: Any,
+    found: _Found,
     folder: Path | None,
     weights: list[Path],
     label: str,
     kind: Literal["transformers", "sam2-pt"],
-    generation: str,
     licence: Licence,
     config: dict[str, Any],
+    image_only: bool,
 ) -> Checkpoint:
-    model = model.eval().requires_grad_(False)
-    bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    model, video_model = found.model.eval().requires_grad_(False), found.video_model
+    whole = model if video_model is None else video_model.eval().requires_grad_(False)
+    bad = [name for name, value in whole.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise ExportError(f"The weights hold NaN or infinity, for example in {bad[:3]}.", "Get the checkpoint again.")
     source = Source(
         checkpoint=label,
         format=kind,
         sha256=weights_sha256(weights),
-        architecture=architecture_name(model.config, generation),
+        architecture=architecture_name(model.config, found.generation),
     )
     notes = []
     stored = config.get("dtype") or config.get("torch_dtype")
     if stored not in (None, "float32"):
         notes.append(f"The checkpoint stores {stored} weights; the fp32 graphs hold the same values.")
-    return Checkpoint(model, read_constants(model.config, folder), source, licence, notes)
+    if video_model is None:
+        why = "its memory modules were left out" if found.has_memory else "the checkpoint has no memory modules"
+        notes.append(f"This bundle segments images and does not track: {why}.")
+    constants = read_constants(model.config, folder)
+    video = None if video_model is None else read_video_constants(video_model, constants)
+    return Checkpoint(model, constants, source, licence, notes, video_model, video)
 
 
 def check_keys(found: set[str], expected: set[str]) -> None:
@@ -227,6 +268,52 @@ def check_keys(found: set[str], expected: set[str]) -> None:
             f"The checkpoint holds {len(unknown)} tensors that SAM 2 does not have, for example {unknown[:3]}.",
             "This is a modified model; its extra parts would be lost, so it is not exported.",
         )
+
+
+def check_memory_keys(found: set[str], expected: set[str]) -> None:
+    """Every tensor of the video memory that config.json describes must be in the file, and no other.
+
+    Raises:
+        ExportError: Naming the first keys that do not fit.
+    """
+    missing, unknown = sorted(expected - found), sorted(found - expected)
+    if missing or unknown:
+        raise ExportError(
+            f"The video memory of the checkpoint does not fit its config.json: it lacks {missing[:3]} and holds "
+            f"{unknown[:3]} besides.",
+            "Get the whole checkpoint, or leave the memory out with --image-only.",
+        )
+
+
+def read_video_constants(model: Any, constants: Sam2Constants) -> Sam2VideoConstants:
+    """The contract's constants of tracking of a `Sam2VideoModel`.
+
+    Raises:
+        ExportError: The architecture is outside the contract.
+    """
+    config, hidden = model.config, constants.hidden_dim
+    grid = constants.embed_size
+    memory = int(config.memory_encoder_output_channels)
+    expected = {
+        "image_size": (_side(config.image_size), constants.image_size),
+        "memory_attention_hidden_size": (int(config.memory_attention_hidden_size), hidden),
+        "memory_encoder_hidden_size": (int(config.memory_encoder_hidden_size), hidden),
+        "memory_attention_rope_feat_sizes": (list(config.memory_attention_rope_feat_sizes), [grid, grid]),
+        "mask_downsampler_total_stride": (int(config.mask_downsampler_total_stride), 16),
+    }
+    wrong = [f"{key} is {got}, expected {want}" for key, (got, want) in expected.items() if got != want]
+    if hidden <= memory or hidden % memory:
+        # A pointer enters the memory attention in pieces of a memory's width; transformers knows no other way.
+        wrong.append(f"the hidden size is {hidden}, expected a multiple of {memory}, at least {2 * memory}")
+    try:
+        if wrong:
+            raise ContractError("; ".join(wrong) + ".", "")
+        return video_graphs.video_constants(model)
+    except ContractError as error:
+        raise ExportError(
+            f"config.json describes a video memory that the contract does not cover: {error.message}",
+            "Leave the memory out with --image-only.",
+        ) from error
 
 
 def read_constants(config: Any, folder: Path | None = None) -> Sam2Constants:

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from torch import Tensor
 
-from pixano_edge.engine.bundle.manifest import NAME_PATTERN, Graph, GraphVariant, Postprocess, Preprocess
+from pixano_edge.engine.bundle.manifest import NAME_PATTERN, Graph, GraphVariant, ParityReport, Postprocess, Preprocess
 from pixano_edge.engine.bundle.writer import BundleWriter
 from pixano_edge.engine.contracts import sam2 as contract
+from pixano_edge.engine.contracts import sam2_video
 from pixano_edge.engine.errors import BundleError, ExportError
 from pixano_edge.engine.libraries import ORT_WHEELS, installed_version, module_version
 from pixano_edge.export.fp16 import rounded, to_fp16
 from pixano_edge.export.onnx_graph import count_parameters, export_graph
 from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
-from pixano_edge.export.photos import default_photos, load_photos
+from pixano_edge.export.photos import Photo, default_photos, load_photos
 from pixano_edge.export.sam2 import checkpoint as checkpoints
-from pixano_edge.export.sam2 import graphs, parity
+from pixano_edge.export.sam2 import graphs, parity, video_graphs
 from pixano_edge.export.sam2.feeds import random_feeds
 from pixano_edge.export.sam2.golden import add_golden, picture_note
 from pixano_edge.export.tensorrt_graph import SUFFIX, TensorrtVariants
@@ -44,8 +46,9 @@ def export_sam2(
     licence: str | None = None,
     force: bool = False,
     threads: int | None = None,
+    image_only: bool = False,
 ) -> Path:
-    """Exports SAM 2 / 2.1 image segmentation and proves it equal to PyTorch.
+    """Exports SAM 2 / 2.1, with tracking where the checkpoint has it, and proves it equal to PyTorch.
 
     Args:
         checkpoint: Folder in transformers' format, hub id, or original ``.pt`` file.
@@ -59,6 +62,8 @@ def export_sam2(
         licence: SPDX identifier that overrides what the checkpoint says.
         force: Replace a bundle at `destination`.
         threads: Threads of ONNX Runtime while measuring.
+        image_only: Leave tracking out. A checkpoint without memory modules gives a bundle without it in any case,
+            and a note says so.
 
     Returns:
         The bundle's folder.
@@ -67,100 +72,135 @@ def export_sam2(
         ExportError: The checkpoint cannot be used or exported, or the destination cannot be written;
             `parity.ParityError` when the graphs do not match.
     """
+    if name is not None and not re.fullmatch(NAME_PATTERN, name):
+        raise ExportError(f"'{name}' is not a bundle name.", "Use letters, digits, '.', '_' and '-'.")
+    unknown = [v for v in variants if v not in VARIANTS]
+    if unknown or "fp32" not in variants:
+        raise ExportError(f"Variants {list(variants)} cannot be exported.", "Use fp32, or fp32,fp16.")
+    ordered = [v for v in VARIANTS if v in variants]
+    step = _Steps(progress, count_steps(ordered, image_only))
     try:
-        return _export(
-            checkpoint, Path(destination), name, variants, photos, progress, revision, licence, force, threads
-        )
+        # Opened first: a taken or read-only destination is found out before minutes of work.
+        with BundleWriter(destination, overwrite=force) as writer:
+            step("Loading the checkpoint")
+            loaded = checkpoints.load(checkpoint, revision=revision, licence=licence, image_only=image_only)
+            step.total = count_steps(ordered, loaded.video is None)
+            pictures = load_photos(photos) if photos else default_photos()
+            return _Export(writer, loaded, ordered, pictures, step, threads).run(name)
     except BundleError as error:
         raise ExportError(error.message, error.action) from error
 
 
-def _export(
-    checkpoint: str | Path,
-    destination: Path,
-    name: str | None,
-    variants: Sequence[str],
-    photos: Sequence[Path] | None,
-    progress: Progress | None,
-    revision: str | None,
-    licence: str | None,
-    force: bool,
-    threads: int | None,
-) -> Path:
-    unknown = [v for v in variants if v not in VARIANTS]
-    if unknown or "fp32" not in variants:
-        raise ExportError(f"Variants {list(variants)} cannot be exported.", "Use fp32, or fp32,fp16.")
-    if name is not None and not re.fullmatch(NAME_PATTERN, name):
-        raise ExportError(f"'{name}' is not a bundle name.", "Use letters, digits, '.', '_' and '-'.")
-    ordered = [v for v in VARIANTS if v in variants]
-    step = _Steps(progress, total=count_steps(ordered))
+class _Export:
+    """One export, step by step.
 
-    # Opened first: a taken or read-only destination is found out before minutes of work.
-    with BundleWriter(destination, overwrite=force) as writer:
-        step("Loading the checkpoint")
-        loaded = checkpoints.load(checkpoint, revision=revision, licence=licence)
-        pictures = load_photos(photos) if photos else default_photos()
-        constants = loaded.constants
-        specs = contract.graphs(constants)
-        modules = graphs.modules(loaded.model)
-        entries: dict[str, dict[str, GraphVariant]] = {graph: {} for graph in specs}
-        notes = list(loaded.notes)
-        if "fp16" in ordered:
-            notes.append(
-                "Parity of fp16: every intermediate value rounded to fp16, as a GPU does; "
-                "fp16-cpu: the same files in ONNX Runtime's CPU provider, which computes mostly in fp32."
-            )
+    Args:
+        writer: The new bundle.
+        loaded: Its checkpoint.
+        variants: ``fp32``, perhaps ``fp16``, in this order.
+        photos: For parity and golden samples.
+        step: Reports progress.
+        threads: Threads of ONNX Runtime.
+    """
 
-        for graph, spec in specs.items():
-            step(f"Exporting {graph}")
-            model = export_graph(modules[graph], spec, graphs.example_inputs(graph, constants))
-            for variant in ordered:
-                stored = model if variant == "fp32" else to_fp16(model)
-                notes += [f"{FINDING}{variant} {graph}: {p}" for p in check_tensorrt_10_3(stored)]
-                entries[graph][variant] = _add_graph(writer, stored, graph, variant)
-        tensorrt = TensorrtVariants(writer, random_feeds, threads)
-        for graph, spec in specs.items():
-            step(f"Fitting {graph} for TensorRT")
-            entries[graph] |= tensorrt.add(spec, dict(entries[graph]))
-        tensorrt.finish()
-        notes += [f"{FINDING}{finding}" for finding in tensorrt.findings()]
-        step("Asking PyTorch")
-        suite = parity.build_suite(loaded.model, pictures, constants)
-        measured = []
-        for variant in [*ordered, *(v + SUFFIX for v in ordered)]:
-            step(f"Measuring {variant}")
-            # A TensorRT variant that is the plain file has the plain variant's figures.
-            if variant in ordered or tensorrt.changed(variant):
-                files = {graph: writer.root / entries[graph][variant].file for graph in specs}
-                measured += _measure(files, suite, variant, threads)
-        report = parity.require(suite, measured)
-        step("Writing golden samples")
-        golden = add_golden(writer, loaded.model, pictures, constants)
-        notes += [picture_note(g, photo) for g, photo in zip(golden, pictures)]
-        return writer.finish(
+    def __init__(
+        self,
+        writer: BundleWriter,
+        loaded: checkpoints.Checkpoint,
+        variants: Sequence[str],
+        photos: Sequence[Photo],
+        step: _Steps,
+        threads: int | None,
+    ) -> None:
+        self._writer, self._loaded, self._variants = writer, loaded, variants
+        self._photos, self._step, self._threads = photos, step, threads
+        self._constants = loaded.constants.to_dict()
+        if loaded.video is not None:
+            self._constants[contract.VIDEO] = loaded.video.to_dict()
+        self._specs = sam2_video.family_graphs(self._constants)
+        self._entries: dict[str, dict[str, GraphVariant]] = {graph: {} for graph in self._specs}
+        self._notes = list(loaded.notes)
+
+    def run(self, name: str | None) -> Path:
+        """Does everything, and returns the folder of the finished bundle."""
+        self._export_graphs()
+        self._fit_for_tensorrt()
+        report = self._measure()
+        self._step("Writing golden samples")
+        golden = add_golden(self._writer, self._loaded.model, self._photos, self._loaded.constants)
+        self._notes += [picture_note(g, photo) for g, photo in zip(golden, self._photos)]
+        constants = self._loaded.constants
+        return self._writer.finish(
             {
-                "name": name or default_name(loaded.source.checkpoint),
+                "name": name or default_name(self._loaded.source.checkpoint),
                 "family": contract.FAMILY,
                 "created": datetime.now(timezone.utc).replace(microsecond=0),
-                "source": loaded.source.model_dump(),
-                "licence": loaded.licence.model_dump(),
+                "source": self._loaded.source.model_dump(),
+                "licence": self._loaded.licence.model_dump(),
                 "tools": tool_versions(),
-                "constants": constants.to_dict(),
+                "constants": self._constants,
                 "preprocess": Preprocess(
                     image_size=constants.image_size, mean=constants.mean, std=constants.std
                 ).model_dump(),
                 "postprocess": Postprocess(mask_threshold=constants.mask_threshold).model_dump(),
-                "graphs": {g: Graph(variants=v).model_dump() for g, v in entries.items()},
+                "graphs": {g: Graph(variants=v).model_dump() for g, v in self._entries.items()},
                 "parity": report.model_dump(),
                 "golden": [g.model_dump() for g in golden],
-                "notes": notes,
+                "notes": self._notes,
             }
         )
 
+    def _export_graphs(self) -> None:
+        """Plain graphs in every precision."""
+        modules = graphs.modules(self._loaded.model)
+        if self._loaded.video_model is not None:
+            modules |= video_graphs.modules(self._loaded.video_model)
+        if "fp16" in self._variants:
+            self._notes.append(
+                "Parity of fp16: every intermediate value rounded to fp16, as a GPU does; "
+                "fp16-cpu: the same files in ONNX Runtime's CPU provider, which computes mostly in fp32."
+            )
+        for graph, spec in self._specs.items():
+            self._step(f"Exporting {graph}")
+            model = export_graph(modules[graph], spec, self._example(graph))
+            for variant in self._variants:
+                stored = model if variant == "fp32" else to_fp16(model)
+                self._notes += [f"{FINDING}{variant} {graph}: {p}" for p in check_tensorrt_10_3(stored)]
+                self._entries[graph][variant] = _add_graph(self._writer, stored, graph, variant)
 
-def count_steps(variants: Sequence[str]) -> int:
-    """Number of steps that `export_sam2` reports for these variants."""
-    return 3 + 2 * len(contract.graphs(contract.Sam2Constants())) + 2 * len(variants)
+    def _example(self, graph: str) -> tuple[Tensor, ...]:
+        constants, video = self._loaded.constants, self._loaded.video
+        if video is None or graph in contract.graphs(constants):
+            return graphs.example_inputs(graph, constants)
+        return video_graphs.example_inputs(graph, constants, video)
+
+    def _fit_for_tensorrt(self) -> None:
+        """Variants for TensorRT, and the report on them."""
+        tensorrt = TensorrtVariants(self._writer, random_feeds, self._threads)
+        for graph, spec in self._specs.items():
+            self._step(f"Fitting {graph} for TensorRT")
+            self._entries[graph] |= tensorrt.add(spec, dict(self._entries[graph]))
+        tensorrt.finish()
+        self._notes += [f"{FINDING}{finding}" for finding in tensorrt.findings()]
+        self._changed = tensorrt.changed
+
+    def _measure(self) -> ParityReport:
+        """Every variant against PyTorch; raises `parity.ParityError` when one is too far off."""
+        self._step("Asking PyTorch")
+        suite = parity.build_suite(self._loaded.model, self._photos, self._loaded.constants)
+        measured = []
+        for variant in [*self._variants, *(v + SUFFIX for v in self._variants)]:
+            self._step(f"Measuring {variant}")
+            # A TensorRT variant that is the plain file has the plain variant's figures.
+            if variant in self._variants or self._changed(variant):
+                files = {graph: self._writer.root / held[variant].file for graph, held in self._entries.items()}
+                measured += _measure(files, suite, variant, self._threads)
+        return parity.require(suite, measured)
+
+
+def count_steps(variants: Sequence[str], image_only: bool = False) -> int:
+    """Number of steps that `export_sam2` reports, as long as the checkpoint has what is asked for."""
+    return 3 + 2 * (2 if image_only else 5) + 2 * len(variants)
 
 
 def default_name(checkpoint: str) -> str:
@@ -213,10 +253,10 @@ class _Steps:
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress = progress
-        self._total = total
+        self.total = total
         self._done = 0
 
     def __call__(self, name: str) -> None:
         if self._progress:
-            self._progress(name, self._done, self._total)
+            self._progress(name, self._done, self.total)
         self._done += 1

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pixano_edge.engine.contracts import sam2 as contract
+from pixano_edge.engine.contracts import sam2_video
 from pixano_edge.engine.contracts.base import GraphSpec, TensorSpec
 from pixano_edge.export.differences import Arrays
 
@@ -34,6 +35,11 @@ def _value(
         # The mask input is a quarter of the picture's side.
         side = spec.tensor(contract.MASK_INPUT).dims[-1]
         return rng.uniform(0.0, 4.0 * float(side), shape)
-    if tensor.name == contract.HAS_MASK_INPUT:
+    if tensor.name in (contract.HAS_MASK_INPUT, sam2_video.SKIP_NO_MEMORY, sam2_video.BINARIZE):
         return (np.arange(shape[0]) + seed) % 2
+    if tensor.name == sam2_video.MEMORY_TIME:
+        # A memory has a row of the temporal table; as many rows as memories of recent frames.
+        return rng.integers(0, spec.ranges["M"][1], shape)
+    if tensor.name == sam2_video.POINTER_TIME:
+        return rng.uniform(0.0, 1.0, shape)
     return rng.standard_normal(shape)

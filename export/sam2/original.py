@@ -10,18 +10,19 @@ import pickle
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Sam2Config, Sam2Model
+from transformers import Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
 from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.sam2 import sizes
 
-# Upstream tensors of the video memory, which image segmentation does not use.
-IGNORED = (
+# Upstream tensors of the video memory; checkpoints for images alone lack all of them.
+MEMORY = (
     "memory_attention.",
     "memory_encoder.",
     "maskmem_tpos_enc",
@@ -103,6 +104,38 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             rf"sam_mask_decoder\.transformer\.norm_final_attn\.{_TAIL}",
             r"mask_decoder.transformer.layer_norm_final_attn.\g<tail>",
         ),
+        (
+            rf"memory_attention\.layers\.(?P<i>\d+)\.(?P<part>self_attn|cross_attn_image)"
+            rf"\.(?P<proj>[qkv]_proj|out_proj)\.{_TAIL}",
+            r"memory_attention.layers.\g<i>.\g<part>.{proj}.\g<tail>",
+        ),
+        (
+            rf"memory_attention\.layers\.(?P<i>\d+)\.(?P<part>linear[12])\.{_TAIL}",
+            r"memory_attention.layers.\g<i>.\g<part>.\g<tail>",
+        ),
+        (
+            rf"memory_attention\.layers\.(?P<i>\d+)\.norm(?P<n>[1-3])\.{_TAIL}",
+            r"memory_attention.layers.\g<i>.layer_norm\g<n>.\g<tail>",
+        ),
+        (rf"memory_attention\.norm\.{_TAIL}", r"memory_attention.layer_norm.\g<tail>"),
+        (
+            rf"memory_encoder\.mask_downsampler\.encoder\.(?P<down>\d+)\.{_TAIL}",
+            r"memory_encoder.mask_downsampler.{down}.\g<tail>",
+        ),
+        (rf"memory_encoder\.pix_feat_proj\.{_TAIL}", r"memory_encoder.feature_projection.\g<tail>"),
+        (rf"memory_encoder\.out_proj\.{_TAIL}", r"memory_encoder.projection.\g<tail>"),
+        (
+            rf"memory_encoder\.fuser\.layers\.(?P<i>\d+)\.(?P<fuse>dwconv|norm|pwconv1|pwconv2)\.{_TAIL}",
+            r"memory_encoder.memory_fuser.layers.\g<i>.{fuse}.\g<tail>",
+        ),
+        (r"memory_encoder\.fuser\.layers\.(?P<i>\d+)\.gamma", r"memory_encoder.memory_fuser.layers.\g<i>.scale"),
+        (rf"mask_downsample\.{_TAIL}", r"mask_downsample.\g<tail>"),
+        (rf"obj_ptr_proj\.layers\.(?P<mlp3>[012])\.{_TAIL}", r"object_pointer_proj.{mlp3}.\g<tail>"),
+        (rf"obj_ptr_tpos_proj\.{_TAIL}", r"temporal_positional_encoding_projection_layer.\g<tail>"),
+        (r"maskmem_tpos_enc", "memory_temporal_positional_encoding"),
+        (r"no_mem_pos_enc", "no_memory_positional_encoding"),
+        (r"no_obj_ptr", "no_object_pointer"),
+        (r"no_obj_embed_spatial", "occlusion_spatial_embedding_parameter"),
     )
 )
 # Parts whose index in an nn.Sequential or MLP has a name in transformers.
@@ -111,21 +144,31 @@ _NAMED: dict[str, dict[str, str]] = {
     "mlp3": {"0": "proj_in", "1": "layers.0", "2": "proj_out"},
     "mask": {"0": "conv1", "1": "layer_norm1", "3": "conv2", "4": "layer_norm2", "6": "conv3"},
     "up": {"0": "upscale_conv1", "1": "upscale_layer_norm", "3": "upscale_conv2"},
+    # Four times convolution, normalisation and activation, then the last convolution.
+    "down": {
+        **{str(3 * i): f"layers.{i}.conv" for i in range(4)},
+        **{str(3 * i + 1): f"layers.{i}.layer_norm" for i in range(4)},
+        "12": "final_conv",
+    },
+    "fuse": {
+        "dwconv": "depthwise_conv",
+        "norm": "layer_norm",
+        "pwconv1": "pointwise_conv1",
+        "pwconv2": "pointwise_conv2",
+    },
     "proj": {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "o_proj"},
 }
 _POINT = re.compile(r"sam_prompt_encoder\.point_embeddings\.([0-3])\.weight")
 
 
-def map_name(name: str) -> str | None:
-    """transformers' name of an upstream tensor; None if it belongs to the video memory.
+def map_name(name: str) -> str:
+    """transformers' name of an upstream tensor.
 
     The four point embeddings are one table in transformers, so they map to ``prompt_encoder.point_embed.weight``.
 
     Raises:
         ExportError: Upstream's SAM 2 has no such tensor.
     """
-    if name.startswith(IGNORED):
-        return None
     if _POINT.fullmatch(name):
         return "prompt_encoder.point_embed.weight"
     for pattern, target in _RULES:
@@ -134,9 +177,15 @@ def map_name(name: str) -> str | None:
             groups = match.groupdict()
             for key, names in _NAMED.items():
                 if key in groups:
+                    if groups[key] not in names:
+                        raise _unknown(name)
                     target = target.replace("{" + key + "}", names[groups[key]])
             return match.expand(target)
-    raise ExportError(
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ExportError:
+    return ExportError(
         f"The checkpoint holds '{name}', which SAM 2 does not have.",
         "This is a modified model; its extra parts would be lost, so it is not exported.",
     )
@@ -151,7 +200,7 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, value in state.items():
         target = map_name(name)
-        if target and target != "prompt_encoder.point_embed.weight":
+        if target != "prompt_encoder.point_embed.weight":
             result[target] = value
     points = [state.get(f"sam_prompt_encoder.point_embeddings.{i}.weight") for i in range(4)]
     present = [p for p in points if p is not None]
@@ -165,40 +214,69 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load(path: Path, config: Sam2Config | None = None) -> tuple[Any, str]:
-    """Reads an original checkpoint into a `Sam2Model`.
+@dataclass
+class Original:
+    """What an original checkpoint holds.
+
+    Attributes:
+        model: `Sam2Model`, float32, eval mode.
+        video_model: `Sam2VideoModel` on the same tensors; None without memory modules, or when not asked for.
+        generation: ``sam2`` or ``sam2.1``.
+        has_memory: Whether the file holds memory modules.
+    """
+
+    model: Any
+    video_model: Any | None
+    generation: str
+    has_memory: bool
+
+
+def load(path: Path, config: Sam2VideoConfig | None = None, *, video: bool = True) -> Original:
+    """Reads an original checkpoint into transformers' models.
 
     Args:
         path: ``.pt`` file, ``{"model": state_dict}`` or the state dict itself.
         config: Configuration of a trunk that is none of the four sizes; detected from tensor shapes if None.
-
-    Returns:
-        The model (float32) and its generation, ``sam2`` or ``sam2.1``.
+        video: Whether to make the `Sam2VideoModel` too, where the file holds memory modules.
 
     Raises:
         ExportError: Damaged, not a SAM 2 checkpoint, incomplete, or a pickle with anything but tensors in it.
     """
     state = read_state(path)
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    made_in = generation(set(state))
     if config is None:
-        config = sizes.detect(shapes).config()
+        size = sizes.detect({name: tuple(value.shape) for name, value in state.items()})
+        config = size.video_config(made_in)
     converted = {name: value.to(torch.float32) for name, value in convert(state).items()}
+    has_memory = any(name.startswith(MEMORY) for name in state)
     with torch.device("meta"):
-        model = Sam2Model(config)
-    missing = sorted(set(model.state_dict()) - set(converted))
+        model = Sam2Model(sizes.image_config(config))
+    expected = set(model.state_dict())
+    _fill(model, {name: value for name, value in converted.items() if name in expected}, path.name)
+    video_model = None
+    if video and has_memory:
+        # Not on the meta device: tables that are no part of a checkpoint are computed when it is made.
+        video_model = Sam2VideoModel(config)
+        _fill(video_model, converted, path.name)
+        video_model.eval()
+    return Original(model.eval(), video_model, made_in, has_memory)
+
+
+def _fill(model: Any, weights: dict[str, Tensor], file: str) -> None:
+    """Gives a model its weights, without copying them; every one must be there and fit."""
+    missing = sorted(set(model.state_dict()) - set(weights))
     if missing:
         raise ExportError(
             f"The checkpoint lacks {len(missing)} tensors of SAM 2, for example {missing[:3]}.",
             "Get the whole checkpoint; a partial one would leave the model without weights.",
         )
     try:
-        model.load_state_dict(converted, strict=True, assign=True)
+        model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         raise ExportError(
-            f"The tensors of '{path.name}' do not fit SAM 2: {str(error).splitlines()[-1].strip()}",
+            f"The tensors of '{file}' do not fit SAM 2: {str(error).splitlines()[-1].strip()}",
             "Give an original SAM 2 / 2.1 checkpoint, or export a transformers folder.",
         ) from error
-    return model.eval(), generation(set(state))
 
 
 def generation(names: set[str]) -> str:

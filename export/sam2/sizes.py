@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Sam2Config
+from transformers import Sam2Config, Sam2VideoConfig
 
 from pixano_edge.engine.errors import ExportError
 
@@ -56,6 +56,27 @@ class Size:
                 "backbone_channel_list": widths[::-1],
             }
         )
+
+    def video_config(self, generation: str) -> Sam2VideoConfig:
+        """The `Sam2VideoConfig` of this size; only SAM 2.1 gives pointers a time and marks hidden objects in memory.
+
+        Everything else is transformers' default, which is that of upstream's configurations.
+        """
+        newer = generation == "sam2.1"
+        return Sam2VideoConfig(
+            vision_config=self.config().vision_config,
+            enable_temporal_pos_encoding_for_object_pointers=newer,
+            enable_occlusion_spatial_embedding=newer,
+        )
+
+
+def image_config(config: Any) -> Sam2Config:
+    """The part of a `Sam2VideoConfig` that segmenting images needs."""
+    return Sam2Config(
+        vision_config=config.vision_config,
+        prompt_encoder_config=config.prompt_encoder_config.to_dict(),
+        mask_decoder_config=config.mask_decoder_config.to_dict(),
+    )
 
 
 SIZES: tuple[Size, ...] = (

@@ -23,7 +23,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def loaded(tiny_checkpoint: Path) -> checkpoint.Checkpoint:
     """The tiny checkpoint as the exporter loads it."""
-    return checkpoint.load(tiny_checkpoint)
+    return checkpoint.load(tiny_checkpoint, image_only=True)
 
 
 @pytest.fixture(scope="session")

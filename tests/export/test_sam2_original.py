@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Sam2Config, Sam2Model, Sam2VideoModel
+from transformers import Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
 from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.sam2 import checkpoint, original, sizes
@@ -146,28 +146,25 @@ def test_upstream_list_is_complete(size: sizes.Size) -> None:
 
 @pytest.mark.parametrize("generation", ["sam2", "sam2.1"])
 def test_real_names_and_shapes_fit_the_model(size: sizes.Size, generation: str) -> None:
-    """Every upstream tensor is mapped or ignored, and together they fill `Sam2Model` exactly. Meta tensors only."""
+    """Every upstream tensor is mapped, and together they fill `Sam2VideoModel` exactly. Meta tensors only."""
     shapes = upstream_shapes(size, generation)
     assert sizes.detect(shapes) is size
     assert original.generation(set(shapes)) == generation
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with torch.device("meta"):
-        model = Sam2Model(size.config())
+        model, image = Sam2VideoModel(size.video_config(generation)), Sam2Model(size.config())
     converted = original.convert(state)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in image.state_dict().items()}.items() <= {
+        k: v.shape for k, v in converted.items()
+    }.items()
 
 
 def test_inverse_mapping_of_the_tests_gives_the_real_names(size: sizes.Size) -> None:
     with torch.device("meta"):
-        model = Sam2VideoModel(video_config(size))
+        model = Sam2VideoModel(size.video_config("sam2.1"))
     found = {name: tuple(value.shape) for name, value in original_state_dict(model).items()}
     assert found == upstream_shapes(size)
-
-
-def video_config(size: sizes.Size) -> Any:
-    from transformers import Sam2VideoConfig
-
-    return Sam2VideoConfig(vision_config=size.config().vision_config)
 
 
 @pytest.fixture(scope="module")
@@ -176,27 +173,28 @@ def video_model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def config() -> Sam2Config:
+def config() -> Sam2VideoConfig:
     """The tiny trunk, which is none of the four sizes."""
-    video = tiny_config()
-    return Sam2Config(
-        vision_config=video.vision_config,
-        prompt_encoder_config=video.prompt_encoder_config.to_dict(),
-        mask_decoder_config=video.mask_decoder_config.to_dict(),
-    )
+    return tiny_config()
 
 
 def test_round_trip_gives_the_same_weights_and_masks(
-    video_model: Any, config: Sam2Config, tiny_checkpoint: Path, tmp_path: Path
+    video_model: Any, config: Sam2VideoConfig, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     path = make_original_pt(video_model, tmp_path / "tiny.pt", epoch=3)
-    model, generation = original.load(path, config)
-    assert generation == "sam2.1"
-    stock = checkpoint.load(tiny_checkpoint).model
-    expected = stock.state_dict()
-    assert set(model.state_dict()) == set(expected)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    held = original.load(path, config)
+    assert held.generation == "sam2.1"
+    stock = checkpoint.load(tiny_checkpoint, image_only=True).model
+    model = held.model
+    for got, wanted in ((model, stock), (held.video_model, video_model)):
+        expected = wanted.state_dict()
+        assert set(got.state_dict()) == set(expected)
+        for name, value in got.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+    # One copy of the weights for both, and the tables that no checkpoint holds are made.
+    weight = "vision_encoder.neck.convs.0.weight"
+    assert model.get_parameter(weight).data_ptr() == held.video_model.get_parameter(weight).data_ptr()
+    assert torch.equal(held.video_model.memory_attention.position_ids, video_model.memory_attention.position_ids)
     pixels = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     prompt = {"input_points": torch.tensor([[[[40.0, 60.0]]]]), "input_labels": torch.tensor([[[1]]])}
     with torch.no_grad():
@@ -204,29 +202,51 @@ def test_round_trip_gives_the_same_weights_and_masks(
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
-def test_round_trip_notices_a_wrong_name(video_model: Any, config: Sam2Config, tmp_path: Path) -> None:
+def test_round_trip_notices_a_wrong_name(video_model: Any, config: Sam2VideoConfig, tmp_path: Path) -> None:
     """Negative control: two tensors of equal shape exchanged load without complaint, and only weights show it."""
     state = original_state_dict(video_model)
     first = "sam_mask_decoder.transformer.layers.0.norm1.weight"
     second = "sam_mask_decoder.transformer.layers.0.norm2.weight"
     state[first], state[second] = state[second], state[first]
     torch.save({"model": state}, tmp_path / "swapped.pt")
-    model, _ = original.load(tmp_path / "swapped.pt", config)
+    model = original.load(tmp_path / "swapped.pt", config).model
     name = "mask_decoder.transformer.layers.0.layer_norm1.weight"
     assert not torch.equal(model.state_dict()[name], video_model.state_dict()[name])
 
 
-def test_bare_state_dict_and_half_precision_are_taken(video_model: Any, config: Sam2Config, tmp_path: Path) -> None:
+def test_bare_state_dict_and_half_precision_are_taken(
+    video_model: Any, config: Sam2VideoConfig, tmp_path: Path
+) -> None:
     torch.save({k: v.half() for k, v in original_state_dict(video_model).items()}, tmp_path / "bare.pth")
-    model, _ = original.load(tmp_path / "bare.pth", config)
-    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    held = original.load(tmp_path / "bare.pth", config)
+    for model in (held.model, held.video_model):
+        assert all(value.dtype == torch.float32 for value in model.state_dict().values())
 
 
-def test_generation_2_is_recognised(video_model: Any, config: Sam2Config, tmp_path: Path) -> None:
+def test_generation_2_is_recognised(video_model: Any, config: Sam2VideoConfig, tmp_path: Path) -> None:
     only_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj")
     state = {k: v for k, v in original_state_dict(video_model).items() if not k.startswith(only_2_1)}
     torch.save({"model": state}, tmp_path / "sam2.pt")
-    assert original.load(tmp_path / "sam2.pt", config)[1] == "sam2"
+    older = tiny_config()
+    older.enable_occlusion_spatial_embedding = older.enable_temporal_pos_encoding_for_object_pointers = False
+    held = original.load(tmp_path / "sam2.pt", older)
+    assert held.generation == "sam2"
+    assert held.video_model.occlusion_spatial_embedding_parameter is None
+
+
+def test_images_alone(video_model: Any, config: Sam2VideoConfig, tmp_path: Path) -> None:
+    state = original_state_dict(video_model)
+    torch.save({"model": state}, tmp_path / "whole.pt")
+    held = original.load(tmp_path / "whole.pt", config, video=False)
+    assert held.video_model is None
+    assert held.has_memory
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith(original.MEMORY)}}, tmp_path / "image.pt")
+    held = original.load(tmp_path / "image.pt", config)
+    assert held.video_model is None
+    assert not held.has_memory
+    torch.save({"model": {k: v for k, v in state.items() if k != "no_obj_ptr"}}, tmp_path / "partial.pt")
+    with pytest.raises(ExportError, match="no_object_pointer"):
+        original.load(tmp_path / "partial.pt", config)
 
 
 class _Bomb:
@@ -288,7 +308,7 @@ def test_unknown_trunk_names_the_known_sizes(video_model: Any, tmp_path: Path) -
         checkpoint.load(make_original_pt(video_model, tmp_path / "tiny.pt"))
 
 
-def test_missing_and_extra_tensors_are_named(video_model: Any, config: Sam2Config, tmp_path: Path) -> None:
+def test_missing_and_extra_tensors_are_named(video_model: Any, config: Sam2VideoConfig, tmp_path: Path) -> None:
     state = original_state_dict(video_model)
     torch.save({"model": {k: v for k, v in state.items() if k != "no_mem_embed"}}, tmp_path / "missing.pt")
     with pytest.raises(ExportError, match="no_memory_embedding"):
@@ -302,7 +322,7 @@ def test_missing_and_extra_tensors_are_named(video_model: Any, config: Sam2Confi
         original.load(tmp_path / "extra.pt", config)
 
 
-def test_wrong_shape_is_refused(video_model: Any, config: Sam2Config, tmp_path: Path) -> None:
+def test_wrong_shape_is_refused(video_model: Any, config: Sam2VideoConfig, tmp_path: Path) -> None:
     state = original_state_dict(video_model)
     torch.save({"model": {**state, "no_mem_embed": torch.zeros(1, 1, 5)}}, tmp_path / "shape.pt")
     with pytest.raises(ExportError, match="do not fit SAM 2"):

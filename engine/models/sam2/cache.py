@@ -12,7 +12,7 @@ import hashlib
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -157,10 +157,11 @@ class FixedFeatures:
         self._device = device
         self._held: weakref.ref[Features] | None = None
 
-    def bind(self, binding: Binding) -> None:
-        """Binds the buffers for good."""
+    def bind(self, binding: Binding, names: Collection[str] | None = None) -> None:
+        """Binds the buffers for good, or only some of them."""
         for name, buffer in self.buffers.items():
-            binding.bind(name, buffer)
+            if names is None or name in names:
+                binding.bind(name, buffer)
 
     def invalidate(self) -> None:
         """Says that a graph is about to overwrite the buffers."""

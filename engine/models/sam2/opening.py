@@ -15,14 +15,15 @@ that failed, there or in `pixano-edge verify`, is not used again: asked for by n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...bundle import Bundle
 from ...bundle.manifest import PRECISIONS
 from ...contracts import sam2
+from ...contracts.base import GraphSpec
 from ...contracts.sam2 import Sam2Constants
 from ...errors import BundleError, ContractError, DeviceError, DeviceMemoryError, EdgeError, MissingDependencyError
 from ...libraries import ORT_WHEELS, SYSTEM, module_version
@@ -45,6 +46,8 @@ GPU_ORDER = (
     (ONNXRUNTIME, "fp32"),
 )
 """Fastest first. int8 and int4 are not here: they cost accuracy, so they run when asked for."""
+
+IMAGE_GRAPHS = (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)
 
 _TENSORRT_WHEELS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings")
 _CANNOT_RUN = (BundleError, ContractError, DeviceError, MissingDependencyError)
@@ -86,10 +89,29 @@ class _Attempt:
 
     bundle: Bundle
     asked: Asked
+    specs: Mapping[str, GraphSpec]
     store: VerdictStore
     check: Callable[[], None]
+    capture: bool
     warnings: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedGraphs:
+    """Graphs of a bundle, open on one device.
+
+    Attributes:
+        sessions: By graph name.
+        precision: Variant that they run.
+        description: Bundle, reason and warnings, for a model's `info`.
+        opened: Closes sessions and device; the model takes it over.
+    """
+
+    sessions: dict[str, Session]
+    precision: str
+    description: dict[str, Any]
+    opened: contextlib.ExitStack
 
 
 def open_predictor(
@@ -103,8 +125,14 @@ def open_predictor(
     verdicts: VerdictStore | None = None,
 ) -> Sam2ImagePredictor:
     """Does the work of `Sam2ImagePredictor.open`; see there for arguments and errors."""
-    from ...runtime import open_device
+    bundle = open_family(bundle)
+    constants = Sam2Constants.from_dict(bundle.manifest.constants)
+    graphs = open_graphs(bundle, asked, sam2.graphs(constants), check=check, capture=capture, verdicts=verdicts)
+    return build_predictor(cls, bundle, graphs, cache=cache, capture=capture)
 
+
+def open_family(bundle: Bundle | Path | str) -> Bundle:
+    """The open bundle; raises BundleError when it holds another family."""
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     if bundle.manifest.family != sam2.FAMILY:
@@ -112,15 +140,68 @@ def open_predictor(
             f"Bundle '{bundle.manifest.name}' holds '{bundle.manifest.family}', not '{sam2.FAMILY}'.",
             "Open it with its own model class.",
         )
+    return bundle
+
+
+def build_predictor(
+    cls: type[Sam2ImagePredictor],
+    bundle: Bundle,
+    graphs: OpenedGraphs,
+    *,
+    cache: EmbeddingCache | None = None,
+    capture: bool = True,
+) -> Sam2ImagePredictor:
+    """A predictor on open graphs, which it closes with itself, whatever else runs on them."""
+    with contextlib.ExitStack() as failed:
+        failed.push(graphs.opened)
+        predictor = cls(
+            graphs.sessions[sam2.IMAGE_ENCODER],
+            graphs.sessions[sam2.MASK_DECODER],
+            Sam2Constants.from_dict(bundle.manifest.constants),
+            bundle_hash=bundle.hash,
+            variant=graphs.precision,
+            cache=cache,
+            description=graphs.description,
+            capture=capture,
+        )
+        failed.pop_all()
+    predictor._opened = graphs.opened
+    return predictor
+
+
+def open_graphs(
+    bundle: Bundle,
+    asked: Asked,
+    specs: Mapping[str, GraphSpec],
+    *,
+    check: Callable[[], None] | None = None,
+    capture: bool = True,
+    verdicts: VerdictStore | None = None,
+) -> OpenedGraphs:
+    """Opens graphs of a SAM 2 bundle in the asked combination, or in the fastest one that is proven.
+
+    Args:
+        bundle: Where they are.
+        asked: What the user wants.
+        specs: The graphs by name; all of them run in one combination on one device object.
+        check: Called between the steps; what it raises ends the opening and closes what is open.
+        capture: Whether back ends may record launches themselves.
+        verdicts: Where verdicts are kept; None for the user's own store.
+
+    Raises:
+        BundleError, DeviceError, ContractError: See `Sam2ImagePredictor.open`.
+    """
+    from ...runtime import open_device
+
     _check_precision(bundle, asked)
-    attempt = _Attempt(bundle, asked, verdicts or VerdictStore(), check or _nothing)
+    attempt = _Attempt(bundle, asked, specs, verdicts or VerdictStore(), check or _nothing, capture)
     with contextlib.ExitStack() as opened:
         on = open_device(asked.device)
         opened.callback(on.close)
         if asked.force and on.kind != "cpu" and "auto" in (asked.backend, asked.precision):
             raise DeviceError("'force' does not say which combination.", "Give a back end and a precision with it.")
         try:
-            chosen, reason, sessions = _choose(attempt, on, opened, capture)
+            chosen, reason, sessions = _choose(attempt, on, opened)
         except DeviceMemoryError:
             raise
         except _CANNOT_RUN as error:
@@ -130,25 +211,15 @@ def open_predictor(
             opened.close()
             on = open_device("cpu")
             opened.callback(on.close)
-            chosen, reason, sessions = _choose(attempt, on, opened, capture)
-        predictor = cls(
-            sessions[sam2.IMAGE_ENCODER],
-            sessions[sam2.MASK_DECODER],
-            Sam2Constants.from_dict(bundle.manifest.constants),
-            bundle_hash=bundle.hash,
-            variant=chosen.precision,
-            cache=cache,
-            description={
-                "bundle": bundle.manifest.name,
-                "architecture": bundle.manifest.source.architecture,
-                "precision_reason": reason,
-                "left_out": attempt.left_out,
-                "warnings": [*attempt.warnings, *attempt.store.warnings],
-            },
-            capture=capture,
-        )
-        predictor._opened = opened.pop_all()
-    return predictor
+            chosen, reason, sessions = _choose(attempt, on, opened)
+        description = {
+            "bundle": bundle.manifest.name,
+            "architecture": bundle.manifest.source.architecture,
+            "precision_reason": reason,
+            "left_out": attempt.left_out,
+            "warnings": [*attempt.warnings, *attempt.store.warnings],
+        }
+        return OpenedGraphs(sessions, chosen.precision, description, opened.pop_all())
 
 
 def combinations(bundle: Bundle, kind: str, backend: str = "auto", precision: str = "auto") -> list[tuple[str, str]]:
@@ -182,14 +253,15 @@ def combination_key(bundle: Bundle, combination: Combination, info: DeviceInfo) 
     )
 
 
-def locate(bundle: Bundle, backend: str, precision: str, info: DeviceInfo) -> Combination:
+def locate(
+    bundle: Bundle, backend: str, precision: str, info: DeviceInfo, graphs: Collection[str] = IMAGE_GRAPHS
+) -> Combination:
     """The files that a combination runs on a device.
 
     Raises:
         BundleError, DeviceError: There is none; for TensorRT, no engine was built for this device.
         MissingDependencyError: TensorRT is not installed.
     """
-    graphs = (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)
     if backend != TENSORRT:
         return Combination(backend, precision, {g: bundle.graph_path(g, precision) for g in graphs})
     from ...build.locate import find_engine
@@ -216,9 +288,7 @@ def backend_version(backend: str) -> str:
     return ""
 
 
-def _choose(
-    attempt: _Attempt, on: Device, opened: contextlib.ExitStack, capture: bool
-) -> tuple[Combination, str, dict[str, Session]]:
+def _choose(attempt: _Attempt, on: Device, opened: contextlib.ExitStack) -> tuple[Combination, str, dict[str, Session]]:
     """Opens the first combination that may run on a device: what it is, why, and its sessions, closed by `opened`."""
     asked, info, name = attempt.asked, on.info(), attempt.bundle.manifest.name
     failures: list[tuple[str, EdgeError]] = []
@@ -226,13 +296,13 @@ def _choose(
     for backend, precision in combinations(attempt.bundle, on.kind, asked.backend, asked.precision):
         attempt.check()
         try:
-            found = locate(attempt.bundle, backend, precision, info)
+            found = locate(attempt.bundle, backend, precision, info, list(attempt.specs))
         except _CANNOT_RUN as error:  # nothing failed: there is no engine, or no TensorRT
             unbuilt.append((f"{backend} {precision}", error))
             continue
         try:
             proof = _prove(attempt, found, info)
-            sessions = _open_sessions(attempt, found, on, opened, capture)
+            sessions = _open_sessions(attempt, found, on, opened)
         except DeviceMemoryError:
             raise  # another way to run needs memory too; whoever asked may make room and try again
         except _CANNOT_RUN as error:
@@ -300,14 +370,14 @@ def _prove(attempt: _Attempt, found: Combination, info: DeviceInfo) -> str:
 
 
 def _open_sessions(
-    attempt: _Attempt, found: Combination, on: Device, opened: contextlib.ExitStack, capture: bool
+    attempt: _Attempt, found: Combination, on: Device, opened: contextlib.ExitStack
 ) -> dict[str, Session]:
     from ...runtime import open_session
 
-    options = {"graphs": False} if found.backend == TENSORRT and not capture else None
+    options = {"graphs": False} if found.backend == TENSORRT and not attempt.capture else None
     sessions: dict[str, Session] = {}
     with contextlib.ExitStack() as own:
-        for name, spec in sam2.graphs(Sam2Constants.from_dict(attempt.bundle.manifest.constants)).items():
+        for name, spec in attempt.specs.items():
             attempt.check()
             sessions[name] = open_session(
                 found.files[name], spec, on, backend=found.backend, threads=attempt.asked.threads, options=options

@@ -28,7 +28,7 @@ from ...runtime.base import Array, Binding, Session
 from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..verdicts import VerdictStore
-from .cache import EmbeddingCache, EmbeddingKey, Features, bound, pixel_digest
+from .cache import EmbeddingCache, EmbeddingKey, Features, FixedFeatures, bound, pixel_digest
 from .encoding import FEATURES, ImageEncoder
 from .postprocess import LOGIT_CLAMP, choose_masks, mask_count, write_mask
 from .preprocess import Scratch, check_image
@@ -169,13 +169,14 @@ class Sam2ImagePredictor:
         self._warm_up = {"seconds": seconds, "shapes": [f"P=1, N={points}" for points in WARM_UP_POINTS]}
         return seconds
 
-    def encode(self, image: npt.NDArray[np.uint8], *, wait: bool = False) -> Embedding:
+    def encode(self, image: npt.NDArray[np.uint8], *, wait: bool = False, cached: bool = True) -> Embedding:
         """Features of an image, computed at the first call for these pixels and then taken from the cache.
 
         Args:
             image: (H, W, 3) uint8 RGB; not kept.
             wait: Return when the features are computed, for timing. Otherwise, on a GPU, the work may still be
                 queued; whatever uses the embedding comes after it by itself.
+            cached: False computes them without asking or filling the cache: the frames of a clip come once.
 
         Raises:
             ImageError: Not such an array.
@@ -184,10 +185,13 @@ class Sam2ImagePredictor:
         """
         check_image(image)
         self._check_open()
-        key = EmbeddingKey(
-            self._bundle_hash, self._variant, f"{self._encoder.backend}@{self._device.name}", pixel_digest(image)
-        )
-        features = self.cache.get_or_create(key, self._images.nbytes, lambda: self._run_encoder(image))
+        if cached:
+            key = EmbeddingKey(
+                self._bundle_hash, self._variant, f"{self._encoder.backend}@{self._device.name}", pixel_digest(image)
+            )
+            features = self.cache.get_or_create(key, self._images.nbytes, lambda: self._run_encoder(image))
+        else:
+            features = self._run_encoder(image)
         embedding = self._embedding(features, (image.shape[0], image.shape[1]), self._bundle_hash)
         if wait:
             self._chain.wait()
@@ -338,6 +342,15 @@ class Sam2ImagePredictor:
         """Bytes that sessions, buffers of recorded graphs and cached features take now."""
         fixed = MemoryUse(bindings=self._images.fixed_bytes)
         return model_memory((self._encoder, self._decoder), self.cache.stats().bytes) + fixed
+
+    @property
+    def chain(self) -> Chain:
+        """The stream's work, for other graphs that run on the features; hold its lock as it says."""
+        return self._chain
+
+    def fixed_features(self) -> FixedFeatures:
+        """The features' buffers for recorded graphs; under the lock of `chain`."""
+        return self._images.fixed()
 
     @property
     def runs(self) -> tuple[int, int]:

@@ -7,6 +7,9 @@ Rules as in transformers' ``Sam2VideoModel`` (``_gather_memory_frame_outputs``, 
 * then the frames 6, 5, ... 1 steps back in the direction of tracking, row "steps - 1", where they left a memory;
 * pointers of all conditioning frames that are not ahead, then of the frames 1, 2, ... steps back.
 
+The graphs take `MAX_MEMORIES` maps and `MAX_POINTERS` pointers: of more prompted frames than that the closest ones are
+attended to, where upstream, without its option, takes all.
+
 Nothing here computes; memories are opaque to it, so it is tested without a model.
 """
 
@@ -16,10 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from ...contracts.sam2_video import Sam2VideoConstants
+from ...contracts.sam2_video import MAX_MEMORIES, MAX_POINTERS, Sam2VideoConstants
 
 T = TypeVar("T")
 
@@ -30,15 +30,11 @@ class Memory(Generic[T]):
 
     Attributes:
         frame: Its index.
-        features: The memory map, wherever the tracker keeps it.
-        pointer: (C,) float32 object pointer.
-        logits: (m, m) float32 of the mask; a correction on that frame starts from them.
+        slot: Memory map, object pointer and mask logits, wherever the tracker keeps them.
     """
 
     frame: int
-    features: T
-    pointer: npt.NDArray[np.float32]
-    logits: npt.NDArray[np.float32]
+    slot: T
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +64,8 @@ class ObjectBank(Generic[T]):
 
     def __init__(self, constants: Sam2VideoConstants) -> None:
         self._constants = constants
+        most = MAX_MEMORIES - constants.num_memories + 1
+        self._limit = most if constants.max_cond_frames == -1 else min(constants.max_cond_frames, most)
         self.conditioning: dict[int, Memory[T]] = {}
         self.tracked: dict[int, Memory[T]] = {}
 
@@ -85,7 +83,7 @@ class ObjectBank(Generic[T]):
         c = self._constants
         if not self.conditioning:
             raise KeyError("no conditioning frame")
-        chosen, rest = closest(frame, self.conditioning, c.max_cond_frames)
+        chosen, rest = closest(frame, self.conditioning, self._limit)
         memories = list(chosen.values())
         rows = [c.num_memories - 1] * len(memories)
         step = -1 if reverse else 1
@@ -97,10 +95,11 @@ class ObjectBank(Generic[T]):
                 rows.append(back - 1)
         pointers: list[Memory[T]] = []
         steps: list[int] = []
-        for index, memory in self.conditioning.items():
-            if (index - frame) * step <= 0:
-                pointers.append(memory)
-                steps.append((frame - index) * step)
+        behind = {i: m for i, m in self.conditioning.items() if (i - frame) * step <= 0}
+        behind, _ = closest(frame, behind, MAX_POINTERS - c.max_pointers)
+        for index, memory in behind.items():
+            pointers.append(memory)
+            steps.append((frame - index) * step)
         allowed = c.max_pointers if frames is None else min(frames, c.max_pointers)
         for back in range(1, allowed):
             other = frame - step * back
@@ -122,14 +121,15 @@ class ObjectBank(Generic[T]):
         return [m for m in old if m is not None]
 
     def out_of_reach(self, frame: int) -> list[Memory[T]]:
-        """Tracked memories, taken out of the bank, that neither a pass going on from `frame` nor one starting at a
-        conditioning frame attends to."""
+        """Tracked memories that neither a pass that has come to `frame` nor one starting at a conditioning frame
+        attends to; they stay until `drop`."""
         reach = max(self._constants.num_memories, self._constants.max_pointers) - 1
         near = [frame, *self.conditioning]
-        far = [m for i, m in self.tracked.items() if all(abs(i - n) > reach for n in near)]
-        for memory in far:
-            del self.tracked[memory.frame]
-        return far
+        return [m for i, m in self.tracked.items() if all(abs(i - n) > reach for n in near)]
+
+    def drop(self, memory: Memory[T]) -> None:
+        """Takes a tracked memory out."""
+        del self.tracked[memory.frame]
 
     def all(self) -> Iterable[Memory[T]]:
         """Every memory held."""

@@ -1,10 +1,17 @@
-"""One step of tracking on the graphs: attend, decode, choose a mask, remember."""
+"""One step of tracking on the graphs: attend, decode, choose a mask, remember.
+
+Everything of a step is queued on the model's stream (see `Chain`): memories, pointers and mask logits move from graph
+to graph on the device. The host waits once per call of the decoder, for the masks among which it chooses; the memory
+encoder that follows is only queued, and the next frame comes after it by the order of the stream.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +19,25 @@ import numpy.typing as npt
 from ...contracts import sam2, sam2_video
 from ...contracts.sam2 import Sam2Constants
 from ...contracts.sam2_video import OCCLUDED_LOGIT, Sam2VideoConstants
-from ...runtime.base import Binding, Buffer, Device, Session, Shape
+from ...runtime.base import Array, Binding, Buffer, Device, Session
 from ..sam2.postprocess import choose_masks
 from ..sam2.predictor import Sam2ImagePredictor
 from ..sam2.preprocess import Scratch, antialias_taps
 from ..sam2.prompts import Prompt, PromptBatch, build_prompts
 from ..sam2.results import Embedding
 from .bank import Selection
+from .memory import Slot
 
 Float32 = npt.NDArray[np.float32]
 
 ATTENTION_BYTES = 1 << 30
 """Objects share a call of the memory attention as long as their attention weights together stay below this."""
+OBJECTS_AT_ONCE = 16
+"""Objects that share a call of the decoder and of the memory encoder: their upscaled features are 8 MB each at 1024
+pixels, several times over."""
 _HIGH_RES = (sam2.HIGH_RES_0, sam2.HIGH_RES_1)
+_EMBED = (sam2.IMAGE_EMBED,)
+_ANSWERS = (sam2.MASKS, sam2.IOU_SCORES, sam2.OBJECT_SCORE_LOGITS)
 _GIVEN_SCALE, _GIVEN_BIAS = np.float32(20), np.float32(-10)  # logits of a mask that is given, as upstream
 
 
@@ -33,41 +46,56 @@ class Step:
     """What one frame gave for one object.
 
     Attributes:
-        logits: (m, m) float32 of the chosen mask; all `OCCLUDED_LOGIT` for an absent object.
+        logits: (m, m) float32 of the chosen mask, all `OCCLUDED_LOGIT` for an absent object. On a frame without a
+            prompt they are those of the slot, valid while that is in use.
         score: Object score logit.
         iou: The model's estimate for the chosen mask.
-        token: (C,) float32, the decoder's token of the mask, from which the pointer is made.
-        pointer_score: Object score logit that decides about the pointer.
         mask: (H, W) bool that was given, None for one that the model made.
-        full: (S, S) float32 logits of a mask that was given.
     """
 
     logits: Float32
     score: float
     iou: float
-    token: Float32
-    pointer_score: float
     mask: npt.NDArray[np.bool_] | None = None
-    full: Float32 | None = None
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """Which of the decoder's masks and tokens an object gets, and its two object scores."""
+
+    mask: int
+    token: int
+    score: float
+    pointer_score: float
+    iou: float
 
 
 class Stepper:
-    """Runs the video graphs for any number of trackers; sessions lock themselves.
+    """Runs the video graphs for any number of trackers. Thread-safe: one step at a time.
 
     Args:
-        predictor: Encodes frames; its cache keeps those that several trackers use.
+        predictor: Encodes frames; its cache keeps those that were prompted.
         sessions: Open sessions by the names of `sam2_video.graphs`, on the predictor's device.
         video: Constants of the checkpoint.
+
+    Attributes:
+        lock: Held during a step.
     """
 
     def __init__(self, predictor: Sam2ImagePredictor, sessions: dict[str, Session], video: Sam2VideoConstants) -> None:
         self.predictor = predictor
         self.constants: Sam2Constants = predictor.constants
         self.video = video
+        self.lock = threading.RLock()
+        self._chain = predictor.chain
         self._attention = sessions[sam2_video.MEMORY_ATTENTION]
         self._decoder = sessions[sam2_video.TRACK_DECODER]
         self._encoder = sessions[sam2_video.MEMORY_ENCODER]
         self._scratch = Scratch()
+        self._blank: weakref.WeakSet[Binding] = weakref.WeakSet()  # bindings whose mask input holds zeros only
+        self._parts: weakref.WeakKeyDictionary[Binding, dict[tuple[str, tuple[int, ...]], Buffer]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @property
     def device(self) -> Device:
@@ -75,21 +103,41 @@ class Stepper:
         return self._attention.device
 
     @property
-    def map_shape(self) -> Shape:
-        """Shape of one memory map."""
-        side = self.constants.embed_size
-        return (self.video.memory_dim, side, side)
-
-    @property
     def runs(self) -> dict[str, int]:
         """Launches of each graph so far."""
         return {s.spec.name: s.runs for s in (self._attention, self._decoder, self._encoder)}
 
-    def encode(self, image: npt.NDArray[np.uint8]) -> Embedding:
-        """Features of a frame, from the predictor's cache where it has them."""
-        return self.predictor.encode(image)
+    def new_slot(self) -> Slot:
+        """Uninitialised memory for what one frame leaves behind for one object."""
+        side, low = self.constants.embed_size, self.constants.mask_size
+        with self._chain.lock:
+            return Slot(
+                self.device.empty((self.video.memory_dim, side, side), "float32"),
+                self.device.empty((self.constants.hidden_dim,), "float32"),
+                np.empty((low, low), np.float32),
+            )
 
-    def prompted(self, embedding: Embedding, prompt: Prompt, selection: Selection[Buffer] | None, first: bool) -> Step:
+    def encode(self, image: npt.NDArray[np.uint8], *, cached: bool) -> Embedding:
+        """Features of a frame; with `cached` they come from the predictor's cache or go there."""
+        return self.predictor.encode(image, cached=cached)
+
+    def warm_up(self) -> None:
+        """Runs every graph on blank input, so that no user waits for lazy initialisation."""
+        side = self.constants.image_size
+        embedding = self.encode(np.zeros((side, side, 3), np.uint8), cached=False)
+        slots = [self.new_slot(), self.new_slot()]
+        self.prompted(embedding, Prompt(points=[[side / 2, side / 2]]), None, True, slots[0])
+        from .bank import Memory
+
+        seen = [Memory(0, slots[0])]
+        selection = Selection(seen, [self.video.num_memories - 1], seen, [1.0])
+        for _ in range(self._chain.warm_runs(self._attention)):
+            self.tracked(embedding, [selection], slots[1:])
+        self._chain.wait()
+
+    def prompted(
+        self, embedding: Embedding, prompt: Prompt, selection: Selection[Slot] | None, first: bool, slot: Slot
+    ) -> Step:
         """An object marked by points or a box.
 
         Args:
@@ -97,6 +145,7 @@ class Stepper:
             prompt: In pixels of the frame.
             selection: Memories to attend to, None on a frame that starts an object.
             first: Whether this is such a frame.
+            slot: Gets what the frame leaves behind, with sharp borders.
 
         Raises:
             PromptError: See `build_prompts`.
@@ -104,30 +153,25 @@ class Stepper:
         (batch,) = build_prompts([prompt], embedding.original_size, self.constants)
         points = int((batch.point_labels != sam2.LABEL_PAD).sum())
         multimask = self._multimask(first, points)
-        if selection is None:
-            with self._decoder.lock:
-                return self._decode(embedding, embedding.features.buffers[sam2.IMAGE_EMBED], batch, multimask)[0]
-        with self._attention.lock:
-            return self._decode(embedding, self._attend(embedding, [selection]), batch, multimask)[0]
+        with self._held():
+            ((pick, binding),) = [*self._decode(embedding, batch, [selection], [slot], multimask)]
+            self._remember(embedding, binding, [pick], [slot], True)
+        return Step(slot.logits.copy(), pick.score, pick.iou)
 
-    def tracked(self, embedding: Embedding, selections: Sequence[Selection[Buffer]]) -> list[Step]:
-        """Objects without a prompt on this frame, each with what it attends to."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, selection in enumerate(selections):
-            groups.setdefault((len(selection.memories), len(selection.pointers)), []).append(index)
-        steps: dict[int, Step] = {}
+    def tracked(self, embedding: Embedding, selections: Sequence[Selection[Slot]], slots: Sequence[Slot]) -> list[Step]:
+        """Objects without a prompt on this frame, each with what it attends to and with a slot for what it leaves."""
+        steps: list[Step] = []
         multimask = self._multimask(False, 0)
-        for (memories, pointers), members in groups.items():
-            most = self._most_objects(memories, pointers)
-            for start in range(0, len(members), most):
-                part = members[start : start + most]
-                (batch,) = build_prompts([Prompt()] * len(part), embedding.original_size, self.constants)
-                with self._attention.lock:
-                    embed = self._attend(embedding, [selections[i] for i in part])
-                    steps.update(zip(part, self._decode(embedding, embed, batch, multimask)))
-        return [steps[i] for i in range(len(selections))]
+        for start in range(0, len(selections), OBJECTS_AT_ONCE):
+            part, into = selections[start : start + OBJECTS_AT_ONCE], slots[start : start + OBJECTS_AT_ONCE]
+            with self._held():
+                found = self._decode(embedding, _unprompted(len(part)), part, into, multimask)
+                picks = [pick for pick, _ in found]
+                self._remember(embedding, found[0][1], picks, into, False)
+            steps += [Step(slot.logits, pick.score, pick.iou) for pick, slot in zip(picks, into)]
+        return steps
 
-    def given(self, embedding: Embedding, mask: npt.NDArray[np.bool_]) -> Step:
+    def given(self, embedding: Embedding, mask: npt.NDArray[np.bool_], slot: Slot) -> Step:
         """An object whose (H, W) bool mask is known; upstream's ``_use_mask_as_output``."""
         side, low = self.constants.image_size, self.constants.mask_size
         square = (_resized(mask.astype(np.float32), side) >= 0.5).astype(np.float32)
@@ -137,48 +181,65 @@ class Stepper:
             self.video.mask_kernel[16]
         )
         (batch,) = build_prompts([Prompt(mask_input=shrunk.astype(np.float32))], mask.shape, self.constants)
-        with self._decoder.lock:
-            seen = self._decode(
-                embedding, embedding.features.buffers[sam2.IMAGE_EMBED], batch, True, skip_no_memory=True
-            )[0]
         score = float(_GIVEN_SCALE * bool(square.any()) + _GIVEN_BIAS)
-        return Step(_resized(full, low), score, 1.0, seen.token, seen.score, mask.copy(), full)
+        with self._held():
+            ((seen, binding),) = self._decode(embedding, batch, [None], [slot], True, skip_no_memory=True)
+            pick = _Pick(seen.mask, seen.token, score, seen.score, 1.0)
+            self._remember(embedding, binding, [pick], [slot], True, full)
+        np.copyto(slot.logits, _resized(full, low))
+        return Step(slot.logits.copy(), score, 1.0, mask.copy())
 
-    def remember(
-        self, embedding: Embedding, steps: Sequence[Step], prompted: bool, targets: Sequence[Buffer]
-    ) -> list[Float32]:
-        """Encodes memories into the caller's buffers of `map_shape`; returns the object pointers, (C,) each.
+    def offload(self, slot: Slot) -> tuple[Buffer, Buffer]:
+        """Queues copies of a slot's map and pointer to host memory, complete after the next step or `wait`; where the
+        host can read the slot itself, that is returned."""
+        with self._chain.lock:
+            return self._to_host(slot.features), self._to_host(slot.pointer)
 
-        Args:
-            embedding: Of the frame.
-            steps: One for each object; masks that were given come alone.
-            prompted: Whether the masks answer a prompt: they are then remembered with sharp borders.
-            targets: Where the maps go.
-        """
-        pointers: list[Float32] = []
-        for start in range(0, len(steps), sam2_video.MAX_OBJECTS):
-            part = steps[start : start + sam2_video.MAX_OBJECTS]
-            logits = [s.logits if s.full is None else s.full for s in part]
-            sizes = {"B": len(part), "H": logits[0].shape[0], "W": logits[0].shape[1]}
-            with self._encoder.lock:
-                binding = self._encoder.prepare(sizes, (sam2.IMAGE_EMBED,))
-                binding.bind(sam2.IMAGE_EMBED, embedding.features.buffers[sam2.IMAGE_EMBED])
-                try:
-                    binding.write(sam2_video.MASK_LOGITS, np.stack(logits)[:, None])
-                    binding.write(sam2.OBJECT_SCORE_LOGITS, np.array([[s.score] for s in part], np.float32))
-                    binding.write(sam2_video.BINARIZE, np.full(len(part), float(prompted), np.float32))
-                    binding.write(sam2_video.MASK_TOKEN, np.stack([s.token for s in part]))
-                    binding.write(
-                        sam2_video.POINTER_SCORE_LOGITS, np.array([[s.pointer_score] for s in part], np.float32)
-                    )
-                    binding.run()
-                    maps = binding.outputs[sam2_video.MEMORY_FEATURES]
-                    for index in range(len(part)):
-                        self.device.copy(targets[start + index], part_of(maps, index))
-                    pointers += [row.copy() for row in binding.read(sam2_video.OBJECT_POINTER)]
-                finally:
-                    binding.release(sam2.IMAGE_EMBED)
-        return pointers
+    def load(self, slot: Slot, features: Float32, pointer: Float32, logits: Float32) -> None:
+        """Fills a slot from host memory."""
+        with self._chain.lock:
+            self.device.upload(slot.features, features)
+            self.device.upload(slot.pointer, pointer)
+        np.copyto(slot.logits, logits)
+
+    def _to_host(self, buffer: Buffer) -> Buffer:
+        if buffer.array is not None:
+            return buffer
+        host = self.device.host_empty(buffer.shape, buffer.dtype)
+        self.device.copy(host, buffer)
+        return host
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """The stepper, its sessions, then the stream: nobody else comes between the launches of one step."""
+        with self.lock, self._attention.lock, self._decoder.lock, self._encoder.lock, self._chain.lock:
+            yield
+
+    @contextlib.contextmanager
+    def _bound(self, binding: Binding, embedding: Embedding, names: Sequence[str]) -> Iterator[None]:
+        """Binds features of a frame: those of the cache entry itself, or copies that never move for recordings."""
+        embedding.features.await_on(self.device)
+        if self._chain.captures(binding.session):
+            fixed = self.predictor.fixed_features()
+            fixed.bind(binding, names)
+            fixed.load(embedding.features)
+            yield
+            return
+        try:
+            for name in names:
+                binding.bind(name, embedding.features.buffers[name])
+            yield
+        finally:
+            binding.release(*names)
+
+    def _part(self, binding: Binding, name: str, *index: int) -> Buffer:
+        """A part of a tensor that the binding owns, its first dimensions fixed; made once."""
+        parts = self._parts.setdefault(binding, {})
+        found = parts.get((name, index))
+        if found is None:
+            whole = binding.inputs[name] if name in binding.inputs else binding.outputs[name]
+            found = parts[name, index] = part_of(whole, *index)
+        return found
 
     def _multimask(self, first: bool, points: int) -> bool:
         """Whether three masks are asked for; a box counts as two points."""
@@ -194,79 +255,155 @@ class Stepper:
         keys = memories * area + pointers * (self.constants.hidden_dim // self.video.memory_dim)
         return int(min(sam2_video.MAX_OBJECTS, max(1, ATTENTION_BYTES // (4 * area * keys))))
 
-    def _attend(self, embedding: Embedding, selections: Sequence[Selection[Buffer]]) -> Buffer:
-        """The frame conditioned on each object's memories: (B, C, G, G), the session's own, valid until its next run.
+    def _attend(self, embedding: Embedding, selections: Sequence[Selection[Slot] | None], decoder: Binding) -> None:
+        """Fills the decoder's embeddings: the frame conditioned on each object's memories, or as it is for None.
 
-        The caller holds the session's lock.
+        Objects with equally many memories and pointers share calls.
         """
-        count, memories = len(selections), len(selections[0].memories)
-        pointers = len(selections[0].pointers)
-        binding = self._attention.prepare({"B": count, "M": memories, "K": pointers}, (sam2.IMAGE_EMBED,))
-        binding.bind(sam2.IMAGE_EMBED, embedding.features.buffers[sam2.IMAGE_EMBED])
-        try:
-            bank = binding.inputs[sam2_video.MEMORY]
+        groups: dict[tuple[int, int], list[tuple[int, Selection[Slot]]]] = {}
+        for row, selection in enumerate(selections):
+            if selection is None:
+                plain = part_of(embedding.features.buffers[sam2.IMAGE_EMBED], 0)
+                self.device.copy(self._part(decoder, sam2_video.TRACKED_EMBED, row), plain)
+            else:
+                size = (len(selection.memories), len(selection.pointers))
+                groups.setdefault(size, []).append((row, selection))
+        for size, members in groups.items():
+            most = self._most_objects(*size)
+            for start in range(0, len(members), most):
+                part = members[start : start + most]
+                binding = self._attend_to(embedding, [selection for _, selection in part])
+                for index, (row, _) in enumerate(part):
+                    target = self._part(decoder, sam2_video.TRACKED_EMBED, row)
+                    self.device.copy(target, self._part(binding, sam2_video.TRACKED_EMBED, index))
+
+    def _attend_to(self, embedding: Embedding, selections: Sequence[Selection[Slot]]) -> Binding:
+        """Queues the memory attention of objects with equally many memories and pointers."""
+        count, memories, pointers = len(selections), len(selections[0].memories), len(selections[0].pointers)
+        binding = self._attention.prepare({"B": count, "M": memories, "K": pointers}, _EMBED)
+        with self._bound(binding, embedding, _EMBED):
             for row, selection in enumerate(selections):
                 for column, memory in enumerate(selection.memories):
-                    self.device.copy(part_of(bank, row, column), memory.features)
-            width = self.constants.hidden_dim
-            binding.write(sam2_video.MEMORY_TIME, np.array([s.rows for s in selections], np.int32))
-            stacked = np.array([[m.pointer for m in s.pointers] for s in selections], np.float32)
-            binding.write(sam2_video.POINTERS, stacked.reshape(count, pointers, width))
-            times = np.array([s.times for s in selections], np.float32)
-            binding.write(sam2_video.POINTER_TIME, times.reshape(count, pointers))
-            binding.run()
-            return binding.outputs[sam2_video.TRACKED_EMBED]
-        finally:
-            binding.release(sam2.IMAGE_EMBED)
+                    self.device.copy(self._part(binding, sam2_video.MEMORY, row, column), memory.slot.features)
+                for column, memory in enumerate(selection.pointers):
+                    self.device.copy(self._part(binding, sam2_video.POINTERS, row, column), memory.slot.pointer)
+            self._chain.write(binding, sam2_video.MEMORY_TIME, np.array([s.rows for s in selections], np.int32))
+            if pointers:
+                times = np.array([s.times for s in selections], np.float32)
+                self._chain.write(binding, sam2_video.POINTER_TIME, times)
+            self._chain.launch(binding)
+        return binding
 
     def _decode(
-        self, embedding: Embedding, embed: Buffer, batch: PromptBatch, multimask: bool, skip_no_memory: bool = False
-    ) -> list[Step]:
-        """Masks of P objects and which one each is given."""
-        features = embedding.features.buffers
-        with self._decoder.lock:
-            binding = self._decoder.prepare(batch.sizes, (sam2_video.TRACKED_EMBED, *_HIGH_RES))
-            try:
-                binding.bind(sam2_video.TRACKED_EMBED, embed)
-                for name in _HIGH_RES:
-                    binding.bind(name, features[name])
-                self._write_prompts(binding, batch, skip_no_memory)
-                binding.run()
-                masks, scores = binding.read(sam2.MASKS), binding.read(sam2.IOU_SCORES)
-                seen, tokens = binding.read(sam2.OBJECT_SCORE_LOGITS), binding.read(sam2_video.MASK_TOKENS)
-                return [
-                    self._choose(masks[row], scores[row], float(seen[row, 0]), tokens[row], multimask)
-                    for row in range(len(batch.indices))
-                ]
-            finally:
-                binding.release(sam2_video.TRACKED_EMBED, *_HIGH_RES)
+        self,
+        embedding: Embedding,
+        batch: PromptBatch,
+        selections: Sequence[Selection[Slot] | None],
+        slots: Sequence[Slot],
+        multimask: bool,
+        skip_no_memory: bool = False,
+    ) -> list[tuple[_Pick, Binding]]:
+        """Attends and decodes, waits, and chooses each object's mask, whose logits go into its slot.
 
-    def _write_prompts(self, binding: Binding, batch: PromptBatch, skip_no_memory: bool) -> None:
-        count, side = len(batch.indices), self.constants.mask_size
-        binding.write(sam2.POINT_COORDS, batch.point_coords)
-        binding.write(sam2.POINT_LABELS, batch.point_labels)
-        masks = self._scratch.take("masks", (count, 1, side, side))
-        for row, mask in enumerate(batch.masks):
-            masks[row, 0] = 0.0 if mask is None else mask
-        binding.write(sam2.MASK_INPUT, masks)
-        binding.write(sam2.HAS_MASK_INPUT, np.array([m is not None for m in batch.masks], np.float32))
-        binding.write(sam2_video.SKIP_NO_MEMORY, np.full(count, float(skip_no_memory), np.float32))
+        Returns:
+            The choices, with the binding that holds the decoder's outputs until its next run.
+        """
+        binding = self._decoder.prepare(batch.sizes, _HIGH_RES)
+        self._attend(embedding, selections, binding)
+        with self._bound(binding, embedding, _HIGH_RES):
+            self._write_prompts(binding, batch, skip_no_memory)
+            self._chain.launch(binding)
+        found = self._chain.fetch(binding, _ANSWERS)
+        masks, scores, seen = (found[name] for name in _ANSWERS)
+        picks = []
+        for row, slot in enumerate(slots):
+            pick = self._choose(masks[row], scores[row], float(seen[row, 0]), multimask)
+            if pick.score > 0:
+                np.copyto(slot.logits, masks[row, pick.mask])
+            else:
+                slot.logits.fill(OCCLUDED_LOGIT)
+            picks.append((pick, binding))
+        return picks
 
-    def _choose(self, masks: Float32, scores: Float32, seen: float, tokens: Float32, multimask: bool) -> Step:
+    def _choose(self, masks: Float32, scores: Float32, seen: float, multimask: bool) -> _Pick:
         if multimask:
             index = token = 1 + int(np.argmax(scores[1:]))
         else:  # the pointer is made from the single mask's token even where the stability rule takes another mask
             index, token = choose_masks(masks, scores, False, self.constants, self._scratch)[0], 0
-        logits = np.array(masks[index]) if seen > 0 else np.full(masks[index].shape, OCCLUDED_LOGIT, np.float32)
-        return Step(logits, seen, float(scores[index]), np.array(tokens[token]), seen)
+        return _Pick(index, token, seen, seen, float(scores[index]))
+
+    def _write_prompts(self, binding: Binding, batch: PromptBatch, skip_no_memory: bool) -> None:
+        chain, count = self._chain, len(batch.indices)
+        chain.write(binding, sam2.POINT_COORDS, batch.point_coords)
+        chain.write(binding, sam2.POINT_LABELS, batch.point_labels)
+        given = np.array([mask is not None for mask in batch.masks], np.float32)
+        if given.any() or binding not in self._blank:  # zeros that are there already are not sent again
+            self._blank.discard(binding)
+            for row, mask in zip(chain.stage(binding, sam2.MASK_INPUT), batch.masks, strict=True):
+                row[0] = 0.0 if mask is None else mask
+            chain.send(binding, sam2.MASK_INPUT)
+            if not given.any():
+                self._blank.add(binding)
+        chain.write(binding, sam2.HAS_MASK_INPUT, given)
+        chain.write(binding, sam2_video.SKIP_NO_MEMORY, np.full(count, float(skip_no_memory), np.float32))
+
+    def _remember(
+        self,
+        embedding: Embedding,
+        decoder: Binding,
+        picks: Sequence[_Pick],
+        slots: Sequence[Slot],
+        prompted: bool,
+        full: Float32 | None = None,
+    ) -> None:
+        """Queues the memory encoder on the chosen masks and the copies of what it gives into the slots.
+
+        Args:
+            embedding: Of the frame.
+            decoder: Holds the masks and tokens.
+            picks: The choices, by row of the decoder's outputs.
+            slots: One for each.
+            prompted: Whether the masks answer a prompt: they are then remembered with sharp borders.
+            full: (S, S) logits of a mask that was given, instead of the decoder's; for one object.
+        """
+        low = self.constants.mask_size
+        height, width = (low, low) if full is None else full.shape
+        chain, device = self._chain, self.device
+        binding = self._encoder.prepare({"B": len(picks), "H": height, "W": width}, _EMBED)
+        with self._bound(binding, embedding, _EMBED):
+            if full is not None:
+                chain.write(binding, sam2_video.MASK_LOGITS, full[None, None])
+            for row, pick in enumerate(picks):
+                if full is None:
+                    chosen = self._part(decoder, sam2.MASKS, row, pick.mask)
+                    device.copy(self._part(binding, sam2_video.MASK_LOGITS, row, 0), chosen)
+                token = self._part(decoder, sam2_video.MASK_TOKENS, row, pick.token)
+                device.copy(self._part(binding, sam2_video.MASK_TOKEN, row), token)
+            chain.write(binding, sam2.OBJECT_SCORE_LOGITS, np.array([[p.score] for p in picks], np.float32))
+            chain.write(
+                binding, sam2_video.POINTER_SCORE_LOGITS, np.array([[p.pointer_score] for p in picks], np.float32)
+            )
+            chain.write(binding, sam2_video.BINARIZE, np.full(len(picks), float(prompted), np.float32))
+            chain.launch(binding)
+            for row, slot in enumerate(slots):
+                device.copy(slot.features, self._part(binding, sam2_video.MEMORY_FEATURES, row))
+                device.copy(slot.pointer, self._part(binding, sam2_video.OBJECT_POINTER, row))
+
+
+def _unprompted(count: int) -> PromptBatch:
+    """No prompt for each of some objects, as `build_prompts` has it."""
+    coords = np.zeros((count, 2, 2), np.float32)
+    return PromptBatch(list(range(count)), coords, np.full((count, 2), sam2.LABEL_PAD, np.int32), [None] * count)
 
 
 def part_of(buffer: Buffer, *index: int) -> Buffer:
     """A contiguous part of a buffer, the first dimensions fixed; borrowed, keeps the whole alive."""
+    size, offset = buffer.nbytes, 0
+    for extent, at in zip(buffer.shape, index):
+        size //= extent
+        offset += at * size
+    array: Array | None = None if buffer.array is None else buffer.array[index]
     shape = buffer.shape[len(index) :]
-    size = int(np.prod(shape, dtype=np.int64)) * buffer.dtype.itemsize
-    offset = int(np.ravel_multi_index(index, buffer.shape[: len(index)])) * size
-    array: Any = None if buffer.array is None else buffer.array[index]
     return Buffer(buffer.device, shape, buffer.dtype, buffer.pointer + offset, array, owned=False, owner=buffer)
 
 

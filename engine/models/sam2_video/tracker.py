@@ -11,22 +11,23 @@ Objects are independent of each other. The frame is encoded once, and objects wi
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DeviceError, PromptError
-from ...runtime.base import Buffer
+from ...errors import PromptError
 from ..sam2.postprocess import LOGIT_CLAMP, write_mask
 from ..sam2.preprocess import Scratch
 from ..sam2.prompts import Prompt
+from ..sam2.results import Embedding
 from .bank import Memory, ObjectBank
 from .frames import Frames
-from .memory import MapFile, MapPool
+from .memory import MapFile, Slot, SlotPool
 from .steps import Step, Stepper
 
 Float32 = npt.NDArray[np.float32]
@@ -61,7 +62,7 @@ class FrameResult:
 class _Object:
     """State of one object."""
 
-    def __init__(self, number: int, bank: ObjectBank[Buffer]) -> None:
+    def __init__(self, number: int, bank: ObjectBank[Slot]) -> None:
         self.number = number
         self.bank = bank
         self.tracked_frames: set[int] = set()
@@ -81,6 +82,10 @@ class VideoTracker:
         history: Keep far memories on disk, which a correction after propagation needs. Without it they are dropped:
             enough for one pass.
         streaming: The clip's length is not known, so that temporal codes use the longest one.
+        max_cond_frames: Most conditioning frames attended to, the closest ones; -1 for all, None for the checkpoint's.
+
+    Raises:
+        PromptError: `corrections` or `max_cond_frames` is none of these; `frames` are closed then.
     """
 
     def __init__(
@@ -91,17 +96,32 @@ class VideoTracker:
         corrections: Corrections = "conditioning",
         history: bool = True,
         streaming: bool = False,
+        max_cond_frames: int | None = None,
     ) -> None:
+        if corrections not in get_args(Corrections):
+            frames.close()
+            raise PromptError(f"There is no way '{corrections}' to take corrections.", f"Use {get_args(Corrections)}.")
+        video = stepper.video
+        if max_cond_frames is not None:
+            if max_cond_frames < 1 and max_cond_frames != -1:
+                frames.close()
+                raise PromptError(
+                    f"{max_cond_frames} conditioning frames cannot be attended to.", "Use 1 or more, or -1 for all."
+                )
+            video = replace(video, max_cond_frames=max_cond_frames)
         self.frames = frames
+        self._video = video
         self._stepper = stepper
         self._corrections = corrections
         self._streaming = streaming
         self._objects: dict[int, _Object] = {}
         self._numbers = 0
-        self._pool = MapPool(stepper.device, stepper.map_shape)
-        constants = stepper.constants
-        self._history = MapFile(stepper.map_shape, constants.hidden_dim, constants.mask_size) if history else None
+        self._pool = SlotPool(stepper.new_slot)
+        c = stepper.constants
+        shape = (video.memory_dim, c.embed_size, c.embed_size)
+        self._history = MapFile(shape, c.hidden_dim, c.mask_size) if history else None
         self._scratch = Scratch()
+        self._last: tuple[int, Embedding] | None = None
         self._lock = threading.RLock()
 
     @property
@@ -163,8 +183,8 @@ class VideoTracker:
             if object_id not in self._objects:
                 raise PromptError(f"There is no object {object_id}.", f"Known: {self.object_ids}.")
             gone = self._objects.pop(object_id)
-            for memory in gone.bank.all():
-                self._pool.give(memory.features)
+            self._pool.give(*(memory.slot for memory in gone.bank.all()))
+            self._pool.clear()
             if self._history is not None:
                 self._history.drop_object(gone.number)
 
@@ -209,6 +229,7 @@ class VideoTracker:
         """Frees memories and the clip; the model stays open."""
         with self._lock:
             self._objects.clear()
+            self._last = None
             self._pool.clear()
             if self._history is not None:
                 self._history.close()
@@ -223,11 +244,11 @@ class VideoTracker:
     def _prompt(
         self, object_id: int, frame: int, prompt: Prompt | None, mask: npt.NDArray[np.bool_] | None
     ) -> ObjectResult:
-        embedding = self._stepper.encode(self.frames[frame])
+        embedding = self._encode(frame, True)
         obj = self._objects.get(object_id)
         new = obj is None
         if obj is None:
-            obj = _Object(self._numbers, ObjectBank(self._stepper.video))
+            obj = _Object(self._numbers, ObjectBank(self._video))
         correction = frame in obj.tracked_frames and bool(obj.bank.conditioning)
         attend = correction and mask is None
         if attend and prompt is not None and self._corrections == "conditioning" and prompt.mask_input is None:
@@ -238,13 +259,14 @@ class VideoTracker:
         if attend:
             self._recall(obj, frame, False)
             selection = obj.bank.select(frame, False, self._length)
-        if mask is not None:
-            step = self._stepper.given(embedding, mask)
-        else:
-            assert prompt is not None
-            step = self._stepper.prompted(embedding, prompt, selection, first=not correction)
-        conditioning = not correction or self._corrections == "conditioning"
-        self._remember(obj, frame, step, embedding, True, conditioning)
+        with self._slots(1) as slots:
+            if mask is not None:
+                step = self._stepper.given(embedding, mask, slots[0])
+            else:
+                assert prompt is not None
+                step = self._stepper.prompted(embedding, prompt, selection, not correction, slots[0])
+        self._store([obj], frame, slots, not correction or self._corrections == "conditioning")
+        obj.answers[frame] = step
         if new:  # only now: a refused prompt must not leave an empty object behind
             self._objects[object_id] = obj
             self._numbers += 1
@@ -260,81 +282,87 @@ class VideoTracker:
             else:
                 waiting.append((object_id, obj))
         if waiting:
-            embedding = self._stepper.encode(self.frames[frame])
+            embedding = self._encode(frame, False)
             selections = []
             for _, obj in waiting:
                 self._recall(obj, frame, reverse)
                 selections.append(obj.bank.select(frame, reverse, self._length))
-            steps = self._stepper.tracked(embedding, selections)
-            self._remember_all([obj for _, obj in waiting], frame, steps, embedding, False)
+            far = [(obj, memory) for _, obj in waiting for memory in obj.bank.out_of_reach(frame)]
+            # Queued before the step, whose one wait then serves these copies too.
+            copies = [self._stepper.offload(memory.slot) for _, memory in far] if self._history is not None else []
+            with self._slots(len(waiting)) as slots:
+                steps = self._stepper.tracked(embedding, selections, slots)
+            self._store([obj for _, obj in waiting], frame, slots, False)
             for (object_id, obj), step in zip(waiting, steps):
                 obj.tracked_frames.add(frame)
-                self._forget_far(obj, frame)
                 results[object_id] = step
+            for index, (obj, memory) in enumerate(far):
+                if self._history is not None:  # what cannot be written stays in the bank: the next frame tries again
+                    features, pointer = (buffer.host() for buffer in copies[index])
+                    self._history.put((obj.number, memory.frame), features, pointer, memory.slot.logits)
+                obj.bank.drop(memory)
+                self._pool.give(memory.slot)
         return FrameResult(frame, [self._result(i, results[i]) for i in self._objects])
 
     @property
     def _length(self) -> int | None:
         return None if self._streaming else len(self.frames)
 
+    def _encode(self, frame: int, cached: bool) -> Embedding:
+        """Features of a frame, computed once for calls in a row.
+
+        Args:
+            frame: Index of the frame.
+            cached: Use the model's cache: annotators prompt the same frame again and again, while a pass comes to a
+                frame once and would only drive other images out.
+        """
+        if self._last is not None and self._last[0] == frame:
+            return self._last[1]
+        image = self.frames[frame]
+        self._last = None  # first, so that its buffers can be used again
+        embedding = self._stepper.encode(image, cached=cached)
+        self._last = (frame, embedding)
+        return embedding
+
     def _logits_of(self, obj: _Object, frame: int) -> Float32 | None:
         """The logits that an object had on a frame, if they are still known."""
         held = obj.bank.conditioning.get(frame) or obj.bank.tracked.get(frame)
         if held is not None:
-            return held.logits
+            return held.slot.logits
         found = self._history.get((obj.number, frame)) if self._history is not None else None
         return None if found is None else found[2]
 
-    def _remember(
-        self, obj: _Object, frame: int, step: Step, embedding: Any, prompted: bool, conditioning: bool
-    ) -> None:
-        self._remember_all([obj], frame, [step], embedding, prompted, conditioning)
-        obj.answers[frame] = step
+    @contextlib.contextmanager
+    def _slots(self, count: int) -> Iterator[list[Slot]]:
+        """Slots for a step, which go back where it fails."""
+        slots = self._pool.take(count)
+        try:
+            yield slots
+        except BaseException:
+            self._pool.give(*slots)
+            raise
 
-    def _remember_all(
-        self,
-        objects: Sequence[_Object],
-        frame: int,
-        steps: Sequence[Step],
-        embedding: Any,
-        prompted: bool,
-        conditioning: bool = False,
-    ) -> None:
-        """Encodes what the frame leaves behind for each object and puts it into the banks."""
-        buffers = [self._pool.take() for _ in objects]
-        pointers = self._stepper.remember(embedding, steps, prompted, buffers)
-        for obj, buffer, pointer, step in zip(objects, buffers, pointers, steps):
-            for old in obj.bank.store(Memory(frame, buffer, pointer, step.logits), conditioning):
-                self._pool.give(old.features)
+    def _store(self, objects: Sequence[_Object], frame: int, slots: Sequence[Slot], conditioning: bool) -> None:
+        """Puts what a frame left behind into the banks."""
+        for obj, slot in zip(objects, slots):
+            self._pool.give(*(old.slot for old in obj.bank.store(Memory(frame, slot), conditioning)))
             if self._history is not None:
                 self._history.drop((obj.number, frame))
-
-    def _forget_far(self, obj: _Object, frame: int) -> None:
-        """Moves memories that the coming frames do not need to the file, or drops them."""
-        for memory in obj.bank.out_of_reach(frame):
-            if self._history is not None:
-                features = self._stepper.device.download(memory.features)
-                try:
-                    self._history.put((obj.number, memory.frame), features, memory.pointer, memory.logits)
-                except DeviceError:
-                    obj.bank.tracked[memory.frame] = memory  # nothing is lost: the next frame tries again
-                    raise
-            self._pool.give(memory.features)
 
     def _recall(self, obj: _Object, frame: int, reverse: bool) -> None:
         """Brings memories that `frame` attends to back from the file."""
         if self._history is None or not len(self._history):
             return
-        reach = max(self._stepper.video.num_memories, self._stepper.video.max_pointers) - 1
+        reach = max(self._video.num_memories, self._video.max_pointers) - 1
         near = range(frame + 1, frame + reach + 1) if reverse else range(frame - reach, frame)
         for other in near:
             if other in obj.bank.tracked or other in obj.bank.conditioning:
                 continue
             found = self._history.get((obj.number, other))
             if found is not None:
-                buffer = self._pool.take()
-                self._stepper.device.upload(buffer, found[0])
-                obj.bank.tracked[other] = Memory(other, buffer, found[1], found[2])
+                with self._slots(1) as slots:
+                    self._stepper.load(slots[0], *found)
+                obj.bank.tracked[other] = Memory(other, slots[0])
                 self._history.drop((obj.number, other))
 
     def _result(self, object_id: int, step: Step) -> ObjectResult:

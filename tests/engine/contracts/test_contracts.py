@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixano_edge.engine.contracts import sam2
+from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.contracts.base import TensorSpec
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.errors import ContractError
@@ -99,6 +99,26 @@ def test_sam2_constants_have_no_defaults_in_a_manifest(key: str) -> None:
         Sam2Constants.from_dict(values)
     with pytest.raises(ContractError, match="'extra' is unknown"):
         Sam2Constants.from_dict({**Sam2Constants().to_dict(), "extra": 1})
+
+
+VIDEO = sam2_video.Sam2VideoConstants(64, 7, 16, -1, 0, 1, True, True, (0.5,) * 17)
+
+
+def test_constants_of_a_bundle_that_tracks() -> None:
+    image = Sam2Constants().to_dict()
+    assert sam2_video.constants_of(image) is None
+    assert set(sam2_video.family_graphs(image)) == {"image_encoder", "mask_decoder"}
+    both = {**image, sam2.VIDEO: VIDEO.to_dict()}
+    assert sam2_video.constants_of(both) == VIDEO
+    assert Sam2Constants.from_dict(both) == Sam2Constants()
+    video = {"memory_attention", "track_decoder", "memory_encoder"}
+    assert set(sam2_video.family_graphs(both)) == {"image_encoder", "mask_decoder", *video}
+
+
+@pytest.mark.parametrize("broken", [[], "yes", {}, {**VIDEO.to_dict(), "num_memories": 0}])
+def test_constants_of_tracking_that_do_not_fit(broken: object) -> None:
+    with pytest.raises(ContractError, match="video constants"):
+        sam2_video.family_graphs({**Sam2Constants().to_dict(), sam2.VIDEO: broken})
 
 
 def test_unknown_tensor_is_named() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pixano_edge.engine.contracts.sam2_video import Sam2VideoConstants
@@ -27,18 +26,17 @@ def constants(max_cond_frames: int = -1) -> Sam2VideoConstants:
 
 def filled(conditioning: list[int], tracked: list[int], max_cond_frames: int = -1) -> ObjectBank[str]:
     bank: ObjectBank[str] = ObjectBank(constants(max_cond_frames))
-    blank = np.zeros(1, np.float32)
     for frame in conditioning:
-        bank.store(Memory(frame, f"c{frame}", blank, blank), True)
+        bank.store(Memory(frame, f"c{frame}"), True)
     for frame in tracked:
-        bank.store(Memory(frame, f"t{frame}", blank, blank), False)
+        bank.store(Memory(frame, f"t{frame}"), False)
     return bank
 
 
 def names(selection: Selection[str]) -> tuple[list[tuple[str, int]], list[tuple[str, float]]]:
     return (
-        [(m.features, row) for m, row in zip(selection.memories, selection.rows)],
-        [(m.features, time) for m, time in zip(selection.pointers, selection.times)],
+        [(m.slot, row) for m, row in zip(selection.memories, selection.rows)],
+        [(m.slot, time) for m, time in zip(selection.pointers, selection.times)],
     )
 
 
@@ -86,8 +84,7 @@ def test_cap_takes_the_closest_and_the_rest_may_return_as_recent_frames() -> Non
 
 def test_storing_replaces_and_says_what_went() -> None:
     bank = filled([0], [1])
-    blank = np.zeros(1, np.float32)
-    assert [m.features for m in bank.store(Memory(1, "new", blank, blank), True)] == ["t1"]
+    assert [m.slot for m in bank.store(Memory(1, "new"), True)] == ["t1"]
     assert not bank.tracked
     assert list(bank.conditioning) == [0, 1]
     with pytest.raises(KeyError):
@@ -96,7 +93,10 @@ def test_storing_replaces_and_says_what_went() -> None:
 
 def test_out_of_reach_keeps_what_a_later_pass_needs() -> None:
     bank = filled([50], list(range(100)))
-    gone = {m.frame for m in bank.out_of_reach(99)}
+    far = bank.out_of_reach(99)
+    for memory in far:
+        bank.drop(memory)
+    gone = {m.frame for m in far}
     assert gone == {f for f in range(100) if abs(f - 99) > 15 and abs(f - 50) > 15}
     assert set(bank.tracked) == set(range(100)) - gone
 
@@ -137,7 +137,7 @@ def test_equals_transformers(frame: int, cap: int, reverse: bool) -> None:
             return self.memory
 
     gathered = Sam2VideoModel._gather_memory_frame_outputs(Model(), Session(), 0, frame, reverse)
-    want = [(m.features, (offset - 1) % 7) for offset, m in gathered if m is not None]
+    want = [(m.slot, (offset - 1) % 7) for offset, m in gathered if m is not None]
     wrapped = {kind: {f: Pointer(m) for f, m in held.items()} for kind, held in outputs.items()}
     outputs.update(wrapped)
     offsets, pointers, allowed = Sam2VideoModel._get_object_pointers(
@@ -145,7 +145,7 @@ def test_equals_transformers(frame: int, cap: int, reverse: bool) -> None:
     )
     memories, got = names(bank.select(frame, reverse, frames))
     assert memories == want
-    assert got == [(m.features, pytest.approx(o / (allowed - 1))) for m, o in zip(pointers, offsets)]
+    assert got == [(m.slot, pytest.approx(o / (allowed - 1))) for m, o in zip(pointers, offsets)]
 
 
 def test_closest_as_upstream() -> None:

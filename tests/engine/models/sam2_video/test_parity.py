@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixano_edge.engine.contracts import sam2_video
+from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.models.masks import mask_iou
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.bank import ObjectBank, Selection
@@ -136,16 +136,40 @@ def test_corrections_as_transformers(
     assert seen.error < TOLERANCE
 
 
-def _zeroed(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Stepper.remember
+def _remembering(change: Callable[..., None]) -> Callable[[Stepper, pytest.MonkeyPatch], None]:
+    """Another `Stepper._remember`: gets the original and its arguments."""
 
-    def forget(self: Stepper, embedding: Any, steps: Any, prompted: bool, targets: Any) -> Any:
-        pointers = original(self, embedding, steps, prompted, targets)
-        for target in targets:
-            target.host()[:] = 0
-        return pointers
+    def install(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = Stepper._remember
+        monkeypatch.setattr(Stepper, "_remember", lambda self, *args: change(original, self, *args))
 
-    monkeypatch.setattr(Stepper, "remember", forget)
+    return install
+
+
+def _zeroed(original: Any, self: Stepper, embedding: Any, decoder: Any, picks: Any, slots: Any, *rest: Any) -> None:
+    original(self, embedding, decoder, picks, slots, *rest)
+    for slot in slots:
+        slot.features.host()[:] = 0
+
+
+def _pointers_lost(
+    original: Any, self: Stepper, embedding: Any, decoder: Any, picks: Any, slots: Any, *rest: Any
+) -> None:
+    original(self, embedding, decoder, picks, slots, *rest)
+    for slot in slots:
+        slot.pointer.host()[:] = 0
+
+
+def _not_binarised(
+    original: Any, self: Stepper, embedding: Any, decoder: Any, picks: Any, slots: Any, prompted: bool, *rest: Any
+) -> None:
+    original(self, embedding, decoder, picks, slots, not prompted, *rest)
+
+
+def _wrong_scale(original: Any, self: Stepper, embedding: Any, decoder: Any, *rest: Any) -> None:
+    masks = decoder.outputs[sam2.MASKS].host()
+    masks *= np.float32(0.5)
+    original(self, embedding, decoder, *rest)
 
 
 def _changed(change: Callable[[Selection[Any]], Selection[Any]]) -> Callable[[Stepper, pytest.MonkeyPatch], None]:
@@ -163,37 +187,15 @@ def _bank_off_by_one(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _memory_not_binarised(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Stepper.remember
-    monkeypatch.setattr(
-        Stepper, "remember", lambda self, embedding, steps, prompted, targets: original(
-            self, embedding, steps, not prompted, targets
-        )
-    )  # fmt: skip
-
-
-def _wrong_scale(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
-    binding_write = stepper._encoder.prepare
-
-    def prepare(sizes: Any, borrowed: Any = ()) -> Any:
-        binding = binding_write(sizes, borrowed)
-        write = type(binding).write
-        binding.write = lambda name, source: write(  # type: ignore[method-assign]
-            binding, name, np.ascontiguousarray(source * np.float32(0.5)) if name == sam2_video.MASK_LOGITS else source
-        )
-        return binding
-
-    monkeypatch.setattr(stepper._encoder, "prepare", prepare)
-
-
 MISTAKES: dict[str, Callable[[Stepper, pytest.MonkeyPatch], None]] = {
-    "zeroed memory": _zeroed,
+    "zeroed memory": _remembering(_zeroed),
     "wrong temporal row": _changed(lambda s: Selection(s.memories, [(r + 1) % 7 for r in s.rows], s.pointers, s.times)),
     "wrong pointer times": _changed(lambda s: Selection(s.memories, s.rows, s.pointers, [t + 1 / 15 for t in s.times])),
     "dropped pointers": _changed(lambda s: Selection(s.memories, s.rows, s.pointers[:1], s.times[:1])),
     "bank off by one frame": _bank_off_by_one,
-    "memory not binarised": _memory_not_binarised,
-    "wrong scale before the memory encoder": _wrong_scale,
+    "zeroed pointers": _remembering(_pointers_lost),
+    "memory not binarised": _remembering(_not_binarised),
+    "wrong scale before the memory encoder": _remembering(_wrong_scale),
 }
 
 
