@@ -131,22 +131,26 @@ class Directory:
         slots = self._table.slots()
         return next((s for s in slots if s.base == name and does(s.task, task) and s.twin(source, options)), None)
 
+    def withdraw_loaded(self, name: str) -> list[str]:
+        """Stops offering a model that is in memory, without looking at files; its names, or none if it is not there."""
+        slot = self._table.get(name) if isinstance(name, str) else None
+        if slot is None and all(s.base != name for s in self._table.slots()):
+            return []
+        names = [name] if slot is None or slot.base is None else [name, slot.base]
+        self._withdrawn.update(names)
+        return names
+
     def withdraw(self, name: str) -> list[str]:
         """Stops offering a model under both of its names, which are returned.
 
         Raises:
             ModelNotFoundError: No such model.
         """
-        slot = self._table.get(name)
-        names = [name]
-        if slot is not None:
-            names += [slot.base] if slot.base is not None else []
-        elif all(s.base != name for s in self._table.slots()):
-            cards = self._cards(self._catalogue.scan()[0])
-            if name not in cards:
-                raise unknown_model(name, cards)
-            of = cards[name].of
-            names += [of] if of is not None else []
+        cards = self._cards(self._catalogue.scan()[0])
+        if name not in cards:
+            raise unknown_model(name, cards)
+        of = cards[name].of
+        names = [name] if of is None else [name, of]
         self._withdrawn.update(names)
         return names
 
@@ -185,7 +189,14 @@ class Directory:
         for entry in entries.values():
             if self._autoload and entry.name not in self._withdrawn and entry.family in FAMILIES:
                 cards[entry.name] = Card(
-                    entry.name, IMAGES, entry.source, self._options, entry.tracks, entry.checkpoint, _CLASSES[IMAGES], True
+                    entry.name,
+                    IMAGES,
+                    entry.source,
+                    self._options,
+                    entry.tracks,
+                    entry.checkpoint,
+                    _CLASSES[IMAGES],
+                    True,
                 )
         held: list[tuple[Slot | Unloaded, Card]] = [(u, self._card_of_unloaded(u)) for u in self._table.unloaded()]
         held += [(slot, self._card_of_slot(slot)) for slot in self._table.slots()]
@@ -210,9 +221,7 @@ class Directory:
     def _card_of_unloaded(gone: Unloaded) -> Card:
         if gone.base is not None:
             return Card(gone.base, IMAGES, gone.source, gone.options, True, gone.checkpoint, _CLASSES[IMAGES])
-        return Card(
-            gone.name, gone.task, gone.source, gone.options, gone.tracks, gone.checkpoint, _CLASSES[gone.task]
-        )
+        return Card(gone.name, gone.task, gone.source, gone.options, gone.tracks, gone.checkpoint, _CLASSES[gone.task])
 
     @staticmethod
     def _card_of_slot(slot: Slot) -> Card:

@@ -222,6 +222,7 @@ def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | N
 def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
     from ..models.sam2.cache import EmbeddingCache
     from ..models.sam2_video.model import Sam2VideoModel
+    from .needs import map_bytes
 
     video = Sam2VideoModel.open(
         bundle,
@@ -235,12 +236,11 @@ def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | No
     loaded = _loaded(bundle, kind, options, cleanup, video.predictor, video.info())
     loaded.task = InferenceTask.VIDEO_MASK_GENERATION
     loaded.video = video
-    image, constants = video.predictor.constants, video.video
-    map_bytes = 4 * constants.memory_dim * image.embed_size**2
+    one = map_bytes(video.predictor.constants, video.video)
 
     def use() -> MemoryUse:
         maps = sum(tracker.maps for tracker in loaded.trackers)
-        return video.memory() + MemoryUse(caches=maps * map_bytes)
+        return video.memory() + MemoryUse(caches=maps * one)
 
     loaded.use = use
     return loaded

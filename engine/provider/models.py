@@ -33,6 +33,7 @@ __all__ = ["ModelTable", "Slot", "Unloaded"]
 Needs = Callable[[Path, LoadOptions, str], MemoryUse]
 """What the bundle at a path will take with these settings, loaded for a task."""
 
+
 class ModelTable:
     """Slots by name. All methods return at once and may be called from any thread.
 

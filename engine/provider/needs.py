@@ -1,9 +1,9 @@
 """What a model will take, from its bundle's manifest, before anything is loaded.
 
-A bundle that tracks is loaded with all of its graphs to track, and with the two for images otherwise. Weights are the sizes of the graph files of the variant that will run (the largest one while that is not known yet), or
-of a TensorRT engine that was built from them on this machine; bindings and caches follow from the contract and the
-settings. Activations are an estimate until the first runs were measured: a multiple of the largest graph's inputs and
-outputs.
+A bundle that tracks is loaded with all of its graphs to track, and with the two for images otherwise. Weights are the
+sizes of the graph files of the variant that will run (the largest one while that is not known yet), or of a TensorRT
+engine that was built from them on this machine; bindings and caches follow from the contract and the settings.
+Activations are an estimate until the first runs were measured: a multiple of the largest graph's inputs and outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from ..contracts.base import GraphSpec, TensorSpec
 from ..contracts.sam2 import Sam2Constants
 from ..contracts.sam2_video import Sam2VideoConstants
 from ..errors import BundleError, ContractError
-from ..models.sam2_video.steps import ATTENTION_BYTES
 from ..runtime.memory import MemoryUse
 from .families import IMAGES, VIDEOS, tracks
 from .settings import LoadOptions
@@ -72,17 +71,22 @@ def declared_needs(path: Path, options: LoadOptions, task: str = IMAGES) -> Memo
 
 def with_tracking(needs: MemoryUse, image: Sam2Constants, video: Sam2VideoConstants) -> MemoryUse:
     """The figures of all graphs with what tracking `TRACKED_OBJECTS` objects takes beside them."""
+    from ..models.sam2_video.steps import ATTENTION_BYTES
+
     area = image.embed_size**2
     # Maps on the device for one object: a frame with a prompt, and as far as one attends on either side of it and of
     # the frame at hand (`ObjectBank.out_of_reach`), which overlap at the start of a clip only.
     reach = max(video.num_memories, video.max_pointers) - 1
-    maps = TRACKED_OBJECTS * (1 + 2 * reach) * 4 * video.memory_dim * area
+    maps = TRACKED_OBJECTS * (1 + 2 * reach) * map_bytes(image, video)
     # Attention weights, once as scores and once as probabilities; calls are split so that they stay below a limit.
     keys = video.num_memories * area + video.max_pointers * (image.hidden_dim // video.memory_dim)
     weights = max(4 * area * keys, min(ATTENTION_BYTES, TRACKED_OBJECTS * 4 * area * keys))
-    return replace(
-        needs, activations=max(needs.activations or 0, 2 * weights), caches=(needs.caches or 0) + maps
-    )
+    return replace(needs, activations=max(needs.activations or 0, 2 * weights), caches=(needs.caches or 0) + maps)
+
+
+def map_bytes(image: Sam2Constants, video: Sam2VideoConstants) -> int:
+    """What a tracker keeps of one frame for one object: memory map, pointer and mask logits."""
+    return 4 * (video.memory_dim * image.embed_size**2 + image.hidden_dim + image.mask_size**2)
 
 
 def _video(manifest: Manifest) -> tuple[Sam2Constants, Sam2VideoConstants] | None:

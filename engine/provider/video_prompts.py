@@ -154,7 +154,9 @@ def _of_lists(request: Any, ids: list[int], frames: list[int]) -> list[VideoProm
     prompts = []
     for i in range(count):
         points, labels, box = (given[key][i] if given[key] else None for key in ("points", "labels", "boxes"))
-        prompt = Prompt(points=_some(points), labels=_some(labels) if _some(points) is not None else None, box=_some(box))
+        prompt = Prompt(
+            points=_some(points), labels=_some(labels) if _some(points) is not None else None, box=_some(box)
+        )
         if prompt.points is None and prompt.box is None:
             raise InvalidRequestError(
                 f"Object {ids[i]} has neither point nor box on frame {frames[i]}.", "Give one, or leave the object out."
@@ -171,7 +173,9 @@ def _of_keyframes(keyframes: list[Any], ids: list[int], frames: list[int]) -> li
 def _keyframe(keyframe: Any, where: str, object_id: int, fallback: list[int]) -> VideoPrompt:
     """One keyframe; `fallback` holds the frame index for one that does not tell its own."""
     if not isinstance(keyframe, Mapping):
-        raise InvalidRequestError(f"{where} must be an object, got {type(keyframe).__name__}.", "See frame_index, points.")
+        raise InvalidRequestError(
+            f"{where} must be an object, got {type(keyframe).__name__}.", "See frame_index, points."
+        )
     own = keyframe.get("frame_index")
     if own is None and not fallback:
         raise InvalidRequestError(f"{where} has no frame_index.", "Say which frame it marks, counted from 0.")
@@ -180,7 +184,8 @@ def _keyframe(keyframe: Any, where: str, object_id: int, fallback: list[int]) ->
     if mask is not None:
         if points is not None or box is not None:
             raise InvalidRequestError(
-                f"{where} has a mask together with points or a box.", "Send the mask alone, or points and box without it."
+                f"{where} has a mask together with points or a box.",
+                "Send the mask alone, or points and box without it.",
             )
         if not isinstance(mask, Mapping):
             raise InvalidRequestError(f"{where}.mask must have 'size' and 'counts'.", "Send COCO run lengths.")
@@ -203,7 +208,9 @@ def _points(points: Any, where: str) -> tuple[list[list[float]] | None, list[int
         coords.append([_number(point.get(key), f"{where}[{i}].{key}") for key in ("x", "y")])
         label = point.get("label")
         if label is not None and (isinstance(label, bool) or label not in (0, 1)):
-            raise InvalidRequestError(f"{where}[{i}].label is {label!r:.60}.", "Use 1 for the object, 0 for background.")
+            raise InvalidRequestError(
+                f"{where}[{i}].label is {label!r:.60}.", "Use 1 for the object, 0 for background."
+            )
         labels.append(1 if label is None else int(label))
     return coords, labels
 
@@ -215,7 +222,9 @@ def _box(box: Any, where: str) -> list[float] | None:
         raise InvalidRequestError(f"{where} must have x, y, width and height, got {box!r:.60}.", "Send all four.")
     x, y, width, height = (_number(box.get(key), f"{where}.{key}") for key in ("x", "y", "width", "height"))
     if width <= 0 or height <= 0:
-        raise InvalidRequestError(f"{where} is {width:g}x{height:g}: it has no area.", "Send a width and height above 0.")
+        raise InvalidRequestError(
+            f"{where} is {width:g}x{height:g}: it has no area.", "Send a width and height above 0."
+        )
     return [x, y, x + width, y + height]
 
 

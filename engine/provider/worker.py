@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..errors import CancelledError
 from .errors import InferenceTimeoutError, InvalidRequestError, ModelBusyError, ModelNotFoundError
@@ -27,6 +27,12 @@ QUEUE_DEPTH = 32
 
 MOST_IN_A_ROW = 8
 """Requests that may pass a waiting background step one after the other, so that many annotators do not stop a job."""
+
+
+class Cancellable(Protocol):
+    """Work that its owner can give up."""
+
+    def cancel(self) -> None: ...
 
 
 class Job:
@@ -197,7 +203,7 @@ def settled() -> Future[T]:
     return future
 
 
-async def wait_for(future: Future[T], deadline: Deadline, what: str, job: Job | None = None) -> T:
+async def wait_for(future: Future[T], deadline: Deadline, what: str, job: Cancellable | None = None) -> T:
     """Waits without blocking the event loop.
 
     Leaving early, by timeout or because the waiting task was cancelled, cancels `job` and, unless it runs already,
@@ -221,7 +227,7 @@ async def wait_for(future: Future[T], deadline: Deadline, what: str, job: Job | 
     return wrapped.result()
 
 
-def _leave(wrapped: asyncio.Future[T], future: Future[T], job: Job | None) -> None:
+def _leave(wrapped: asyncio.Future[T], future: Future[T], job: Cancellable | None) -> None:
     if job is not None:
         job.cancel()
     # Directly too: asyncio passes a cancellation on one loop turn later, which a closing loop does not have.
