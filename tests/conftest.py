@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +74,21 @@ def demo_bundle() -> Path:
     if not (folder / "manifest.json").is_file():
         pytest.skip("the demo bundle is not in this tree")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any, Any]:
+    """Five graphs of a tiny SAM 2 that tracks: PyTorch model, folder of ``NAME.onnx``, constants, video constants."""
+    pytest.importorskip("onnx", reason="the graphs are exported here: pip install 'pixano-edge[export]'")
+    pytest.importorskip("torch", reason="the reference: pip install 'pixano-edge[export]'")
+    from tests.support.tracking import make_graphs
+
+    return make_graphs(tmp_path_factory.mktemp("video-graphs"))
+
+
+@pytest.fixture(scope="session")
+def tracking_bundle(tiny_graphs: tuple[Any, Path, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle (fp32, no golden samples) of `tiny_graphs`; read-only."""
+    from tests.support.tracking import make_tracking_bundle
+
+    return make_tracking_bundle(*tiny_graphs[1:], tmp_path_factory.mktemp("bundle") / "tiny-tracks")

@@ -38,6 +38,7 @@ _KNOWN = {
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),
     "info": _Known("Show this machine, or the facts of one bundle."),
     "segment": _Known("Segment an image or a folder of images."),
+    "track": _Known("Track objects through a video."),
     "verify": _Known("Check a bundle on this machine against its golden samples."),
 }
 

@@ -48,7 +48,8 @@ class ParsedPrompt:
         return {"points": self.points, "labels": self.labels, "box": self.box}
 
 
-def _numbers(text: str, counts: tuple[int, ...], option: str) -> list[float]:
+def numbers(text: str, counts: tuple[int, ...], option: str) -> list[float]:
+    """Finite numbers separated by commas, as many as one of `counts`; raises BadParameter with the name `option`."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
@@ -59,7 +60,8 @@ def _numbers(text: str, counts: tuple[int, ...], option: str) -> list[float]:
     return values
 
 
-def _add_point(prompt: ParsedPrompt, values: Sequence[float], option: str) -> None:
+def add_point(prompt: ParsedPrompt, values: Sequence[float], option: str) -> None:
+    """Adds x, y and maybe a label; raises BadParameter for a label that is neither 0 nor 1."""
     label = values[2] if len(values) == 3 else 1.0
     if label not in (0.0, 1.0):
         raise typer.BadParameter(f"{option}: the label is 1 (on the object) or 0 (not on it), got {label:g}.")
@@ -67,7 +69,8 @@ def _add_point(prompt: ParsedPrompt, values: Sequence[float], option: str) -> No
     prompt.labels.append(int(label))
 
 
-def _box(values: Sequence[float], option: str) -> tuple[float, float, float, float]:
+def as_box(values: Sequence[float], option: str) -> tuple[float, float, float, float]:
+    """Checked corners; raises BadParameter for a box without area."""
     x0, y0, x1, y1 = values
     if x1 <= x0 or y1 <= y0:
         raise typer.BadParameter(f"{option} is x0,y0,x1,y1 with x1 > x0 and y1 > y0, got {x0:g},{y0:g},{x1:g},{y1:g}.")
@@ -83,8 +86,8 @@ def parse_prompts(points: Sequence[str], boxes: Sequence[str], prompts: Sequence
     found: list[ParsedPrompt] = []
     main = ParsedPrompt()
     for text in points:
-        _add_point(main, _numbers(text, (2, 3), "--point"), "--point")
-    parsed_boxes = [_box(_numbers(text, (4,), "--box"), "--box") for text in boxes]
+        add_point(main, numbers(text, (2, 3), "--point"), "--point")
+    parsed_boxes = [as_box(numbers(text, (4,), "--box"), "--box") for text in boxes]
     if main.points and len(parsed_boxes) > 1:
         raise typer.BadParameter("--point with several --box is ambiguous; give each object its own --prompt.")
     if main.points:
@@ -95,11 +98,11 @@ def parse_prompts(points: Sequence[str], boxes: Sequence[str], prompts: Sequence
     for text in prompts:
         one = ParsedPrompt()
         for part in text.split():
-            values = _numbers(part, (2, 3, 4), "--prompt")
+            values = numbers(part, (2, 3, 4), "--prompt")
             if len(values) < 4:
-                _add_point(one, values, "--prompt")
+                add_point(one, values, "--prompt")
             elif one.box is None:
-                one.box = _box(values, "--prompt")
+                one.box = as_box(values, "--prompt")
             else:
                 raise typer.BadParameter(f"--prompt takes at most one box, got two in '{text}'.")
         if not one.points and one.box is None:

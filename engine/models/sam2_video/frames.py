@@ -67,6 +67,10 @@ class Frames(abc.ABC):
             )
         return image
 
+    def name(self, index: int) -> str:
+        """File name of a frame where it has one, else its number."""
+        return f"{index:06d}"
+
     def close(self) -> None:  # noqa: B027 (nothing to close by default)
         """Frees files and decoders."""
 
@@ -95,6 +99,10 @@ class ImageFrames(Frames):
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def name(self, index: int) -> str:
+        image = self._images[index]
+        return image.name if isinstance(image, Path) else super().name(index)
 
     def _read(self, index: int) -> Image:
         image = self._images[index]

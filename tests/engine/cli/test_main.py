@@ -16,7 +16,7 @@ from pixano_edge.engine.cli import main as frame
 from pixano_edge.engine.cli.output import JsonOption
 from pixano_edge.engine.errors import BundleError
 
-COMMANDS = ("bench", "build", "bundle", "demo", "doctor", "export", "info", "segment", "verify")
+COMMANDS = ("bench", "build", "bundle", "demo", "doctor", "export", "info", "segment", "track", "verify")
 
 fake = typer.Typer()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pixano_edge.engine.contracts import sam2, sam2_video
@@ -16,8 +15,6 @@ from pixano_edge.engine.models.sam2_video.frames import open_frames
 from pixano_edge.engine.models.sam2_video.steps import Stepper
 from pixano_edge.engine.models.sam2_video.tracker import VideoTracker
 from pixano_edge.engine.runtime import open_device, open_session
-
-SIDE, WIDTH = 128, 128  # the video part of transformers needs a width of more than 64
 
 
 @dataclass
@@ -33,38 +30,6 @@ class Tiny:
         return VideoTracker(self.stepper, open_frames(frames), **options)
 
 
-@pytest.fixture(scope="session")
-def tiny_graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any, Any]:
-    onnx = pytest.importorskip("onnx", reason="the graphs are exported here: pip install 'pixano-edge[export]'")
-    torch = pytest.importorskip("torch", reason="the reference: pip install 'pixano-edge[export]'")
-    from pixano_edge.export.onnx_graph import export_graph
-    from pixano_edge.export.sam2 import graphs, video_graphs
-    from tests.support.tiny import make_tiny_model
-
-    torch.set_num_threads(1)
-    model = make_tiny_model(SIDE, WIDTH)
-    with torch.no_grad():
-        # Sharp weights in the loop through the memory make it chaotic: a rounding error would grow from frame to frame.
-        for name, parameter in model.named_parameters():
-            if name.startswith(("memory_attention", "memory_encoder")) and parameter.ndim > 1:
-                parameter.mul_(0.6)
-        # The time of a pointer would move the masks by less than rounding does.
-        model.temporal_positional_encoding_projection_layer.weight.mul_(8)
-        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(2.0)
-    constants = sam2.Sam2Constants(image_size=SIDE, hidden_dim=WIDTH)
-    video = video_graphs.video_constants(model)
-    folder = tmp_path_factory.mktemp("video-graphs")
-    modules = {**graphs.modules(model), **video_graphs.modules(model)}
-    for name, spec in {**sam2.graphs(constants), **sam2_video.graphs(constants, video)}.items():
-        example = (
-            graphs.example_inputs(name, constants)
-            if name in sam2.graphs(constants)
-            else video_graphs.example_inputs(name, constants, video)
-        )
-        onnx.save(export_graph(modules[name], spec, example), folder / f"{name}.onnx")
-    return model, folder, constants, video
-
-
 @pytest.fixture
 def tiny_video(tiny_graphs: tuple[Any, Path, Any, Any]) -> Iterator[Tiny]:
     model, folder, constants, video = tiny_graphs
@@ -77,22 +42,3 @@ def tiny_video(tiny_graphs: tuple[Any, Path, Any, Any]) -> Iterator[Tiny]:
     yield Tiny(model, constants, video, Stepper(predictor, sessions, video))
     for session in sessions.values():
         session.close()
-
-
-@pytest.fixture(scope="session")
-def moving() -> Callable[[int], list[np.ndarray]]:
-    """A clip of N frames, 96x144: two squares that move and cross over a textured ground."""
-
-    def make(count: int) -> list[np.ndarray]:
-        rng = np.random.default_rng(0)
-        ground = (rng.random((12, 18, 3)) * 120).astype(np.uint8).repeat(8, 0).repeat(8, 1)
-        frames = []
-        for i in range(count):
-            frame = ground.copy()
-            x = 10 + 3 * i % 100
-            frame[20:52, x : x + 30] = (230, 60, 40)
-            frame[40:70, 110 - x // 2 : 134 - x // 2] = (40, 90, 240)
-            frames.append(frame)
-        return frames
-
-    return make
