@@ -144,32 +144,18 @@ class ModelTable:
         """
         return slot.worker.submit(lambda job: self._request(slot, work, job))
 
-    def submit_step(
-        self,
-        slot: Slot,
-        work: Callable[[LoadedModel, Job], T],
-        after: Callable[[T | None, BaseException | None], None],
-    ) -> None:
-        """Queues one step of long work in the background, see `ModelWorker.submit`.
+    def submit_step(self, slot: Slot, work: Callable[[LoadedModel, Job], T], then: Callable[[Future[T]], None]) -> None:
+        """Queues one step of long work in the background, see `ModelWorker.submit`; what it takes goes into the books.
 
         Args:
             slot: A loaded model, held by the caller.
-            work: The step; what it takes goes into the books.
-            after: Gets the result or the error on the model's thread, right after the step; must not raise.
+            work: The step.
+            then: Gets its future on the model's thread, right after it.
 
         Raises:
             ModelNotFoundError: The model was unloaded.
         """
-
-        def step(job: Job) -> None:
-            try:
-                result = self._request(slot, work, job)
-            except BaseException as error:  # noqa: BLE001 (handed on, not swallowed)
-                after(None, error)
-            else:
-                after(result, None)
-
-        slot.worker.submit(step, background=True)
+        slot.worker.submit(lambda job: self._request(slot, work, job), background=True, then=then)
 
     def retire(self, slot: Slot) -> Future[None]:
         """Takes the model out of the table: a load under way is aborted, accepted requests finish, then it is freed.

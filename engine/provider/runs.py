@@ -184,9 +184,10 @@ class Run:
             self._append(found)
         return found
 
-    def _stepped(self, found: object, error: BaseException | None) -> None:
+    def _stepped(self, step: Future[object]) -> None:
         """On the model's thread, after each step."""
-        if error is not None or found is _LAST:
+        error = step.exception()
+        if error is not None or step.result() is _LAST:
             self._finish(error)
         else:
             self._queue()
@@ -212,8 +213,9 @@ class Run:
             error = error or problem
         finally:
             self._steps = self._frames = self._clip = None
-            self._end(COMPLETED if error is None else FAILED, error)
+            # The model first: whoever hears that this ended may need its room.
             self._table.let_go(self.slot)
+            self._end(COMPLETED if error is None else FAILED, error)
             self.freed.set_result(None)
 
     def _end(self, state: str, error: BaseException | None) -> None:

@@ -78,8 +78,9 @@ class Deadline:
 class _Item:
     """Accepted work."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[], Any], then: Callable[[Future[Any]], None] | None = None) -> None:
         self.work = work
+        self.then = then
         self.future: Future[Any] = Future()
 
     def run(self) -> None:
@@ -122,7 +123,12 @@ class ModelWorker:
             return self._pending == 0 and self._pending_steps == 0
 
     def submit(
-        self, work: Callable[[Job], T], job: Job | None = None, *, background: bool = False
+        self,
+        work: Callable[[Job], T],
+        job: Job | None = None,
+        *,
+        background: bool = False,
+        then: Callable[[Future[T]], None] | None = None,
     ) -> tuple[Job, Future[T]]:
         """Queues `work`; it is called with its `Job`.
 
@@ -130,6 +136,8 @@ class ModelWorker:
             work: What to run.
             job: Its owner's handle; None makes one.
             background: Let requests go first, and never refuse it for a full queue.
+            then: Called with the future of `work` on the same thread, before anything else runs there, when `work` is
+                no longer counted; must not raise.
 
         Raises:
             ModelNotFoundError: The worker was finished.
@@ -143,7 +151,7 @@ class ModelWorker:
                 raise ModelBusyError(
                     f"{self._pending} requests wait for model '{self.name}' already.", "Try again in a moment."
                 )
-            item = _Item(lambda: self._run(work, job))
+            item = _Item(lambda: self._run(work, job), then)
             self._pool.submit(self._turn)  # one turn for each item; which one it takes is decided when it comes
             if background:
                 self._steps.append(item)
@@ -170,6 +178,8 @@ class ModelWorker:
         with self._lock:
             item = self._next()
         item.run()
+        if item.then is not None:
+            item.then(item.future)
 
     def _next(self) -> _Item:
         """Under the lock: there are as many turns as items."""

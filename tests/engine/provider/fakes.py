@@ -134,7 +134,7 @@ class FakeTracker:
         self.maps = 0
 
     def _mark(self, object_id: int, frame: int, mask: np.ndarray) -> FakeFound:
-        self.model.step(("prompt", object_id, frame))
+        self.model.step(self, ("prompt", object_id, frame))
         self.frames[frame]
         self.prompts.setdefault(object_id, {})[frame] = mask
         self.maps += 1
@@ -162,7 +162,7 @@ class FakeTracker:
         step = -1 if end < start else 1
         for frame in range(start, end + step, step):
             assert not self.closed, "used after close"
-            self.model.step(("frame", frame))
+            self.model.step(self, ("frame", frame))
             self.frames[frame]
             yield FakeFrame(frame, [self._moved(i, frame) for i in self.prompts])
 
@@ -183,7 +183,7 @@ class FakeTracker:
 class FakeVideoModel:
     """Makes `FakeTracker`s. `gate` holds every step back until it is set; `entered` tells that one has begun.
 
-    `error` is raised instead of frame `error_at`.
+    `error` is raised instead of frame `error_at`. `turns` tells the number of the tracker of each of `steps`.
     """
 
     def __init__(self, predictor: FakePredictor) -> None:
@@ -192,6 +192,7 @@ class FakeVideoModel:
         self.gate.set()
         self.entered = threading.Event()
         self.steps: list[tuple[Any, ...]] = []
+        self.turns: list[int] = []
         self.given: list[tuple[int, int, Prompt]] = []
         self.trackers: list[FakeTracker] = []
         self.threads: set[str] = set()
@@ -205,7 +206,7 @@ class FakeVideoModel:
         self.trackers.append(tracker)
         return tracker
 
-    def step(self, what: tuple[Any, ...]) -> None:
+    def step(self, tracker: FakeTracker, what: tuple[Any, ...]) -> None:
         self.threads.add(threading.current_thread().name)
         self.entered.set()
         assert self.gate.wait(20)
@@ -214,6 +215,7 @@ class FakeVideoModel:
         if self.error is not None and what == ("frame", self.error_at):
             raise self.error
         self.steps.append(what)
+        self.turns.append(self.trackers.index(tracker))
 
     def close(self) -> None:
         self.predictor.close()
