@@ -40,8 +40,8 @@ SPARE_FEATURES = 3
 
 
 TRACKED_OBJECTS = 8
-"""Objects whose memories are declared for a model that tracks; what more of them take shows in use. An estimate: the
-clips of annotators have a handful."""
+"""Objects, with one prompt each, whose memories are declared for a model that tracks; what more of them take shows in
+use. An estimate: the clips of annotators have a handful."""
 
 
 def declared_needs(path: Path, options: LoadOptions, task: str = IMAGES) -> MemoryUse:
@@ -74,10 +74,10 @@ def with_tracking(needs: MemoryUse, image: Sam2Constants, video: Sam2VideoConsta
     from ..models.sam2_video.steps import ATTENTION_BYTES
 
     area = image.embed_size**2
-    # Maps on the device for one object: a frame with a prompt, and as far as one attends on either side of it and of
-    # the frame at hand (`ObjectBank.out_of_reach`), which overlap at the start of a clip only.
+    # What one object keeps: as far as one attends on either side of a frame with a prompt and behind the frame at hand
+    # (`ObjectBank.out_of_reach`), that prompted frame, and two for what is being written.
     reach = max(video.num_memories, video.max_pointers) - 1
-    maps = TRACKED_OBJECTS * (1 + 2 * reach) * map_bytes(image, video)
+    maps = TRACKED_OBJECTS * 3 * (reach + 1) * map_bytes(image, video)
     # Attention weights, once as scores and once as probabilities; calls are split so that they stay below a limit.
     keys = video.num_memories * area + video.max_pointers * (image.hidden_dim // video.memory_dim)
     weights = max(4 * area * keys, min(ATTENTION_BYTES, TRACKED_OBJECTS * 4 * area * keys))
