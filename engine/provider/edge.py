@@ -87,7 +87,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         max_image_pixels: Larger images are refused before they are decoded.
         max_image_bytes: Larger encoded images are refused.
         max_video_bytes: Larger video files are refused.
-        queue_depth: Requests that may run or wait per model; one more gets `ModelBusyError` at once.
+        queue_depth: Requests that may run or wait per model, and clips that it may track in at once; one more gets
+            `ModelBusyError` at once.
         memory_limits: Memory that models may take: one limit for every device or a mapping (``cpu``, ``cuda:N``,
             ``cuda``, ``*``) to bytes, a share or text such as ``6GiB`` and ``80%``. None takes the environment's
             ``PIXANO_EDGE_MEMORY``, and without that 80 % of RAM and 90 % of each GPU. What other processes use counts
@@ -133,7 +134,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         self._table = ModelTable(opener, queue_depth, budget, auto_gpus)
         self._directory = Directory(self._catalogue, self._table, self._options, autoload)
         self._media = MediaPolicy(media_roots)
-        self._video = VideoService(self._table, self._hold_tracking, self._media, MemoryJobStore(job_ttl, job_cap))
+        jobs = MemoryJobStore(job_ttl, job_cap)
+        self._video = VideoService(self._table, self._hold_tracking, self._media, jobs, queue_depth)
         self._files = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixano-edge-files")
         self._closed = False
 
@@ -293,6 +295,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
                 decode; the message names the frame.
             ModelNotFoundError: No such model, or it was unloaded, also while this ran.
             TaskNotSupportedError: The model does not track.
+            ModelBusyError: The model tracks in as many clips as it may.
             InferenceTimeoutError: No answer in time; the work stops within one frame.
             InferenceError: The back end failed; the message names the frame.
         """
@@ -330,7 +333,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         Raises:
             InvalidRequestError: A prompt or the interval is malformed. What only the clip tells fails the job.
             ModelNotFoundError, TaskNotSupportedError: As there.
-            ModelBusyError: As many jobs run as are kept.
+            ModelBusyError: The model tracks in as many clips as it may, or as many jobs run as are kept.
         """
         with provider_errors():
             return await self._video.submit(input_data, Deadline(timeout))

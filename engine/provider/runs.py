@@ -81,6 +81,7 @@ class Run:
         done: Frames done.
         total: Frames in all; None until the clip is open.
         model: The loaded model; None until then.
+        released: Whether clip, memories and model were let go, which comes before `ended` where nobody cancels.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Run:
         self.total: int | None = None
         self.model: LoadedModel | None = None
         self.state = RUNNING
+        self.released = False
         self._table = table
         self._request = request
         self._clip: Callable[[LoadedModel], Frames] | None = clip
@@ -215,6 +217,7 @@ class Run:
             self._steps = self._frames = self._clip = None
             # The model first: whoever hears that this ended may need its room.
             self._table.let_go(self.slot)
+            self.released = True
             self._end(COMPLETED if error is None else FAILED, error)
             self.freed.set_result(None)
 

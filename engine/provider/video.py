@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .clips import open_clip
-from .errors import InferenceError
+from .errors import InferenceError, ModelBusyError
 from .jobs import JobLog, JobRecord, JobStore, found, new_record, status_of
 from .media import MediaPolicy
 from .models import ModelTable, Slot
@@ -33,10 +33,12 @@ class VideoService:
         hold: Finds and holds the model of a request.
         media: Which files requests may name.
         store: Keeps jobs.
+        depth: Runs that one model may have at once; one more is refused. Each has memories of its own.
     """
 
-    def __init__(self, table: ModelTable, hold: Hold, media: MediaPolicy, store: JobStore) -> None:
+    def __init__(self, table: ModelTable, hold: Hold, media: MediaPolicy, store: JobStore, depth: int) -> None:
         self._table = table
+        self._depth = depth
         self._hold = hold
         self._media = media
         self._store = store
@@ -136,6 +138,11 @@ class VideoService:
             with self._lock:
                 if self._closed:
                     raise InferenceError("This provider is closed.", "Make a new one.")
+                others = sum(other.slot is slot and not other.released for other in self._runs)
+                if others >= self._depth:
+                    raise ModelBusyError(
+                        f"Model '{slot.name}' tracks in {others} clips already.", "Try again later, or cancel a job."
+                    )
                 if record is not None:
                     self._store.add(record)
                 self._runs[run] = None

@@ -64,9 +64,9 @@ def test_a_broken_frame_names_itself_when_it_is_its_turn() -> None:
 
 
 def test_limits_and_policy_hold_for_each_frame() -> None:
-    with pytest.raises(FrameError, match="Frame 0: .*1000 pixels"):
+    with pytest.raises(FrameError, match=r"Frame 0: .*1000 pixels"):
         open_clip([png()], ANY, LoadOptions(max_image_pixels=1000))
-    with pytest.raises(FrameError, match="Frame 0: .*10 bytes"):
+    with pytest.raises(FrameError, match=r"Frame 0: .*10 bytes"):
         open_clip([png()], ANY, LoadOptions(max_image_bytes=10))
     with pytest.raises(FrameError, match="Frame 0: Paths are not allowed"):
         open_clip(["/etc/hostname"], NONE, OPTIONS)
@@ -106,7 +106,7 @@ def test_video_files_that_are_refused_leave_nothing(movie: Path, temporary: Path
     ):
         with pytest.raises(InvalidRequestError, match=message):
             open_clip(source, NONE, OPTIONS)
-    with pytest.raises(ImageError, match="the video.* holds no frame"):
+    with pytest.raises(ImageError, match=r"the video.* holds no frame"):
         open_clip(b"no video at all", ANY, OPTIONS)
     assert list(temporary.iterdir()) == []
 

@@ -82,8 +82,11 @@ def test_keyframes() -> None:
 
 def test_keyframes_win_over_lists() -> None:
     request = _read(
-        objects_ids=[1], frame_indexes=[0], points=[[[9, 9]]], keyframes=[{"frame_index": 2, "points": [{"x": 1, "y": 2}]}]
-    )  # fmt: skip
+        objects_ids=[1],
+        frame_indexes=[0],
+        points=[[[9, 9]]],
+        keyframes=[{"frame_index": 2, "points": [{"x": 1, "y": 2}]}],
+    )
     assert _shown(request) == [(1, 2, ([[1, 2]], [1], None), None)]
     fallback = _read(objects_ids=[1], frame_indexes=[6], keyframes=[{"points": [{"x": 1, "y": 2}]}])
     assert fallback.prompts[0].frame == 6
@@ -144,7 +147,7 @@ _BOX = {"x": 1, "y": 1, "width": 2, "height": 2}
         ),
         ({"keyframes": [{"frame_index": 0, "box": [1, 2, 3, 4]}], "objects_ids": [1]}, "x, y, width and height"),
         ({"keyframes": [{"frame_index": 0, "box": {**_BOX, "width": 0}}], "objects_ids": [1]}, "no area"),
-        ({"keyframes": [{"frame_index": 0, "box": {**_BOX, "x": float("nan")}}], "objects_ids": [1]}, "x must be a number"),
+        ({"keyframes": [{"frame_index": 0, "box": {**_BOX, "x": np.nan}}], "objects_ids": [1]}, "x must be a number"),
         ({"keyframes": [_POINT, _POINT], "objects_ids": [8, 8]}, "Object 8 is marked twice on frame 0"),
         ({"keyframes": [_POINT], "objects_ids": [1], "propagate": "yes"}, "propagate must be"),
         ({"keyframes": [_POINT], "objects_ids": [1], "interval": [0, 3]}, "start_frame and end_frame"),
