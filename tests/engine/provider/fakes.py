@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class FakePredictor:
     predicted: list[list[Prompt]] = field(default_factory=list)
     closed: bool = False
     threads: set[str] = field(default_factory=set)
+    on_predict: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -85,6 +86,7 @@ class FakePredictor:
         self.entered.set()
         assert self.gate.wait(20)
         assert not self.closed, "used after close"
+        self.on_predict()
         self.predicted.append(prompts)
         height, width = source.original_size
         count = 3 if multimask else 1
@@ -181,7 +183,8 @@ class FakeTracker:
 
 
 class FakeVideoModel:
-    """Makes `FakeTracker`s. `gate` holds every step back until it is set; `entered` tells that one has begun.
+    """Makes `FakeTracker`s. `gate` holds every step back until it is set, or `hold_at` alone, which `reached` tells;
+    `entered` tells that a step has begun.
 
     `error` is raised instead of frame `error_at`. `turns` tells the number of the tracker of each of `steps`.
     """
@@ -197,6 +200,8 @@ class FakeVideoModel:
         self.trackers: list[FakeTracker] = []
         self.threads: set[str] = set()
         self.seconds = 0.0
+        self.hold_at: tuple[Any, ...] | None = None
+        self.reached = threading.Event()
         self.error: Exception | None = None
         self.error_at = 0
 
@@ -209,7 +214,9 @@ class FakeVideoModel:
     def step(self, tracker: FakeTracker, what: tuple[Any, ...]) -> None:
         self.threads.add(threading.current_thread().name)
         self.entered.set()
-        assert self.gate.wait(20)
+        if self.hold_at in (None, what):
+            self.reached.set()
+            assert self.gate.wait(20)
         if self.seconds:
             time.sleep(self.seconds)
         if self.error is not None and what == ("frame", self.error_at):
