@@ -10,6 +10,8 @@ from typing import Any
 from pixano_edge.engine.errors import EdgeError
 
 SIZES = ("tiny", "small", "base-plus", "large")
+VIDEO_SIZES = ("demo", *SIZES)
+"""``demo`` has the shape of the bundled demo model, at its 256 pixels."""
 
 
 def cache_root() -> Path:
@@ -24,8 +26,6 @@ def random_model(size: str, image_size: int, seed: int) -> Any:
     The start values of transformers give nearly constant masks. Here matrices are drawn with a gain on
     1 / sqrt(fan in), so that masks have borders and an error in the features can be seen in them.
     """
-    import torch
-    from torch import nn
     from transformers import Sam2Model
     from transformers.utils import logging
 
@@ -39,6 +39,49 @@ def random_model(size: str, image_size: int, seed: int) -> Any:
     config.vision_config.backbone_config.image_size = [image_size, image_size]
     model = Sam2Model(config).eval()
     logging.disable_progress_bar()
+    _draw(model, seed)
+    return model
+
+
+def random_video_model(size: str, image_size: int, seed: int) -> Any:
+    """A transformers ``Sam2VideoModel`` of an official SAM 2.1 size, or of the demo's, as `random_model`.
+
+    Objects are never judged absent. The memory modules get smaller weights: a loop through sharp ones is chaotic, so
+    that rounding errors would grow from frame to frame.
+    """
+    import torch
+    from transformers import Sam2VideoModel
+    from transformers.utils import logging
+
+    from pixano_edge.export.demo.sam2_model import tiny_config
+    from pixano_edge.export.sam2.sizes import SIZES as EXPORT_SIZES
+
+    grid = image_size // 16
+    if size == "demo":
+        config: Any = tiny_config(size=image_size)
+    else:
+        config = next(s for s in EXPORT_SIZES if s.name == f"hiera-{size}").video_config("sam2.1")
+        config.image_size = image_size
+        config.prompt_encoder_config.image_size = image_size
+        config.memory_attention_rope_feat_sizes = [grid, grid]
+        config.vision_config.backbone_feature_sizes = [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2]
+        config.vision_config.backbone_config.image_size = [image_size, image_size]
+    model = Sam2VideoModel(config).eval()
+    logging.disable_progress_bar()
+    _draw(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("memory_attention", "memory_encoder")) and parameter.ndim > 1:
+                parameter.mul_(0.5)
+        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(10.0)
+    return model
+
+
+def _draw(model: Any, seed: int) -> None:
+    """Draws a model's weights as `random_model` says."""
+    import torch
+    from torch import nn
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -51,24 +94,32 @@ def random_model(size: str, image_size: int, seed: int) -> Any:
         position.copy_(torch.randn(position.shape, generator=generator))
         # One random Fourier matrix serves the image grid and the prompts, as in SAM 2.
         model.prompt_encoder.shared_embedding.positional_embedding.copy_(position)
-    return model
 
 
-def random_checkpoint(size: str, image_size: int = 1024, seed: int = 0) -> Path:
+def random_checkpoint(size: str, image_size: int = 1024, seed: int = 0, *, video: bool = False) -> Path:
     """Folder of such a checkpoint in transformers' format, made once and kept in the cache.
+
+    Args:
+        size: One of `SIZES`, with `video` of `VIDEO_SIZES`.
+        image_size: Side of the model input.
+        seed: Of the weights.
+        video: With the memory modules.
 
     Raises:
         EdgeError: Unknown size, or an image size that is not a multiple of 32.
     """
-    if size not in SIZES or image_size < 64 or image_size % 32:
+    known = VIDEO_SIZES if video else SIZES
+    if size not in known or image_size < 64 or image_size % 32:
         raise EdgeError(
             f"There is no random SAM 2.1 '{size}' at {image_size} pixels.",
-            f"Sizes: {', '.join(SIZES)}; the image size is a multiple of 32 from 64 on.",
+            f"Sizes: {', '.join(known)}; the image size is a multiple of 32 from 64 on.",
         )
-    folder = cache_root() / f"sam2.1-hiera-{size}-{image_size}-random{seed}"
+    kind = "video-" if video else ""
+    folder = cache_root() / f"sam2.1-hiera-{size}-{image_size}-{kind}random{seed}"
     if not (folder / "config.json").is_file():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        random_model(size, image_size, seed).save_pretrained(partial)
+        make = random_video_model if video else random_model
+        make(size, image_size, seed).save_pretrained(partial)
         note = "---\nlicense: apache-2.0\n---\nSeeded random weights made by pixano-edge bench; they know nothing.\n"
         (partial / "README.md").write_text(note, encoding="utf-8")
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,75 @@ def segment(
 
 
 @app.command()
+def track(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="SAM 2 video checkpoint folder in transformers' format.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option(help="Bundle of that checkpoint; without --checkpoint only the engine is timed.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="Random model without --checkpoint: demo, tiny, small, base-plus, large.")
+    ] = "demo",
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the random model's input; default: 256 for demo, 1024 for others.")
+    ] = None,
+    objects: Annotated[
+        list[int] | None, typer.Option("--objects", min=1, max=64, help="Numbers of objects; default: 1, 2, 4, 8.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed frames per contender and number of objects.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Frames of each before that.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 2,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tracking, per frame, next to PyTorch's video predictor (transformers, fp32 and bf16), taken in turns.
+
+    Every contender has a full memory bank and tracks 1, 2, 4 and 8 objects; a line fitted through its times tells what
+    a frame costs and what each object adds. Masks are compared on the last frame. Without --checkpoint a model with
+    seeded random weights is made and exported once into the cache.
+    """
+    from .track import COLUMNS, costs, measure, table_rows, to_dicts
+
+    torch_here = all(importlib.util.find_spec(m) is not None for m in ("torch", "transformers"))
+    if not torch_here and bundle is None:
+        raise MissingDependencyError("torch", "export", "Making the bundle and the comparison with PyTorch")
+    facts = environment(threads)
+    with progress("Preparing", None, enabled=not as_json) as steps:
+        if bundle is None:
+            from .checkpoints import exported_bundle, random_checkpoint
+
+            steps.label("making the random checkpoint")
+            side = image_size or (256 if size == "demo" else 1024)
+            checkpoint = checkpoint or random_checkpoint(size, side, video=True)
+            steps.label("exporting the bundle")
+            opened = open_bundle(str(exported_bundle(checkpoint)))
+        else:
+            opened = open_bundle(bundle)
+        if not torch_here:
+            note("PyTorch is not installed: no comparison. Install it with: pip install 'pixano-edge[export]'")
+            checkpoint = None
+        elif checkpoint is None:
+            note("Without --checkpoint there is nothing to compare --bundle with.")
+        counts = sorted(set(objects or (1, 2, 4, 8)))
+        rows = measure(
+            opened, checkpoint, objects=counts, rounds=rounds, warmup=warmup, threads=threads, step=steps.label
+        )
+    if "-random" in opened.manifest.name:
+        note("The weights are random: speed is that of the real size, masks are arbitrary and touchier than real ones.")
+    fits = costs(rows)
+
+    def show() -> None:
+        title = f"{opened.manifest.name}, input {opened.manifest.preprocess.image_size} px, one frame with a full bank"
+        print_table(COLUMNS, table_rows(rows), title=title, right=COLUMNS[2:])
+        for fit in fits:
+            typer.echo(fit.text())
+
+    content = {"benchmark": "track", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
+    _report({**content, "costs": [asdict(fit) for fit in fits], "environment": facts}, show, as_json, output)
+
+
+@app.command()
 def gpu(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
     device: Annotated[str, typer.Option(help="cuda:N.")] = "cuda:0",

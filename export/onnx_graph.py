@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,14 @@ def count_parameters(model: onnx.ModelProto) -> int:
             count *= dim
         total += count
     return total
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the graph's initialisers, inside or not."""
+    return sum(
+        int(np.prod(t.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in model.graph.initializer
+    )
 
 
 @contextmanager

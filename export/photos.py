@@ -63,13 +63,13 @@ def find_photos(folder: Path) -> list[Path]:
     return [files[i] for i in picked]
 
 
-def load_photos(files: Sequence[Path]) -> list[Photo]:
-    """Opens pictures as they are stored (no EXIF rotation), reduced to `MAX_SIDE`.
+def load_photos(files: Sequence[Path | Photo]) -> list[Photo]:
+    """Opens pictures as they are stored (no EXIF rotation), reduced to `MAX_SIDE`; open ones stay as they are.
 
     Raises:
         ExportError: A file is not a readable picture.
     """
-    return [Photo(path.name, _open(path)) for path in files]
+    return [file if isinstance(file, Photo) else Photo(file.name, _open(file)) for file in files]
 
 
 def _open(path: Path) -> Pixels:

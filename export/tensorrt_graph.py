@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -49,7 +49,8 @@ from pixano_edge.export.differences import Feeds, Worst, measure, problems, size
 from pixano_edge.export.fp16 import fp32_nodes, rounded, to_fp16
 from pixano_edge.export.graph_edit import GraphEditor
 from pixano_edge.export.grid_sample import SAMPLE
-from pixano_edge.export.onnx_graph import check_contract, count_parameters
+from pixano_edge.export.half_weights import narrow, widen
+from pixano_edge.export.onnx_graph import check_contract, count_parameters, weight_bytes
 from pixano_edge.export.operators import check_tensorrt_10_3
 from pixano_edge.export.shared_weights import share_weights
 from pixano_edge.export.tensorrt_passes import PASSES, unwelcome
@@ -59,13 +60,16 @@ SUFFIX = "-tensorrt"
 FP32_TOLERANCE = 1e-5
 """Relative; re-ordered fp32 arithmetic alone gives some 1e-6."""
 
-ANGLES, NORMALISATION, SAMPLING, CONVERTER = "angles", "normalisation", "sampling", "converter"
+ANGLES, NORMALISATION, SAMPLING, MASK, CONVERTER = "angles", "normalisation", "sampling", "mask", "converter"
 REASONS = {
     ANGLES: "Angles of Fourier features reach tens of radians, where fp16 has steps of 0.03.",
     NORMALISATION: "Mean and variance overflow or lose precision in fp16; TensorRT 11 computes in the inputs' type.",
     SAMPLING: "Coordinates in fp16 place a sample no better than 1/1000 of the picture.",
+    MASK: "Logits of a mask are resized and compared with 0; rounded ones fall on the other side of it at the border.",
     CONVERTER: "The fp16 conversion of ONNX Runtime leaves this operator in fp32.",
 }
+Keep = Callable[[str, onnx.ModelProto], dict[str, str]]
+"""Nodes of a graph, by its name and model, that stay in fp32 in fp16 variants: name to key of `REASONS`."""
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _NORMALISATIONS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization")
 
@@ -114,11 +118,6 @@ def kept_in_fp32(model: onnx.ModelProto) -> dict[str, str]:
     return kept | dict.fromkeys(fp32_nodes(model), ANGLES)
 
 
-def to_tensorrt_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """fp16 copy of a fitted fp32 graph, with the nodes of `kept_in_fp32` between casts."""
-    return to_fp16(model, kept_in_fp32(model))
-
-
 def fp32_layers(model: onnx.ModelProto, kept: Mapping[str, str]) -> list[Fp32Layer]:
     """Nodes of an fp16 graph that compute in fp32, found in the graph itself; casts are the borders, not layers.
 
@@ -144,12 +143,16 @@ class TensorrtVariants:
         writer: The bundle; its plain graphs are written already.
         feeds: Makes inputs to compare with.
         threads: Threads of ONNX Runtime while comparing.
+        keep: What stays in fp32 in the family's plain fp16 graphs, and why; it does here too.
     """
 
-    def __init__(self, writer: BundleWriter, feeds: Feeds, threads: int | None = None) -> None:
+    def __init__(
+        self, writer: BundleWriter, feeds: Feeds, threads: int | None = None, keep: Keep | None = None
+    ) -> None:
         self._writer = writer
         self._feeds = feeds
         self._threads = threads
+        self._keep = keep
         self._entries: list[TensorrtVariant] = []
 
     def add(self, spec: GraphSpec, plain: Mapping[str, GraphVariant]) -> dict[str, GraphVariant]:
@@ -170,8 +173,12 @@ class TensorrtVariants:
                 variant is neither fp32 nor fp16.
         """
         reference = self._writer.root / plain["fp32"].file
-        fitted = fit(onnx.load(reference))
-        kept = kept_in_fp32(fitted.model)
+        model = onnx.load(reference)
+        widen(model)
+        fitted = fit(model)
+        # In the plain graph already, so it is no change: the family's own rules, and angles.
+        own = self._keep(spec.name, fitted.model) if self._keep is not None else {}
+        kept = {**kept_in_fp32(fitted.model), **own}
         return {
             f"{name}{SUFFIX}": self._add(spec, name, entry, fitted, kept, reference) for name, entry in plain.items()
         }
@@ -206,18 +213,19 @@ class TensorrtVariants:
             )
         half = entry.precision == "fp16"
         plain = self._writer.root / entry.file
-        unchanged = not fitted.passes and not (half and any(reason != ANGLES for reason in kept.values()))
+        unchanged = not fitted.passes and not (half and NORMALISATION in kept.values())
         file, weights = entry.file, None
         if unchanged:
             graph = onnx.load(plain) if half else fitted.model
             variant = entry.model_copy(update={"target": "tensorrt"})
             differences: dict[str, Worst] = {}
         else:
-            graph = to_tensorrt_fp16(fitted.model) if half else fitted.model
+            graph = to_fp16(fitted.model, kept) if half else fitted.model
             check_contract(graph, spec)
             file = str(PurePosixPath(entry.file).with_suffix(".tensorrt.onnx"))
-            weights = self._write(graph, file, plain, entry)
-            variant = _entry(graph, file, entry.precision)
+            loaded = weight_bytes(graph)
+            weights = self._write(graph, file, plain, half)
+            variant = _entry(graph, file, entry.precision, loaded if weights else None)
             differences = self._compare(spec, name, graph, reference, self._writer.root / file, half)
         self._entries.append(
             TensorrtVariant(
@@ -238,11 +246,14 @@ class TensorrtVariants:
         )
         return variant
 
-    def _write(self, graph: onnx.ModelProto, file: str, plain: Path, entry: GraphVariant) -> str | None:
+    def _write(self, graph: onnx.ModelProto, file: str, plain: Path, half: bool) -> str | None:
         """Writes the graph beside the plain one; returns the file that holds its weights."""
-        small, saved = share_weights(graph, plain)
-        self._writer.add_file(file, small.SerializeToString(deterministic=True))
-        return entry.file if saved else None
+        narrowed = 0 if half else narrow(graph)
+        shared = share_weights(graph, plain)
+        self._writer.add_file(file, shared.model.SerializeToString(deterministic=True))
+        if narrowed:
+            widen(graph)  # the fp16 variant is made from it too
+        return None if shared.holder is None else str(PurePosixPath(file).with_name(shared.holder))
 
     def _compare(
         self, spec: GraphSpec, name: str, graph: onnx.ModelProto, reference: Path, file: Path, half: bool
@@ -266,7 +277,7 @@ class TensorrtVariants:
         return worst
 
 
-def _entry(model: onnx.ModelProto, file: str, precision: Precision) -> GraphVariant:
+def _entry(model: onnx.ModelProto, file: str, precision: Precision, loaded: int | None) -> GraphVariant:
     return GraphVariant(
         file=file,
         precision=precision,
@@ -274,6 +285,7 @@ def _entry(model: onnx.ModelProto, file: str, precision: Precision) -> GraphVari
         target="tensorrt",
         nodes=len(model.graph.node),
         parameters=count_parameters(model),
+        weight_bytes=loaded,
     )
 
 

@@ -60,6 +60,9 @@ class GraphVariant(_Model):
     """``onnx``: any back end that reads ONNX; ``tensorrt``: changed for TensorRT only."""
     nodes: int
     parameters: int
+    weight_bytes: int | None = None
+    """Bytes of the weights once loaded, where the file does not hold them like that: they lie in another graph's file,
+    or in a narrower type. None: as the file's size says."""
 
 
 class Graph(_Model):
@@ -90,6 +93,18 @@ class MaskParity(_Model):
     min_iou: float
 
 
+class ClipParity(_Model):
+    """A short clip tracked by the engine, compared with PyTorch's video predictor frame by frame."""
+
+    variant: str
+    frames: int
+    """Answers compared; a frame that is tracked again after a correction counts again."""
+    objects: int
+    mean_iou: float
+    """As in `MaskParity`, with twice the tolerance."""
+    min_iou: float
+
+
 class ParityReport(_Model):
     """Figures taken at export against the PyTorch original on the same weights."""
 
@@ -99,6 +114,8 @@ class ParityReport(_Model):
     """What was compared on (names, not paths)."""
     tensors: list[TensorParity]
     masks: list[MaskParity]
+    clips: list[ClipParity] = []
+    """Empty for a bundle that does not track."""
     tolerance: dict[str, float]
     passed: bool
 

@@ -71,9 +71,9 @@ def plan_passes(prompts: Sequence[ObjectPrompt], length: int, start: int, end: i
     frames = sorted({p.frame for p in prompts})
     outside = [f for f in frames if not start <= f <= last]
     if outside:
-        where = (
-            f"the clip has {length} frames" if outside[-1] >= length else f"--start and --end leave {start} to {last}"
-        )
+        where = f"--start and --end leave frames {start} to {last}"
+        if outside[-1] >= length:
+            where = f"the clip has {length} frames"
         raise typer.BadParameter(f"There is a prompt on frame {outside[-1]}, but {where}.")
     passes = []
     if direction != "backward":

@@ -217,8 +217,10 @@ class OverlayWriter:
             return
         path = self._folder / PICTURES_NAME / f"{frame:06d}.{self._kind}"
         done, data = cv2.imencode(path.suffix, bgr)
+        if not done:
+            raise EdgeError(f"'{path.name}' cannot be encoded.", "Try another --overlay.")
         with replacing(path) as partial:
-            partial.write_bytes(data.tobytes() if done else b"")
+            partial.write_bytes(data.tobytes())
 
     def _start(self, width: int, height: int) -> None:
         if self._kind == "video":

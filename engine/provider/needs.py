@@ -136,7 +136,7 @@ def _graph(manifest: Manifest, graph: Graph, options: LoadOptions, bundled: Mapp
     """Largest of the variants that these settings may load, external weights and built engines included."""
     # Not by target: a TensorRT variant may have its weights in the file of the plain one.
     wanted = [v for k, v in graph.variants.items() if options.precision in (k, v.precision, "auto")]
-    sizes = [_file(manifest, variant.file) for variant in wanted]
+    sizes = [variant.weight_bytes or _file(manifest, variant.file) for variant in wanted]
     if _may_use_engines(options):
         hashes = [manifest.files[v.file].sha256 for v in wanted]
         sizes += [max(_built(digest), bundled.get(digest, 0)) for digest in hashes]

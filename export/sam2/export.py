@@ -20,16 +20,20 @@ from pixano_edge.engine.contracts import sam2_video
 from pixano_edge.engine.errors import BundleError, ExportError
 from pixano_edge.engine.libraries import ORT_WHEELS, installed_version, module_version
 from pixano_edge.export.fp16 import rounded, to_fp16
-from pixano_edge.export.onnx_graph import count_parameters, export_graph
+from pixano_edge.export.half_weights import narrow
+from pixano_edge.export.onnx_graph import count_parameters, export_graph, weight_bytes
 from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
 from pixano_edge.export.photos import Photo, default_photos, load_photos
 from pixano_edge.export.sam2 import checkpoint as checkpoints
-from pixano_edge.export.sam2 import graphs, parity, video_graphs
+from pixano_edge.export.sam2 import graphs, parity, precision, video_graphs, video_parity
 from pixano_edge.export.sam2.feeds import random_feeds
 from pixano_edge.export.sam2.golden import add_golden, picture_note
+from pixano_edge.export.shared_weights import share_weights
 from pixano_edge.export.tensorrt_graph import SUFFIX, TensorrtVariants
 
 VARIANTS = ("fp32", "fp16")
+# Graphs whose weights another one has too; the lender is exported before.
+_LENDERS = {sam2_video.TRACK_DECODER: (contract.MASK_DECODER,)}
 Progress = Callable[[str, int, int], None]
 """Called at the start of each step with its name, its number from 0, and the number of steps."""
 
@@ -40,7 +44,7 @@ def export_sam2(
     *,
     name: str | None = None,
     variants: Sequence[str] = VARIANTS,
-    photos: Sequence[Path] | None = None,
+    photos: Sequence[Path | Photo] | None = None,
     progress: Progress | None = None,
     revision: str | None = None,
     licence: str | None = None,
@@ -55,8 +59,9 @@ def export_sam2(
         destination: Folder of the bundle; made only when everything has passed.
         name: Name in the manifest; from the checkpoint if None.
         variants: ``fp32``, or ``fp32`` and ``fp16``.
-        photos: Picture files for parity and golden samples (the first two go into the bundle, reduced); two real
-            photos of the scikit-image wheel if None. A model that knows no photos needs pictures of its own kind.
+        photos: Pictures for parity and golden samples (the first two go into the bundle, reduced), files or loaded;
+            two real photos of the scikit-image wheel if None. A model that knows no photos needs pictures of its own
+            kind.
         progress: Called before each step.
         revision: Branch, tag or commit of a hub id.
         licence: SPDX identifier that overrides what the checkpoint says.
@@ -163,10 +168,30 @@ class _Export:
         for graph, spec in self._specs.items():
             self._step(f"Exporting {graph}")
             model = export_graph(modules[graph], spec, self._example(graph))
-            for variant in self._variants:
-                stored = model if variant == "fp32" else to_fp16(model)
+            for variant in reversed(self._variants):  # fp16 first: fp32 may refer to its weights
+                stored = model if variant == "fp32" else to_fp16(model, precision.kept_in_fp32(graph, model))
                 self._notes += [f"{FINDING}{variant} {graph}: {p}" for p in check_tensorrt_10_3(stored)]
-                self._entries[graph][variant] = _add_graph(self._writer, stored, graph, variant)
+                self._entries[graph][variant] = self._add_graph(stored, graph, variant)
+            self._entries[graph] = {v: self._entries[graph][v] for v in self._variants}
+
+    def _add_graph(self, model: onnx.ModelProto, graph: str, variant: Any) -> GraphVariant:
+        """Writes a plain graph; what an earlier file holds already, it refers to."""
+        parameters = count_parameters(model)
+        full = weight_bytes(model)
+        narrowed = narrow(model) if variant == "fp32" else 0
+        earlier = [held["fp16"] for held in (self._entries[graph],) if "fp16" in held]
+        earlier += [self._entries[other][variant] for other in _LENDERS.get(graph, ()) if other in self._entries]
+        shared = share_weights(model, *(self._writer.root / e.file for e in earlier))
+        file = f"graphs/{graph}.{variant}.onnx"
+        self._writer.add_file(file, shared.model.SerializeToString(deterministic=True))
+        return GraphVariant(
+            file=file,
+            precision=variant,
+            opset=next(o.version for o in model.opset_import if not o.domain),
+            nodes=len(model.graph.node),
+            parameters=parameters,
+            weight_bytes=full if narrowed or shared.saved else None,
+        )
 
     def _example(self, graph: str) -> tuple[Tensor, ...]:
         constants, video = self._loaded.constants, self._loaded.video
@@ -176,7 +201,7 @@ class _Export:
 
     def _fit_for_tensorrt(self) -> None:
         """Variants for TensorRT, and the report on them."""
-        tensorrt = TensorrtVariants(self._writer, random_feeds, self._threads)
+        tensorrt = TensorrtVariants(self._writer, random_feeds, self._threads, precision.kept_in_fp32)
         for graph, spec in self._specs.items():
             self._step(f"Fitting {graph} for TensorRT")
             self._entries[graph] |= tensorrt.add(spec, dict(self._entries[graph]))
@@ -188,13 +213,18 @@ class _Export:
         """Every variant against PyTorch; raises `parity.ParityError` when one is too far off."""
         self._step("Asking PyTorch")
         suite = parity.build_suite(self._loaded.model, self._photos, self._loaded.constants)
+        video = None
+        if self._loaded.video is not None:
+            video = video_parity.build_suite(
+                self._loaded.video_model, self._photos, self._loaded.constants, self._loaded.video
+            )
         measured = []
         for variant in [*self._variants, *(v + SUFFIX for v in self._variants)]:
             self._step(f"Measuring {variant}")
             # A TensorRT variant that is the plain file has the plain variant's figures.
             if variant in self._variants or self._changed(variant):
                 files = {graph: self._writer.root / held[variant].file for graph, held in self._entries.items()}
-                measured += _measure(files, suite, variant, self._threads)
+                measured += _measure(files, suite, video, variant, self._threads)
         return parity.require(suite, measured)
 
 
@@ -220,32 +250,33 @@ def tool_versions() -> dict[str, str]:
     }
 
 
-def _add_graph(writer: BundleWriter, model: onnx.ModelProto, graph: str, variant: Any) -> GraphVariant:
-    file = f"graphs/{variant}/{graph}.onnx"
-    writer.add_file(file, model.SerializeToString())
-    return GraphVariant(
-        file=file,
-        precision=variant,
-        opset=next(o.version for o in model.opset_import if not o.domain),
-        nodes=len(model.graph.node),
-        parameters=count_parameters(model),
-    )
-
-
 def _measure(
-    files: dict[str, Path], suite: parity.Suite, variant: str, threads: int | None
+    files: dict[str, Path],
+    suite: parity.Suite,
+    video: video_parity.VideoSuite | None,
+    variant: str,
+    threads: int | None,
 ) -> list[parity.VariantParity]:
     """Figures of one variant; fp16 twice, since ONNX Runtime's CPU provider hides most of its error."""
+
+    def compare(files: dict[str, Path], name: str, optimise: bool = True) -> parity.VariantParity:
+        run = parity.onnx_runner(files, threads, optimise)
+        found = parity.compare(run, suite, name)
+        if video is not None:
+            found.tensors += video_parity.compare_tensors(run, video, name)
+            found.clip = video_parity.compare_clip(files, video, name, threads, optimise)
+        return found
+
     if variant.startswith("fp32"):
-        return [parity.compare(parity.onnx_runner(files, threads), suite, variant)]
+        return [compare(files, variant)]
     with tempfile.TemporaryDirectory() as folder:
         copies = {graph: Path(folder) / f"{graph}.onnx" for graph in files}
         for graph, file in files.items():
             onnx.save(rounded(onnx.load(file)), copies[graph])
-        as_on_gpu = parity.compare(parity.onnx_runner(copies, threads, optimise=False), suite, variant)
+        as_on_gpu = compare(copies, variant, optimise=False)
     if variant != parity.FP16:
         return [as_on_gpu]
-    return [as_on_gpu, parity.compare(parity.onnx_runner(files, threads), suite, parity.FP16_CPU)]
+    return [as_on_gpu, compare(files, parity.FP16_CPU)]
 
 
 class _Steps:

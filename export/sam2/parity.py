@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pixano_edge.engine.bundle.manifest import MaskParity, ParityReport, TensorParity
+from pixano_edge.engine.bundle.manifest import ClipParity, MaskParity, ParityReport, TensorParity
 from pixano_edge.engine.contracts import sam2 as contract
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.errors import ExportError
@@ -78,6 +78,7 @@ class VariantParity:
 
     tensors: list[TensorParity] = field(default_factory=list)
     masks: MaskParity | None = None
+    clip: ClipParity | None = None
 
     def problems(self) -> list[str]:
         """Every figure that misses the bar, in words."""
@@ -92,6 +93,10 @@ class VariantParity:
             found.append(f"{self.masks.variant} masks: lowest IoU {self.masks.min_iou:.4f} < {FP32_MIN_IOU}")
         if self.masks and self.masks.variant.startswith("fp16") and not self.masks.mean_iou >= FP16_MEAN_IOU:
             found.append(f"{self.masks.variant} masks: mean IoU {self.masks.mean_iou:.4f} < {FP16_MEAN_IOU}")
+        if self.clip and self.clip.variant.startswith("fp32") and not self.clip.min_iou >= FP32_MIN_IOU:
+            found.append(f"{self.clip.variant} clip: lowest IoU {self.clip.min_iou:.4f} < {FP32_MIN_IOU}")
+        if self.clip and self.clip.variant.startswith("fp16") and not self.clip.mean_iou >= FP16_MEAN_IOU:
+            found.append(f"{self.clip.variant} clip: mean IoU {self.clip.mean_iou:.4f} < {FP16_MEAN_IOU}")
         return found
 
 
@@ -184,6 +189,7 @@ def report(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
         inputs=suite.photos,
         tensors=[t for v in variants for t in v.tensors],
         masks=[v.masks for v in variants if v.masks],
+        clips=[v.clip for v in variants if v.clip],
         tolerance=TOLERANCE,
         passed=not any(v.problems() for v in variants),
     )

@@ -102,7 +102,7 @@ def answer(model: Any, features: Features, case: PromptCase, size: tuple[int, in
     if case.mask is not None:
         prompt["input_masks"] = torch.from_numpy(case.mask)[None, None]
     multi = model(image_embeddings=features.tensors, multimask_output=True, **prompt)
-    with _single_mask_as_is(model):
+    with single_mask_as_is(model):
         single = model(image_embeddings=features.tensors, multimask_output=False, **prompt)
     return Answer(
         masks=torch.cat([single.pred_masks, multi.pred_masks], dim=2)[0].numpy(),
@@ -112,7 +112,7 @@ def answer(model: Any, features: Features, case: PromptCase, size: tuple[int, in
 
 
 @contextmanager
-def _single_mask_as_is(model: Any) -> Iterator[None]:
+def single_mask_as_is(model: Any) -> Iterator[None]:
     """Switches off the stability fallback, which would replace mask 0 by one of the others."""
     before = model.mask_decoder.dynamic_multimask_via_stability
     model.mask_decoder.dynamic_multimask_via_stability = False

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Sam2VideoInferenceSession
 
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
+from pixano_edge.engine.models.sam2_video.clip import Clip
 from pixano_edge.export.sam2.reference import LOGIT_LIMIT, preprocess
 
 FloatArray = npt.NDArray[np.float32]
@@ -102,6 +103,29 @@ class VideoReference:
             session, frame, [0], [answer["high_res_masks"]], [answer["object_score_logits"]], [True]
         )
         return answer["pred_masks"][0, 0].numpy().copy(), float(answer["object_score_logits"].squeeze())
+
+    def follow(self, clip: Clip) -> list[dict[int, Answer]]:
+        """Does what a clip says, whose frames these are: the answers by object, in `Clip.order`."""
+        found = []
+        seen: set[tuple[int, int]] = set()
+        for one in clip.passes:
+            for p in one.prompts:
+                mark = self.correct if (p.object_id, p.frame) in seen else self.prompt
+                mark(p.object_id, p.frame, p.points, p.labels, p.box)
+            for frame, answers in self.propagate(one.start, one.end):
+                seen |= {(number, frame) for number in answers}
+                found.append(answers)
+        return found
+
+    def stored(self, object_id: int) -> list[dict[str, Any]]:
+        """What each frame left behind for an object, as transformers stores it, in the order of the frames."""
+        outputs = self._sessions[object_id].output_dict_per_obj[0]
+        return [v for _, v in sorted({**outputs["non_cond_frame_outputs"], **outputs["cond_frame_outputs"]}.items())]
+
+    def features(self, frame: int) -> dict[str, Any]:
+        """Vision features of a frame that was seen, as transformers caches them."""
+        kept: dict[str, Any] = self._features[frame]
+        return kept
 
     def propagate(self, start: int, end: int) -> Iterator[tuple[int, dict[int, Answer]]]:
         """Tracks all objects from `start` to `end`, included; backwards where `end` is smaller."""

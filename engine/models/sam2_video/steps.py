@@ -189,11 +189,26 @@ class Stepper:
         np.copyto(slot.logits, _resized(full, low))
         return Step(slot.logits.copy(), score, 1.0, mask.copy())
 
-    def offload(self, slot: Slot) -> tuple[Buffer, Buffer]:
-        """Queues copies of a slot's map and pointer to host memory, complete after the next step or `wait`; where the
-        host can read the slot itself, that is returned."""
+    def offload(self, slots: Sequence[Slot], host: list[tuple[Buffer, Buffer]]) -> list[tuple[Buffer, Buffer]]:
+        """Queues copies of maps and pointers to host memory, complete after the next step; where the host can read the
+        slots themselves, they are returned.
+
+        Args:
+            slots: What to copy.
+            host: Host memory of the caller's earlier calls, written again in the order of the stream; grows.
+        """
         with self._chain.lock:
-            return self._to_host(slot.features), self._to_host(slot.pointer)
+            while len(host) < len(slots) and slots[0].features.array is None:
+                host.append((self._host(slots[0].features), self._host(slots[0].pointer)))
+            copies = []
+            for index, slot in enumerate(slots):
+                if slot.features.array is not None:
+                    copies.append((slot.features, slot.pointer))
+                    continue
+                self.device.copy(host[index][0], slot.features)
+                self.device.copy(host[index][1], slot.pointer)
+                copies.append(host[index])
+        return copies
 
     def load(self, slot: Slot, features: Float32, pointer: Float32, logits: Float32) -> None:
         """Fills a slot from host memory."""
@@ -202,12 +217,8 @@ class Stepper:
             self.device.upload(slot.pointer, pointer)
         np.copyto(slot.logits, logits)
 
-    def _to_host(self, buffer: Buffer) -> Buffer:
-        if buffer.array is not None:
-            return buffer
-        host = self.device.host_empty(buffer.shape, buffer.dtype)
-        self.device.copy(host, buffer)
-        return host
+    def _host(self, buffer: Buffer) -> Buffer:
+        return self.device.host_empty(buffer.shape, buffer.dtype)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import PromptError
+from ...runtime.base import Buffer
 from ..sam2.postprocess import LOGIT_CLAMP, write_mask
 from ..sam2.preprocess import Scratch
 from ..sam2.prompts import Prompt
@@ -120,6 +121,7 @@ class VideoTracker:
         c = stepper.constants
         shape = (video.memory_dim, c.embed_size, c.embed_size)
         self._history = MapFile(shape, c.hidden_dim, c.mask_size) if history else None
+        self._host: list[tuple[Buffer, Buffer]] = []
         self._scratch = Scratch()
         self._last: tuple[int, Embedding] | None = None
         self._lock = threading.RLock()
@@ -230,6 +232,7 @@ class VideoTracker:
         with self._lock:
             self._objects.clear()
             self._last = None
+            self._host.clear()
             self._pool.clear()
             if self._history is not None:
                 self._history.close()
@@ -289,7 +292,8 @@ class VideoTracker:
                 selections.append(obj.bank.select(frame, reverse, self._length))
             far = [(obj, memory) for _, obj in waiting for memory in obj.bank.out_of_reach(frame)]
             # Queued before the step, whose one wait then serves these copies too.
-            copies = [self._stepper.offload(memory.slot) for _, memory in far] if self._history is not None else []
+            leaving = [memory.slot for _, memory in far] if self._history is not None else []
+            copies = self._stepper.offload(leaving, self._host)
             with self._slots(len(waiting)) as slots:
                 steps = self._stepper.tracked(embedding, selections, slots)
             self._store([obj for _, obj in waiting], frame, slots, False)
