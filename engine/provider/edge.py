@@ -409,9 +409,10 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """The slot of a model that does `task`. Loading starts here with `autoload`, or if it made room for another."""
         if not isinstance(name, str) or not name:
             raise InvalidRequestError("model must be the name of a model.", "list_models has the names.")
-        return self._directory.loaded(name, task.value) or await self._in_files(
-            lambda: self._directory.find(name, task.value), deadline
-        )
+        slot = self._directory.loaded(name, task.value)
+        if slot is not None:
+            return slot
+        return await self._in_files(lambda: self._directory.find(name, task.value), deadline)
 
     def _server_info(self) -> ServerInfo:
         infos, faults = self._directory.offered()

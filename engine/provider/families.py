@@ -143,6 +143,11 @@ def tracks(family: str, constants: Mapping[str, Any]) -> bool:
     return family == sam2.FAMILY and sam2_video.constants_of(constants) is not None
 
 
+def tasks(family: str, tracking: bool) -> list[str]:
+    """What a bundle of a family does; `tracking` is what `tracks` says of it."""
+    return [task for task in FAMILIES.get(family, {}) if task != VIDEOS or tracking]
+
+
 def check_task(family: str, task: str, name: str, tracking: bool = False) -> str:
     """Name of the class that does `task` with a bundle.
 
@@ -161,7 +166,7 @@ def check_task(family: str, task: str, name: str, tracking: bool = False) -> str
             f"Bundle '{name}' is of the family '{family}', which this version does not run.",
             f"Known families: {', '.join(FAMILIES)}. Update pixano-edge.",
         )
-    can = [t for t in found if t != VIDEOS or tracking]
+    can = tasks(family, tracking)
     if task in can:
         return found[task]
     action = f"Use task '{can[0]}'."
