@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..bundle import BundleStore
-from ..errors import BundleError, CancelledError, DeviceError
+from ..errors import BundleError, CancelledError, DeviceError, EdgeError
 from .absent import AbsentTasks
 from .base import InferenceProvider
 from .budget import MemoryBudget, read_devices
@@ -389,8 +389,11 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
                 job, future = self._table.submit(slot, lambda m, job: segment(m, input_data, self._media, job))
                 output = await wait_for(future, deadline, f"Segmentation with model '{slot.name}'", job)
                 return output, model
-            except (ModelNotFoundError, CancelledError):
-                if not slot.replaced:  # else one that tracks, too, has taken over
+            except EdgeError as error:
+                # Another slot answers where one that tracks, too, has taken over, or where that did not load.
+                replaced = slot.replaced and isinstance(error, ModelNotFoundError | CancelledError)
+                failed = slot.base is not None and slot.ready.done() and slot.ready.exception() is error
+                if not (replaced or failed):
                     raise
             finally:
                 self._table.let_go(slot)

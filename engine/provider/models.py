@@ -287,8 +287,11 @@ class ModelTable:
         if error is None:
             with self._lock:
                 self._unloaded.pop(slot.name, None)
-                held = self._slots.get(slot.base) if slot.base is not None else None
-                if held is not None and held.twin(slot.source, slot.options) and not slot.retired:
+                held = None if slot.retired else self._slots.get(slot.base or "")
+                gone = self._unloaded.get(slot.base or "")
+                if gone is not None and slot.twin(gone.source, gone.options):
+                    del self._unloaded[gone.name]  # this one answers for it
+                if held is not None and held.twin(slot.source, slot.options):
                     self._replace(held)
                 else:
                     held = None

@@ -229,7 +229,8 @@ class FakeVideoModel:
 
 
 class FakeOpener:
-    """Opens the bundles made by `add_bundle`. `gate` holds loads back."""
+    """Opens the bundles made by `add_bundle`. `gate` holds loads back; `error` is raised, for `error_task` alone where
+    that is set."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.gate = threading.Event()
@@ -240,11 +241,12 @@ class FakeOpener:
         self.tasks: list[str] = []
         self.device = device
         self.error: Exception | None = None
+        self.error_task: str | None = None
 
     def __call__(self, path: Path, task: str, options: LoadOptions, job: Job) -> LoadedModel:
         self.entered.set()
         assert self.gate.wait(20)
-        if self.error is not None:
+        if self.error is not None and self.error_task in (None, task):
             raise self.error
         manifest = parse_manifest((path / MANIFEST_NAME).read_bytes())
         tracking = tracks(manifest.family, manifest.constants)

@@ -180,6 +180,22 @@ async def test_tracking_that_does_not_load_leaves_the_images_alone(provider: Edg
     await _track(provider)
 
 
+async def test_a_click_that_waits_for_tracking_that_does_not_load_gets_the_images_alone(
+    provider: EdgeProvider, opener: FakeOpener
+) -> None:
+    opener.gate.clear()
+    opener.error, opener.error_task = DeviceError("no room for five graphs", "unload something"), VIDEOS
+    tracking = asyncio.create_task(_track(provider))
+    await asyncio.to_thread(opener.entered.wait, 10)
+    click = asyncio.create_task(_click(provider))
+    await asyncio.to_thread(until, lambda: provider._table.slots()[0].users == 2)
+    opener.gate.set()
+    with pytest.raises(InferenceError, match="no room for five graphs"):
+        await tracking
+    assert (await click).data.masks
+    assert await _loaded(provider) == ["both"]
+
+
 async def test_a_model_loaded_to_track(provider: EdgeProvider, opener: FakeOpener, root: Path) -> None:
     """`ModelConfig.task` decides what the name is listed for; its images go by a second name."""
     await provider.instantiate_model("edge", ModelConfig("mine", VIDEOS, root / "both"))
@@ -307,6 +323,21 @@ async def test_a_tracking_model_that_made_room_comes_back(tmp_path: Path, opener
     assert opener.tasks == [VIDEOS, IMAGES, VIDEOS]
     await provider.delete_model("both")
     assert "both-video" not in await _listed(provider)
+    await provider.close()
+
+
+async def test_images_that_made_room_for_their_own_tracking(tmp_path: Path, opener: FakeOpener) -> None:
+    """Where both do not fit at once, the smaller one goes first, and nothing says that it waits to come back."""
+    add_bundle(tmp_path, "both", tracks=True, weights=5 * GIB)
+    provider = make_provider(tmp_path, opener, memory_limits=6 * GIB, cache_mb=0, autoload=False)
+    await provider.instantiate_model("edge", ModelConfig("mine", IMAGES, tmp_path / "both"))
+    await _click(provider, "mine")
+    await _track(provider, "mine-video")
+    assert opener.opened[0].closed
+    assert (await provider.get_server_info()).gpu_info["unloaded"] == []
+    assert await _listed(provider) == {"mine": IMAGES, "mine-video": VIDEOS}
+    await _click(provider, "mine")
+    assert opener.tasks == [IMAGES, VIDEOS]
     await provider.close()
 
 
