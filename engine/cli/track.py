@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import typer
 from ..errors import PromptError
 from ..models.rle import decode_rle
 from ..models.sam2_video.frames import Frames, Image, open_frames
-from .draw import COLOURS, overlay
+from .draw import overlay
 from .options import BackendOption, DeviceOption, ForceOption, PrecisionOption, ThreadsOption, open_bundle
 from .output import JsonOption, make_folder, note, print_json, print_table, progress
 from .track_files import COCO_NAME, MASKS_NAME, VIS_NAME, MaskLog, OverlayWriter, frame_record, remove_earlier
@@ -164,22 +165,24 @@ class Painter:
         marks = [p.marks.to_prompt() for p in self._marks.get(frame, []) if p.mask is None]
         picture = overlay(image, shown, marks)
         if len(self._order) > 1:
-            for number, (object_id, mask) in enumerate(zip(self._order, shown)):
-                _label(picture, mask, str(object_id), COLOURS[number % len(COLOURS)])
+            for object_id, mask in zip(self._order, shown):
+                _label(picture, mask, str(object_id))
         return picture
 
 
-def _label(picture: Image, mask: Any, text: str, colour: tuple[int, int, int]) -> None:
-    """An object's number in the middle of its mask."""
+def _label(picture: Image, mask: Any, text: str) -> None:
+    """An object's number in the middle of its mask: white with a dark border, to be read on any colour."""
     rows, columns = np.nonzero(mask)
     if not rows.size:
         return
-    scale = max(0.4, max(picture.shape[:2]) / 1200)
-    font, thick = cv2.FONT_HERSHEY_SIMPLEX, max(1, round(2 * scale))
+    scale = max(0.5, max(picture.shape[:2]) / 1000)
+    font, thick, border = cv2.FONT_HERSHEY_SIMPLEX, max(1, round(2 * scale)), max(1, round(2 * scale))
     (width, height), _ = cv2.getTextSize(text, font, scale, thick)
-    middle = (int(columns.mean()) - width // 2, int(rows.mean()) + height // 2)
-    cv2.putText(picture, text, middle, font, scale, (0, 0, 0), 3 * thick, cv2.LINE_AA)
-    cv2.putText(picture, text, middle, font, scale, colour, thick, cv2.LINE_AA)
+    x, y = int(columns.mean()) - width // 2, int(rows.mean()) + height // 2
+    # Not by a thicker pen below: how wide a pen draws differs between versions of OpenCV.
+    for dx, dy in itertools.product((-border, 0, border), repeat=2):
+        cv2.putText(picture, text, (x + dx, y + dy), font, scale, (0, 0, 0), thick, cv2.LINE_AA)
+    cv2.putText(picture, text, (x, y), font, scale, (255, 255, 255), thick, cv2.LINE_AA)
 
 
 def add_prompt(tracker: VideoTracker, prompt: ObjectPrompt) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,26 @@ SIDE, WIDTH = 128, 128  # the video part of transformers needs a width of more t
 
 def make_graphs(folder: Path) -> tuple[Any, Path, sam2.Sam2Constants, sam2_video.Sam2VideoConstants]:
     """Writes the graphs as ``NAME.onnx``; returns the PyTorch model, the folder and the constants."""
-    import onnx
     import torch
 
-    from pixano_edge.export.onnx_graph import export_graph
-    from pixano_edge.export.sam2 import graphs, video_graphs
     from tests.support.tiny import make_tiny_model
 
     torch.set_num_threads(1)
     model = make_tiny_model(SIDE, WIDTH)
+    calm(model)
+    constants = sam2.Sam2Constants(image_size=SIDE, hidden_dim=WIDTH)
+    return model, folder, constants, export_graphs(model, constants, folder)
+
+
+def calm(model: Any, seen: float = 2.0) -> None:
+    """Changes a model of `sharpen` so that a clip can be compared frame for frame.
+
+    Args:
+        model: transformers' video model.
+        seen: Bias of the object score: the larger, the seldomer an object is judged absent.
+    """
+    import torch
+
     with torch.no_grad():
         # Sharp weights in the loop through the memory make it chaotic: a rounding error would grow from frame to frame.
         for name, parameter in model.named_parameters():
@@ -32,18 +44,31 @@ def make_graphs(folder: Path) -> tuple[Any, Path, sam2.Sam2Constants, sam2_video
                 parameter.mul_(0.6)
         # The time of a pointer would move the masks by less than rounding does.
         model.temporal_positional_encoding_projection_layer.weight.mul_(8)
-        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(2.0)
-    constants = sam2.Sam2Constants(image_size=SIDE, hidden_dim=WIDTH)
+        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(seen)
+
+
+def export_graphs(
+    model: Any, constants: sam2.Sam2Constants, folder: Path, names: Collection[str] = ()
+) -> sam2_video.Sam2VideoConstants:
+    """Writes a model's graphs, or some of them, as ``NAME.onnx``."""
+    import onnx
+
+    from pixano_edge.export.onnx_graph import export_graph
+    from pixano_edge.export.sam2 import graphs, video_graphs
+
     video = video_graphs.video_constants(model)
+    image_specs, video_specs = sam2.graphs(constants), sam2_video.graphs(constants, video)
     modules = {**graphs.modules(model), **video_graphs.modules(model)}
-    for name, spec in {**sam2.graphs(constants), **sam2_video.graphs(constants, video)}.items():
+    for name, spec in {**image_specs, **video_specs}.items():
+        if names and name not in names:
+            continue
         example = (
             graphs.example_inputs(name, constants)
-            if name in sam2.graphs(constants)
+            if name in image_specs
             else video_graphs.example_inputs(name, constants, video)
         )
         onnx.save(export_graph(modules[name], spec, example), folder / f"{name}.onnx")
-    return model, folder, constants, video
+    return video
 
 
 def make_tracking_bundle(

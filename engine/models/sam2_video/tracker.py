@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import PromptError
+from ...errors import DeviceError, PromptError
 from ...runtime.base import Buffer
 from ..sam2.postprocess import LOGIT_CLAMP, write_mask
 from ..sam2.preprocess import Scratch
@@ -74,7 +74,8 @@ class _Object:
 class VideoTracker:
     """Tracks objects through one clip. Make it with `Sam2VideoModel.track`; close it to free its memories.
 
-    Thread-safe in the sense that calls wait for each other; `propagate` holds the tracker for one frame at a time.
+    Thread-safe in the sense that calls wait for each other; `propagate` holds the tracker for one frame at a time, so
+    that objects may be added and removed during a pass: it goes on with those that are there.
 
     Args:
         stepper: Runs the graphs.
@@ -124,6 +125,7 @@ class VideoTracker:
         self._host: list[tuple[Buffer, Buffer]] = []
         self._scratch = Scratch()
         self._last: tuple[int, Embedding] | None = None
+        self._closed = False
         self._lock = threading.RLock()
 
     @property
@@ -152,7 +154,7 @@ class VideoTracker:
             raise PromptError(
                 f"The prompt of object {object_id} on frame {frame} is empty.", "Give a point, a box or a mask."
             )
-        with self._lock:
+        with self._open():
             return self._prompt(object_id, frame, prompt, None)
 
     def add_mask(self, object_id: int, frame: int, mask: npt.NDArray[np.bool_]) -> ObjectResult:
@@ -176,12 +178,12 @@ class VideoTracker:
                 f"{list(self.frames.size)}.",
                 "Pass a bool array of the frames' height and width.",
             )
-        with self._lock:
+        with self._open():
             return self._prompt(object_id, frame, None, mask)
 
     def remove_object(self, object_id: int) -> None:
         """Forgets an object and frees its memories; raises PromptError if there is none."""
-        with self._lock:
+        with self._open():
             if object_id not in self._objects:
                 raise PromptError(f"There is no object {object_id}.", f"Known: {self.object_ids}.")
             gone = self._objects.pop(object_id)
@@ -209,7 +211,7 @@ class VideoTracker:
             FrameError: A frame does not decode or has another size; frames before it were yielded, and the tracker
                 can go on after it.
         """
-        with self._lock:
+        with self._open():
             if not self._objects:
                 raise PromptError("There is nothing to track.", "Add a prompt first.")
             count = len(self.frames)
@@ -223,13 +225,15 @@ class VideoTracker:
         for frame in range(first, last + (-1 if reverse else 1), -1 if reverse else 1):
             if cancelled is not None and cancelled():
                 return
-            with self._lock:
+            with self._open():
                 result = self._frame(frame, reverse)
             yield result
 
     def close(self) -> None:
-        """Frees memories and the clip; the model stays open."""
+        """Waits for a frame under way, then frees memories and the clip; later calls raise DeviceError. The model stays
+        open."""
         with self._lock:
+            self._closed = True
             self._objects.clear()
             self._last = None
             self._host.clear()
@@ -243,6 +247,14 @@ class VideoTracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """The tracker for one frame; raises DeviceError when it is closed."""
+        with self._lock:
+            if self._closed:
+                raise DeviceError("The tracker is closed.", "Open another one for the clip.")
+            yield
 
     def _prompt(
         self, object_id: int, frame: int, prompt: Prompt | None, mask: npt.NDArray[np.bool_] | None

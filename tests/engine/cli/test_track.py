@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from pixano_edge.engine.cli import track_files
 from pixano_edge.engine.cli.main import app
-from pixano_edge.engine.cli.track import plan_passes
+from pixano_edge.engine.cli.track import Painter, plan_passes
 from pixano_edge.engine.cli.track_files import MaskLog, OverlayWriter
 from pixano_edge.engine.cli.track_prompts import parse_track_prompts
 from pixano_edge.engine.models.rle import decode_rle
@@ -228,6 +228,19 @@ def test_ctrl_c_leaves_what_was_done(tracking_bundle: Path, tmp_path: Path) -> N
     assert len(COCO(out / "coco-video.json").dataset["images"]) == len(done)
     shown = int(cv2.VideoCapture(str(out / "overlay.mp4")).get(cv2.CAP_PROP_FRAME_COUNT))
     assert len(done) - 1 <= shown <= len(done)
+
+
+def test_several_objects_carry_their_numbers() -> None:
+    image = np.full((200, 300, 3), 90, np.uint8)
+    masks = {1: np.zeros((200, 300), bool), 12: np.zeros((200, 300), bool)}
+    masks[1][20:100, 20:120] = True
+    masks[12][20:180, 160:280] = True
+    prompts = parse_track_prompts(["0:50,30", "12=0:200,30"], [], [])
+    many, one = Painter(prompts).paint(5, image, masks), Painter(prompts[:1]).paint(5, image, masks)
+    for x, y in ((70, 60), (220, 100)):
+        assert (many[y - 8 : y + 8, x - 10 : x + 10] == 255).all(axis=2).any()
+    assert not (one[52:68, 60:80] == 255).all(axis=2).any(), "a single object needs none"
+    assert np.array_equal(Painter(prompts).paint(5, image, {}), image), "nobody is there"
 
 
 def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,11 @@ class Tiny:
         return VideoTracker(self.stepper, open_frames(frames), **options)
 
 
-@pytest.fixture
-def tiny_video(tiny_graphs: tuple[Any, Path, Any, Any]) -> Iterator[Tiny]:
-    model, folder, constants, video = tiny_graphs
+@contextlib.contextmanager
+def opened(
+    model: Any, folder: Path, constants: sam2.Sam2Constants, video: sam2_video.Sam2VideoConstants
+) -> Iterator[Tiny]:
+    """A model and its graph files, ready to track."""
     device = open_device("cpu")
     specs = {**sam2.graphs(constants), **sam2_video.graphs(constants, video)}
     sessions = {n: open_session(folder / f"{n}.onnx", s, device, threads=1) for n, s in specs.items()}
@@ -42,3 +45,9 @@ def tiny_video(tiny_graphs: tuple[Any, Path, Any, Any]) -> Iterator[Tiny]:
     yield Tiny(model, constants, video, Stepper(predictor, sessions, video))
     for session in sessions.values():
         session.close()
+
+
+@pytest.fixture
+def tiny_video(tiny_graphs: tuple[Any, Path, Any, Any]) -> Iterator[Tiny]:
+    with opened(*tiny_graphs) as tiny:
+        yield tiny
