@@ -11,17 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EdgeError
-from ..models.sam2_video.frames import Frames
 from .errors import InferenceError, ModelNotFoundError, provider_errors
 from .families import LoadedModel
 from .models import ModelTable, Slot
-from .tracking import track
 from .video_prompts import TrackingRequest
 from .video_types import CANCELED, COMPLETED, FAILED, RUNNING, TrackedFrame
 from .worker import Job, settled
+
+if TYPE_CHECKING:
+    from ..models.sam2_video.frames import Frames
 
 CANCELED_TEXT = "Job canceled."
 
@@ -179,6 +180,8 @@ class Run:
         if self.state != RUNNING:
             return _LAST
         if self._steps is None:
+            from .tracking import track
+
             assert self._frames is not None
             self._steps = track(model, self._request, self._frames)
         found = next(self._steps, _LAST)

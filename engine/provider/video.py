@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .clips import open_clip
 from .errors import InferenceError, ModelBusyError
+from .families import LoadedModel
 from .jobs import JobLog, JobRecord, JobStore, found, new_record, status_of
 from .media import MediaPolicy
 from .models import ModelTable, Slot
@@ -20,6 +20,9 @@ from .runs import CANCELED_TEXT, Log, MemoryLog, Run
 from .video_prompts import TrackingRequest, read_request
 from .video_types import CANCELED, FAILED, EdgeVideoMaskGenerationOutput, TrackedFrame, VideoMaskGenerationJobStatus
 from .worker import Deadline, wait_for
+
+if TYPE_CHECKING:
+    from ..models.sam2_video.frames import Frames
 
 Hold = Callable[[Any, Deadline], Awaitable[Slot]]
 """Finds the model that tracks under a name and holds it."""
@@ -123,6 +126,12 @@ class VideoService:
     async def _begin(self, input_data: Any, deadline: Deadline, log: Log, record: JobRecord | None = None) -> Run:
         request: TrackingRequest = read_request(input_data)
         video = getattr(input_data, "video", None)
+
+        def clip(model: LoadedModel) -> Frames:
+            from .clips import open_clip
+
+            return open_clip(video, self._media, model.options)
+
         slot = await self._hold(getattr(input_data, "model", None), deadline)
         started = False
         try:
@@ -130,7 +139,7 @@ class VideoService:
                 self._table,
                 slot,
                 request,
-                lambda model: open_clip(video, self._media, model.options),
+                clip,
                 self._clips,
                 log,
                 None if record is None else record.job_id,
