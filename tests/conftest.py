@@ -68,6 +68,23 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def tracking_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers folder of a tiny SAM 2 whose memory matters in the masks."""
+    pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
+    from tests.support.tiny import make_tracking_model, save_checkpoint
+
+    return save_checkpoint(make_tracking_model(), tmp_path_factory.mktemp("tracking") / "tracking-sam2")
+
+
+@pytest.fixture(scope="session")
+def tracking_bundle(tracking_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle (images and video, fp32 and fp16) of `tracking_checkpoint`; read-only, copy it before changing it."""
+    from pixano_edge.export.sam2 import export_sam2
+
+    return export_sam2(tracking_checkpoint, tmp_path_factory.mktemp("bundle") / "tracking-sam2", threads=1)
+
+
+@pytest.fixture(scope="session")
 def demo_bundle() -> Path:
     """The trained demo bundle that ships in the package."""
     folder = ROOT / "engine" / "assets" / "sam2-demo"
@@ -77,18 +94,8 @@ def demo_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any, Any]:
-    """Five graphs of a tiny SAM 2 that tracks: PyTorch model, folder of ``NAME.onnx``, constants, video constants."""
-    pytest.importorskip("onnx", reason="the graphs are exported here: pip install 'pixano-edge[export]'")
-    pytest.importorskip("torch", reason="the reference: pip install 'pixano-edge[export]'")
-    from tests.support.tracking import make_graphs
+def tiny_graphs(tracking_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any, Any]:
+    """PyTorch model of `tracking_bundle`, folder of its fp32 graphs as ``NAME.onnx``, constants, video constants."""
+    from tests.support.tracking import unpack_graphs
 
-    return make_graphs(tmp_path_factory.mktemp("video-graphs"))
-
-
-@pytest.fixture(scope="session")
-def tracking_bundle(tiny_graphs: tuple[Any, Path, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle (fp32, no golden samples) of `tiny_graphs`; read-only."""
-    from tests.support.tracking import make_tracking_bundle
-
-    return make_tracking_bundle(*tiny_graphs[1:], tmp_path_factory.mktemp("bundle") / "tiny-tracks")
+    return unpack_graphs(tracking_bundle, tmp_path_factory.mktemp("video-graphs"))

@@ -220,7 +220,8 @@ def check_manifest(manifest: Manifest) -> dict[str, GraphSpec]:
             f"Bundle '{manifest.name}' holds the graphs {unknown}, which its constants do not describe.", _NEWER
         )
     referenced: dict[str, tuple[str, ...]] = {
-        f"golden sample '{s.name}'": (s.image, s.tensors) for s in manifest.golden
+        f"golden sample '{s.name}'": (s.image, s.tensors)
+        for s in (*manifest.golden, *([manifest.golden_clip] if manifest.golden_clip else []))
     }
     for name, graph in manifest.graphs.items():
         if not graph.variants:

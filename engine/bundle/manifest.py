@@ -165,6 +165,8 @@ class Manifest(_Model):
     graphs: dict[str, Graph]
     parity: ParityReport | None
     golden: list[GoldenSample]
+    golden_clip: GoldenSample | None = None
+    """Of a bundle that tracks: a clip cut out of `image`, with prompts and reference outputs."""
     files: dict[str, FileEntry]
     """Every file but the manifest itself, by POSIX path relative to the bundle."""
     notes: list[str] = []

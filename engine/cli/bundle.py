@@ -12,6 +12,8 @@ import typer
 from ..bundle import Bundle, BundleStore, Manifest, inspect_archive, pack, unpack
 from ..bundle.archive import MAX_BYTES, MAX_FILES
 from ..bundle.files import Progress
+from ..contracts.sam2 import FAMILY
+from ..contracts.sam2_video import constants_of
 from ..errors import BundleError
 from .output import JsonOption, bytes_text, note, print_facts, print_json, print_table, progress
 
@@ -136,7 +138,8 @@ def _show(path: Path, manifest: Manifest, digest: str) -> None:
         "licence": f"{licence.spdx} {licence.text}".strip(),
         "image size": manifest.preprocess.image_size,
         "size": f"{bytes_text(sum(e.size for e in manifest.files.values()))} in {len(manifest.files)} files",
-        "golden samples": len(manifest.golden),
+        "tracks": _tracks(manifest),
+        "golden samples": f"{len(manifest.golden)}{', and a clip' if manifest.golden_clip is not None else ''}",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         "hash": digest,
     }
@@ -169,3 +172,18 @@ def _show(path: Path, manifest: Manifest, digest: str) -> None:
         [(m.variant, m.images, m.prompts, f"{m.mean_iou:.5f}", f"{m.min_iou:.5f}") for m in report.masks],
         right=("Images", "Prompts", "Mean IoU", "Min IoU"),
     )
+    if report.clips:
+        print_table(
+            ("Variant", "Objects", "Frames", "Mean IoU", "Min IoU"),
+            [(c.variant, c.objects, c.frames, f"{c.mean_iou:.5f}", f"{c.min_iou:.5f}") for c in report.clips],
+            title="Tracked clip",
+            right=("Objects", "Frames", "Mean IoU", "Min IoU"),
+        )
+
+
+def _tracks(manifest: Manifest) -> str:
+    """Whether a bundle holds the graphs of tracking, and how much it remembers."""
+    video = constants_of(manifest.constants) if manifest.family == FAMILY else None
+    if video is None:
+        return "no (images only)"
+    return f"yes ({video.num_memories} memories and {video.max_pointers} pointers per object)"

@@ -31,6 +31,11 @@ def _print(report: VerifyReport, verdict: Verdict) -> None:
         f"\nmask IoU with PyTorch: mean {report.mean_iou:.4f}, lowest {report.min_iou:.4f} "
         f"({report.samples} samples, {report.seconds:.1f} s)"
     )
+    if report.clip is not None:
+        typer.echo(
+            f"tracked clip: mean {report.clip.mean_iou:.4f}, lowest {report.clip.min_iou:.4f} "
+            f"({report.clip.objects} objects, {report.clip.frames} frames)"
+        )
     for warning in report.warnings:
         _line("warning: ", typer.colors.YELLOW, warning)
     for problem in report.problems:
@@ -79,7 +84,8 @@ def verify(
     from ..models.verdicts import VerdictStore
 
     opened = open_bundle(bundle)
-    with progress("Golden samples", len(opened.golden()), enabled=not as_json) as bar:
+    samples = len(opened.golden()) + (opened.manifest.golden_clip is not None)
+    with progress("Golden samples", samples, enabled=not as_json) as bar:
         report = verify_bundle(
             opened, device, backend, precision, threads=threads, progress=lambda done, of: bar.step()
         )

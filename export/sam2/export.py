@@ -27,7 +27,8 @@ from pixano_edge.export.photos import Photo, default_photos, load_photos
 from pixano_edge.export.sam2 import checkpoint as checkpoints
 from pixano_edge.export.sam2 import graphs, parity, precision, video_graphs, video_parity
 from pixano_edge.export.sam2.feeds import random_feeds
-from pixano_edge.export.sam2.golden import add_golden, picture_note
+from pixano_edge.export.sam2.golden import add_golden, picture_note, reduced
+from pixano_edge.export.sam2.video_golden import add_golden_clip
 from pixano_edge.export.shared_weights import share_weights
 from pixano_edge.export.tensorrt_graph import SUFFIX, TensorrtVariants
 
@@ -134,7 +135,12 @@ class _Export:
         self._step("Writing golden samples")
         golden = add_golden(self._writer, self._loaded.model, self._photos, self._loaded.constants)
         self._notes += [picture_note(g, photo) for g, photo in zip(golden, self._photos)]
-        constants = self._loaded.constants
+        constants, video = self._loaded.constants, self._loaded.video
+        clip = None
+        if video is not None:
+            picture = reduced(self._photos[0], constants).pixels
+            model = self._loaded.video_model
+            clip = add_golden_clip(self._writer, model, golden[0].image, picture, constants, video).model_dump()
         return self._writer.finish(
             {
                 "name": name or default_name(self._loaded.source.checkpoint),
@@ -151,6 +157,7 @@ class _Export:
                 "graphs": {g: Graph(variants=v).model_dump() for g, v in self._entries.items()},
                 "parity": report.model_dump(),
                 "golden": [g.model_dump() for g in golden],
+                "golden_clip": clip,
                 "notes": self._notes,
             }
         )

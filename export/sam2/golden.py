@@ -53,7 +53,7 @@ def add_golden(
     """Writes `SAMPLES` golden samples into the bundle and returns their manifest entries."""
     samples = []
     for index, photo in enumerate(photos[:SAMPLES]):
-        small = dataclasses.replace(photo, pixels=reduce(photo.pixels, min(MAX_SIDE, 2 * constants.image_size)))
+        small = reduced(photo, constants)
         name = f"golden-{index}"
         buffer = io.BytesIO()
         # PNG: every decoder gives the same pixels, which JPEG does not promise.
@@ -65,6 +65,11 @@ def add_golden(
         writer.add_file(f"golden/{name}.npz", stored.getvalue())
         samples.append(GoldenSample(name=name, image=f"golden/{name}.png", tensors=f"golden/{name}.npz"))
     return samples
+
+
+def reduced(photo: Photo, constants: Sam2Constants) -> Photo:
+    """A photo as it is stored in the bundle."""
+    return dataclasses.replace(photo, pixels=reduce(photo.pixels, min(MAX_SIDE, 2 * constants.image_size)))
 
 
 def picture_note(sample: GoldenSample, photo: Photo) -> str:

@@ -28,8 +28,8 @@ def output(tmp_path: Path) -> Path:
 
 
 def export(*arguments: object) -> Result:
-    """`pixano-edge export sam2 ...`, through the frame of the command."""
-    return CliRunner().invoke(app, ["export", "sam2", *map(str, arguments)])
+    """`pixano-edge export sam2 --image-only ...`, through the frame of the command."""
+    return CliRunner().invoke(app, ["export", "sam2", "--image-only", *map(str, arguments)])
 
 
 def nothing_left(output: Path) -> bool:
@@ -91,6 +91,7 @@ def test_photos_progress_and_variants(tiny_checkpoint: Path, output: Path, tmp_p
         photos=[tmp_path / "grey.png"],
         progress=lambda name, done, total: steps.append((name, done, total)),
         threads=1,
+        image_only=True,
     )
     manifest = Bundle.open(output).manifest
     assert manifest.name == "my-model"
@@ -197,7 +198,7 @@ def test_failing_parity_leaves_no_bundle_and_exits_non_zero(
 def test_failing_fp16_alone_suggests_fp32(tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "FP16_MEAN_IOU", 1.1)
     with pytest.raises(parity.ParityError, match="fp16 masks") as error:
-        export_sam2(tiny_checkpoint, output, threads=1)
+        export_sam2(tiny_checkpoint, output, threads=1, image_only=True)
     assert "--variants fp32" in error.value.action
     assert nothing_left(output)
 
@@ -213,7 +214,7 @@ def test_full_disk(tiny_checkpoint: Path, output: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ExportError, match=r"(?i)space|full"):
-        export_sam2(tiny_checkpoint, output)
+        export_sam2(tiny_checkpoint, output, image_only=True)
     assert nothing_left(output)
 
 

@@ -84,7 +84,7 @@ def test_report_says_what_was_done(report: TensorrtReport) -> None:
     assert {(v.graph, v.variant) for v in report.variants} == {(g, v) for g in GRAPHS for v in VARIANTS}
     for entry in report.variants:
         assert entry.same_as is None
-        assert entry.weights == f"graphs/{entry.precision}/{entry.graph}.onnx"
+        assert entry.weights == f"graphs/{entry.graph}.{entry.precision}.onnx"
         assert {"join_key_transpose", "scale_query_only"} <= {p.name for p in entry.passes}
         assert all(p.places > 0 and p.reason for p in entry.passes)
         assert {d.tensor for d in entry.differences} == {t.name for t in SPECS[entry.graph].outputs}

@@ -98,14 +98,49 @@ def make_tiny_model(image_size: int = 128, hidden_dim: int = 32, seed: int = 0) 
     return model
 
 
-def make_tiny_checkpoint(folder: Path, image_size: int = 128, hidden_dim: int = 32, seed: int = 0) -> Path:
-    """Saves a tiny checkpoint (`model_type` sam2_video, as the official ones) with `save_pretrained`.
+@torch.no_grad()
+def make_tracking_model(image_size: int = 128, seed: int = 0, **changes: Any) -> Sam2VideoModel:
+    """A sharpened tiny `Sam2VideoModel` whose memory matters in the masks; `changes` are of its configuration.
 
-    The weights are random numbers made by this function, so its model card says Apache-2.0.
+    The video part of transformers needs a width of more than 64.
     """
-    make_tiny_model(image_size, hidden_dim, seed).save_pretrained(folder)
+    config = tiny_config(image_size, 128)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = Sam2VideoModel(config).eval()
+    sharpen(model, seed)
+    calm(model)
+    return model
+
+
+@torch.no_grad()
+def calm(model: Any, seen: float = 2.0) -> None:
+    """Changes a model of `sharpen` so that a tracked clip can be compared frame for frame.
+
+    Args:
+        model: transformers' video model.
+        seen: Bias of the object score: the larger, the seldomer an object is judged absent.
+    """
+    # Sharp weights in the loop through the memory make it chaotic: a rounding error would grow from frame to frame.
+    for name, parameter in model.named_parameters():
+        if name.startswith(("memory_attention", "memory_encoder")) and parameter.ndim > 1:
+            parameter.mul_(0.6)
+    if model.config.enable_temporal_pos_encoding_for_object_pointers:
+        # The time of a pointer would move the masks by less than rounding does.
+        model.temporal_positional_encoding_projection_layer.weight.mul_(8)
+    model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(seen)
+
+
+def save_checkpoint(model: nn.Module, folder: Path) -> Path:
+    """Saves a model with `save_pretrained` and a model card that says Apache-2.0: its weights are random numbers."""
+    model.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Seeded random weights\n", encoding="utf-8")
     return folder
+
+
+def make_tiny_checkpoint(folder: Path, image_size: int = 128, hidden_dim: int = 32, seed: int = 0) -> Path:
+    """Saves a tiny checkpoint (`model_type` sam2_video, as the official ones)."""
+    return save_checkpoint(make_tiny_model(image_size, hidden_dim, seed), folder)
 
 
 # transformers name -> upstream name (facebookresearch/sam2), applied in order. Written against upstream's module

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...bundle import Bundle
 from ...bundle.tensorrt_report import read_tensorrt_report
-from ...contracts import sam2
+from ...contracts import sam2, sam2_video
 from ...errors import BundleError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ GRAPH_OF = {
     sam2.IOU_SCORES: sam2.MASK_DECODER,
     sam2.OBJECT_SCORE_LOGITS: sam2.MASK_DECODER,
 }
-"""Which part of the pipeline makes a tensor, in pipeline order."""
+"""Which part of the pipeline makes a tensor, in pipeline order. For tracking see `graph_of`."""
 
 FP32_MAX_REL = 1e-4
 """Largest relative error of any tensor at full precision."""
@@ -77,14 +77,26 @@ class Suspect:
         )
 
 
+def graph_of(bundle: Bundle) -> dict[str, str]:
+    """`GRAPH_OF` with the tensors of tracking, as ``<graph>.<tensor>``, where the bundle tracks."""
+    from ..sam2_video.check import tensor_names
+
+    video = sam2_video.constants_of(bundle.manifest.constants)
+    if video is None:
+        return GRAPH_OF
+    return GRAPH_OF | tensor_names(sam2.Sam2Constants.from_dict(bundle.manifest.constants), video)
+
+
 def tolerances(bundle: Bundle, precision: str) -> dict[str, float]:
     """Largest relative error that is expected of each tensor, in pipeline order."""
+    graphs = graph_of(bundle)
     measured: dict[str, float] = {}
     for entry in bundle.manifest.parity.tensors if bundle.manifest.parity else ():
         if entry.variant == precision and math.isfinite(entry.max_rel):
-            measured[entry.tensor] = max(entry.max_rel, measured.get(entry.tensor, 0.0))
+            name = entry.tensor if entry.graph in GRAPH_OF.values() else f"{entry.graph}.{entry.tensor}"
+            measured[name] = max(entry.max_rel, measured.get(name, 0.0))
     found = {}
-    for name in GRAPH_OF:
+    for name in graphs:
         if precision == "fp32" or name == sam2.PIXEL_VALUES:  # pre-processing is float32 whatever the variant
             found[name] = FP32_MAX_REL
         elif name in measured:
@@ -115,7 +127,7 @@ def find_suspect(
         return None
     beyond = [pair for pair in ratios if pair[0] > 1]
     ratio, tensor = beyond[0] if beyond else max(ratios, key=lambda pair: pair[0])
-    graph = GRAPH_OF[tensor.name]
+    graph = graph_of(bundle)[tensor.name]
     facts = (info or {}).get(graph) or {}
     advice = _advice(bundle, graph, precision, backend, facts)
     return Suspect(graph, tensor.name, tensor.max_rel, limits[tensor.name], ratio > 1, advice)

@@ -2,7 +2,8 @@
 
 Each sample holds a picture, prompts, sampled values of the model input and of the features, and all four masks per
 prompt. The format is documented in ``pixano_edge/export/sam2/golden.py``, which writes it. The whole pipeline runs
-as for a user: pre-processing, encoder, decoder, resizing.
+as for a user: pre-processing, encoder, decoder, resizing. A bundle that tracks has a golden clip as well, see
+`pixano_edge.engine.models.sam2_video.check`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...bundle import Bundle, GoldenSample
 from ...contracts import sam2
-from ...errors import BundleError, ImageError, PromptError
+from ...errors import BundleError, DeviceError, ImageError, PromptError
 from ...runtime.base import DeviceInfo
 from ..images import decode_image
 from ..masks import mask_iou
 from ..verdicts import Verdict, VerdictKey, VerdictStore
-from .diagnosis import FP32_MAX_REL, GRAPH_OF, Suspect, find_suspect, tolerances
+from .diagnosis import FP32_MAX_REL, GRAPH_OF, Suspect, find_suspect, graph_of, tolerances
+from .opening import TENSORRT
 from .postprocess import write_mask
 from .predictor import Embedding, Sam2ImagePredictor
 from .preprocess import Scratch, preprocess
 from .prompts import Prompt, build_prompts
+
+if TYPE_CHECKING:
+    from ..sam2_video.check import ClipCheck
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -81,6 +86,7 @@ class VerifyReport:
         min_iou: Of the worst mask. Pixels whose reference logit is nearer to the threshold than the tensors'
             tolerance (1e-4 of the mask's largest logit) count as equal.
         seconds: Opening and running.
+        clip: The tracked golden clip; None where the bundle does not track, or its graphs could not run.
         problems: Every figure that misses the bar, in words; empty when passed.
         product: Name of the product that the device is.
         compute_capability: Of the device; None where there is none.
@@ -99,6 +105,7 @@ class VerifyReport:
     mean_iou: float
     min_iou: float
     seconds: float
+    clip: ClipCheck | None = None
     problems: list[str] = field(default_factory=list)
     product: str = ""
     compute_capability: str | None = None
@@ -146,9 +153,13 @@ def verify_bundle(
     golden = bundle.golden()
     if not golden:
         raise BundleError(f"Bundle '{bundle.manifest.name}' has no golden samples.", "Export it again.")
+    clip = bundle.manifest.golden_clip
+    steps = len(golden) + (clip is not None)
     errors = {name: TensorError(name, graph=GRAPH_OF[name]) for name in _TENSORS}
     ious: list[float] = []
     on: DeviceInfo | None = None
+    tracked: ClipCheck | None = None
+    warnings: list[str] = []
     with Sam2ImagePredictor.open(
         bundle, device=device, backend=backend, precision=precision, threads=threads, prove=False
     ) as predictor:
@@ -156,11 +167,21 @@ def verify_bundle(
             more, on = _run_sample(bundle, predictor, sample, errors)
             ious += more
             if progress is not None:
-                progress(index + 1, len(golden))
+                progress(index + 1, steps)
         info = predictor.info()
+        if clip is not None:
+            try:
+                tracked = _track(bundle, predictor, info, errors, threads)
+            except DeviceError as error:
+                if info["backend"] != TENSORRT:
+                    raise
+                warnings.append(f"Tracking was not checked: {error.message}")  # its engines are built apart
+            if progress is not None:
+                progress(steps, steps)
     assert on is not None  # there is a sample
     for name, tolerance in tolerances(bundle, info["precision"]).items():
-        errors[name].tolerance = tolerance
+        if name in errors:
+            errors[name].tolerance = tolerance
     report = VerifyReport(
         bundle=bundle.manifest.name,
         device=info["device"],
@@ -174,7 +195,8 @@ def verify_bundle(
         product=on.name,
         compute_capability=on.compute_capability,
         driver=on.driver,
-        warnings=list(info["warnings"]),
+        clip=tracked,
+        warnings=[*info["warnings"], *warnings],
         key=_key(bundle, info, on),
     )
     report.problems = judge(report)
@@ -217,7 +239,33 @@ def judge(report: VerifyReport) -> list[str]:
     iou, which = (report.min_iou, "lowest") if full else (report.mean_iou, "mean")
     if not iou >= bar:
         found.append(f"masks: {which} IoU {iou:.4f} < {bar}")
+    if report.clip is not None:
+        iou = report.clip.min_iou if full else report.clip.mean_iou
+        if not iou >= bar:
+            found.append(f"tracked clip: {which} IoU {iou:.4f} < {bar}")
     return found
+
+
+def _track(
+    bundle: Bundle,
+    predictor: Sam2ImagePredictor,
+    info: dict[str, Any],
+    errors: dict[str, TensorError],
+    threads: int | None,
+) -> ClipCheck:
+    """Runs the golden clip in the combination that the predictor runs; adds the video graphs' tensors to `errors`."""
+    from ..sam2_video.check import check_tracking, open_video_sessions
+
+    graphs = graph_of(bundle)
+
+    def add(name: str, got: npt.NDArray[Any], want: npt.NDArray[Any]) -> None:
+        errors.setdefault(name, TensorError(name, graph=graphs[name])).add(got, want)
+
+    sample = bundle.manifest.golden_clip
+    assert sample is not None
+    device = predictor.encode(decode_image(bundle.file(sample.image))).device
+    with open_video_sessions(bundle, device, info["backend"], info["precision"], threads) as sessions:
+        return check_tracking(bundle, predictor, sessions, add)
 
 
 _FEATURES = (sam2.IMAGE_EMBED, sam2.HIGH_RES_0, sam2.HIGH_RES_1)

@@ -145,7 +145,7 @@ def bfloat16_distance(got: npt.NDArray[np.float32], exact: npt.NDArray[np.float3
     The distance of the reference before its rounding says by how much the graph was off at least.
 
     Args:
-        got: Values that bfloat16 can hold; NaN and infinity give an infinite distance.
+        got: Values that bfloat16 can hold; others are a step off, NaN and infinity are infinitely far.
         exact: Reference values before rounding, of the same shape.
     """
     bits = np.ascontiguousarray(got, np.float32).view(np.uint32)
@@ -157,8 +157,9 @@ def bfloat16_distance(got: npt.NDArray[np.float32], exact: npt.NDArray[np.float3
         outer = np.where(magnitude == 0, np.float32(0), outer)
         low, high = np.minimum(inner, outer), np.maximum(inner, outer)
         distance = np.maximum(np.maximum(low - exact, exact - high), np.float32(0))
-    # A value that bfloat16 cannot hold was not rounded: its whole difference counts.
-    off_grid = (bits & np.uint32(0xFFFF)) != 0
-    distance = np.where(off_grid, np.maximum(np.abs(got - exact), distance), distance)
+        # A value that bfloat16 cannot hold was not rounded: that counts as a whole step.
+        off_grid = (bits & np.uint32(0xFFFF)) != 0
+        step = np.abs(got) * np.float32(2**-7)
+        distance = np.where(off_grid, np.maximum(np.abs(got - exact), step), distance)
     found: npt.NDArray[np.float32] = np.where(np.isfinite(got), distance, np.float32(np.inf)).astype(np.float32)
     return found

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ...contracts import sam2, sam2_video
 from ...contracts.sam2 import Sam2Constants
 from ...contracts.sam2_video import OCCLUDED_LOGIT, Sam2VideoConstants
+from ...errors import DeviceMemoryError
 from ...runtime.base import Array, Binding, Buffer, Device, Session
 from ..sam2.postprocess import choose_masks
 from ..sam2.predictor import Sam2ImagePredictor
@@ -80,6 +81,7 @@ class Stepper:
 
     Attributes:
         lock: Held during a step.
+        halved: How often fewer objects had to share a call for want of memory.
     """
 
     def __init__(self, predictor: Sam2ImagePredictor, sessions: dict[str, Session], video: Sam2VideoConstants) -> None:
@@ -87,6 +89,8 @@ class Stepper:
         self.constants: Sam2Constants = predictor.constants
         self.video = video
         self.lock = threading.RLock()
+        self.halved = 0
+        self._at_once = OBJECTS_AT_ONCE
         self._chain = predictor.chain
         self._attention = sessions[sam2_video.MEMORY_ATTENTION]
         self._decoder = sessions[sam2_video.TRACK_DECODER]
@@ -159,15 +163,29 @@ class Stepper:
         return Step(slot.logits.copy(), pick.score, pick.iou)
 
     def tracked(self, embedding: Embedding, selections: Sequence[Selection[Slot]], slots: Sequence[Slot]) -> list[Step]:
-        """Objects without a prompt on this frame, each with what it attends to and with a slot for what it leaves."""
+        """Objects without a prompt on this frame, each with what it attends to and with a slot for what it leaves.
+
+        Short of memory, fewer objects share a call from then on.
+
+        Raises:
+            DeviceMemoryError: No room for one object.
+        """
         steps: list[Step] = []
         multimask = self._multimask(False, 0)
-        for start in range(0, len(selections), OBJECTS_AT_ONCE):
-            part, into = selections[start : start + OBJECTS_AT_ONCE], slots[start : start + OBJECTS_AT_ONCE]
-            with self._held():
-                found = self._decode(embedding, _unprompted(len(part)), part, into, multimask)
-                picks = [pick for pick, _ in found]
-                self._remember(embedding, found[0][1], picks, into, False)
+        while len(steps) < len(selections):
+            start = len(steps)
+            part, into = selections[start : start + self._at_once], slots[start : start + self._at_once]
+            try:
+                with self._held():
+                    found = self._decode(embedding, _unprompted(len(part)), part, into, multimask)
+                    picks = [pick for pick, _ in found]
+                    self._remember(embedding, found[0][1], picks, into, False)
+            except DeviceMemoryError:
+                if len(part) == 1:
+                    raise
+                self._at_once = (len(part) + 1) // 2  # for good: the next frame would not fit either
+                self.halved += 1
+                continue
             steps += [Step(slot.logits, pick.score, pick.iou) for pick, slot in zip(picks, into)]
         return steps
 
@@ -264,7 +282,7 @@ class Stepper:
     def _most_objects(self, memories: int, pointers: int) -> int:
         area = self.constants.embed_size**2
         keys = memories * area + pointers * (self.constants.hidden_dim // self.video.memory_dim)
-        return int(min(sam2_video.MAX_OBJECTS, max(1, ATTENTION_BYTES // (4 * area * keys))))
+        return int(min(self._at_once, max(1, ATTENTION_BYTES // (4 * area * keys))))
 
     def _attend(self, embedding: Embedding, selections: Sequence[Selection[Slot] | None], decoder: Binding) -> None:
         """Fills the decoder's embeddings: the frame conditioned on each object's memories, or as it is for None.

@@ -63,8 +63,7 @@ async def _account(provider: EdgeProvider) -> dict[str, Any]:
 async def test_declared_and_found_figures(make: Any, tiny_bundle: Path, photo: Path) -> None:
     provider = make(cache_mb=20)
     declared = declared_needs(tiny_bundle, LoadOptions(cache_mb=20))
-    graphs = (tiny_bundle / "graphs" / "fp32").glob("*.onnx")
-    files = sum(path.stat().st_size for path in graphs if "tensorrt" not in path.name)
+    files = sum(path.stat().st_size for path in (tiny_bundle / "graphs").glob("*.fp32.onnx"))
     assert declared.weights == files
     await provider.instantiate_model("edge", ModelConfig("one", _TASK))
     (model,) = (await _account(provider))["models"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixano_edge.engine.bundle import BundleStore, pack
+from pixano_edge.engine.bundle import Bundle, BundleStore, pack
 from pixano_edge.engine.models.rle import decode_rle, encode_rle
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.model import Sam2VideoModel
@@ -204,7 +204,7 @@ async def test_a_packed_bundle_and_an_image_bundle(
     assert (names["packed"], names["packed-image"]) == (VIDEOS, "image_mask_generation")
     request = _request(clip[:2], {"frame_index": 0, "points": [{"x": 30, "y": 35}]}, ids=[1], model="packed")
     result = await provider.video_mask_generation(request)
-    assert result.metadata["bundle"] == "tiny-tracks"
+    assert result.metadata["bundle"] == Bundle.open(tracking_bundle, verify=False).manifest.name
     with pytest.raises(TaskNotSupportedError, match="does image_mask_generation, not video") as caught:
         await provider.instantiate_model("edge", ModelConfig("images", VIDEOS, tiny_bundle))
     assert "export" in caught.value.action
