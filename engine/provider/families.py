@@ -227,7 +227,7 @@ def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | N
 def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
     from ..models.sam2.cache import EmbeddingCache
     from ..models.sam2_video.model import Sam2VideoModel
-    from .needs import map_bytes
+    from .video_needs import map_bytes
 
     video = Sam2VideoModel.open(
         bundle,

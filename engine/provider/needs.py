@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,12 @@ import numpy as np
 from ..bundle.bundle import MAX_MANIFEST_BYTES, check_manifest, parse_manifest
 from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, Graph, Manifest
-from ..contracts import sam2_video
 from ..contracts.base import GraphSpec, TensorSpec
-from ..contracts.sam2 import Sam2Constants
-from ..contracts.sam2_video import Sam2VideoConstants
 from ..errors import BundleError, ContractError
 from ..runtime.memory import MemoryUse
-from .families import IMAGES, VIDEOS, tracks
+from .families import IMAGES
 from .settings import LoadOptions
-
-VIDEO_GRAPHS = (sam2_video.MEMORY_ATTENTION, sam2_video.TRACK_DECODER, sam2_video.MEMORY_ENCODER)
+from .video_needs import graphs_for, with_tracking
 
 ACTIVATION_FACTOR = 24
 """Activations per byte of a graph's inputs and outputs. An estimate, not a measurement: SAM 2 at 1024 pixels has 29 MB
@@ -37,11 +32,6 @@ feature maps of 25 to 100 MB."""
 
 SPARE_FEATURES = 3
 """Sets of image features beside the cache: one being computed, and two that `BufferPool` keeps for the next."""
-
-
-TRACKED_OBJECTS = 8
-"""Objects, with one prompt each, whose memories are declared for a model that tracks; what more of them take shows in
-use. An estimate: the clips of annotators have a handful."""
 
 
 def declared_needs(path: Path, options: LoadOptions, task: str = IMAGES) -> MemoryUse:
@@ -57,44 +47,11 @@ def declared_needs(path: Path, options: LoadOptions, task: str = IMAGES) -> Memo
     try:
         data = read_manifest(path)
         manifest = parse_manifest(data)
-        specs = check_manifest(manifest)
-        video = _video(manifest)
-        if task != VIDEOS or video is None:
-            specs = {name: spec for name, spec in specs.items() if name not in VIDEO_GRAPHS}
-            video = None
+        specs = graphs_for(task, check_manifest(manifest))
         bundled = _bundled(path, manifest, hashlib.sha256(data).hexdigest()) if _may_use_engines(options) else {}
     except (BundleError, ContractError, OSError, KeyError, *ZIP_ERRORS):
         return MemoryUse()
-    needs = manifest_needs(manifest, specs, options, bundled)
-    return needs if video is None else with_tracking(needs, *video)
-
-
-def with_tracking(needs: MemoryUse, image: Sam2Constants, video: Sam2VideoConstants) -> MemoryUse:
-    """The figures of all graphs with what tracking `TRACKED_OBJECTS` objects takes beside them."""
-    from ..models.sam2_video.steps import ATTENTION_BYTES
-
-    area = image.embed_size**2
-    # What one object keeps: as far as one attends on either side of a frame with a prompt and behind the frame at hand
-    # (`ObjectBank.out_of_reach`), that prompted frame, and two for what is being written.
-    reach = max(video.num_memories, video.max_pointers) - 1
-    maps = TRACKED_OBJECTS * 3 * (reach + 1) * map_bytes(image, video)
-    # Attention weights, once as scores and once as probabilities; calls are split so that they stay below a limit.
-    keys = video.num_memories * area + video.max_pointers * (image.hidden_dim // video.memory_dim)
-    weights = max(4 * area * keys, min(ATTENTION_BYTES, TRACKED_OBJECTS * 4 * area * keys))
-    return replace(needs, activations=max(needs.activations or 0, 2 * weights), caches=(needs.caches or 0) + maps)
-
-
-def map_bytes(image: Sam2Constants, video: Sam2VideoConstants) -> int:
-    """What a tracker keeps of one frame for one object: memory map, pointer and mask logits."""
-    return 4 * (video.memory_dim * image.embed_size**2 + image.hidden_dim + image.mask_size**2)
-
-
-def _video(manifest: Manifest) -> tuple[Sam2Constants, Sam2VideoConstants] | None:
-    if not tracks(manifest.family, manifest.constants):
-        return None
-    video = sam2_video.constants_of(manifest.constants)
-    assert video is not None
-    return Sam2Constants.from_dict(manifest.constants), video
+    return with_tracking(manifest_needs(manifest, specs, options, bundled), manifest, task)
 
 
 def manifest_needs(

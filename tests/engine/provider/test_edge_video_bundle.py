@@ -26,8 +26,9 @@ from pixano_edge.engine.provider import (
     TaskNotSupportedError,
 )
 from pixano_edge.engine.provider.families import VIDEOS
-from pixano_edge.engine.provider.needs import TRACKED_OBJECTS, declared_needs, map_bytes
+from pixano_edge.engine.provider.needs import declared_needs
 from pixano_edge.engine.provider.settings import LoadOptions
+from pixano_edge.engine.provider.video_needs import TRACKED_OBJECTS, map_bytes
 from tests.support.tracking import moving_squares
 
 from .fakes import until

@@ -12,8 +12,7 @@ from pixano_edge.engine.bundle import MANIFEST_NAME, parse_manifest
 from pixano_edge.engine.bundle.engines import INDEX_NAME, index_bytes
 from pixano_edge.engine.bundle.manifest import FileEntry
 from pixano_edge.engine.contracts import sam2
-from pixano_edge.engine.provider.families import VIDEOS
-from pixano_edge.engine.provider.needs import TRACKED_OBJECTS, declared_needs, manifest_needs
+from pixano_edge.engine.provider.needs import declared_needs, manifest_needs
 from pixano_edge.engine.provider.settings import LoadOptions
 from pixano_edge.engine.runtime.engine_file import write_engine
 from pixano_edge.engine.runtime.memory import MemoryUse
@@ -97,23 +96,3 @@ def test_engines_that_travel_with_the_bundle_count_on_gpus(bundle: Path) -> None
     assert declared_needs(bundle, LoadOptions(device="cpu")).weights == 100
     path.write_bytes(b"damaged")
     assert declared_needs(bundle, LoadOptions()) == MemoryUse()  # opening it raises the error
-
-
-def test_a_bundle_that_tracks_needs_what_it_is_loaded_for(tmp_path: Path) -> None:
-    path = add_bundle(tmp_path, "tracks", weights=500, tracks=True)  # five graphs of 100 bytes
-    plain = add_bundle(tmp_path, "plain", weights=200)
-    options = LoadOptions(cache_mb=3)
-    images, videos = declared_needs(path, options), declared_needs(path, options, VIDEOS)
-    assert images == declared_needs(plain, options)  # two graphs, nothing of tracking
-    assert images.weights == 200
-    assert videos.weights == 500
-    assert (videos.bindings or 0) > (images.bindings or 0)
-    one = 4 * (16 * 8 * 8 + 32 + 32 * 32)  # map, pointer and mask logits of the fakes' constants
-    assert videos.caches == 3 * MIB + TRACKED_OBJECTS * 48 * one
-    weights = 4 * 64 * (7 * 64 + 16 * 2)  # of one object's attention: queries by keys
-    assert videos.activations == max(images.activations or 0, 2 * TRACKED_OBJECTS * weights)
-
-
-def test_an_image_bundle_asked_to_track_declares_its_images(bundle: Path) -> None:
-    """Opening it, which comes next, raises the error."""
-    assert declared_needs(bundle, LoadOptions(), VIDEOS) == declared_needs(bundle, LoadOptions())
