@@ -24,13 +24,14 @@ def graphs_for(task: str, specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
     return specs if task == VIDEOS else {name: spec for name, spec in specs.items() if name not in VIDEO_GRAPHS}
 
 
-def with_tracking(needs: MemoryUse, manifest: Manifest, task: str) -> MemoryUse:
+def with_tracking(needs: MemoryUse, manifest: Manifest, task: str, estimated: bool = True) -> MemoryUse:
     """The figures of the graphs with what tracking `TRACKED_OBJECTS` objects takes beside them.
 
     Args:
         needs: Weights, activations, bindings and caches of the graphs.
         manifest: Of the bundle.
         task: What it is loaded for; nothing is added for another one, or where the bundle does not track.
+        estimated: Whether the activations are an estimate, which knows nothing of attention weights.
 
     Raises:
         ContractError: The constants of tracking do not fit.
@@ -49,7 +50,8 @@ def with_tracking(needs: MemoryUse, manifest: Manifest, task: str) -> MemoryUse:
     # Attention weights, once as scores and once as probabilities; calls are split so that they stay below a limit.
     keys = video.num_memories * area + video.max_pointers * (image.hidden_dim // video.memory_dim)
     weights = max(4 * area * keys, min(ATTENTION_BYTES, TRACKED_OBJECTS * 4 * area * keys))
-    return replace(needs, activations=max(needs.activations or 0, 2 * weights), caches=(needs.caches or 0) + maps)
+    activations = max(needs.activations or 0, 2 * weights) if estimated else needs.activations
+    return replace(needs, activations=activations, caches=(needs.caches or 0) + maps)
 
 
 def map_bytes(image: Sam2Constants, video: Sam2VideoConstants) -> int:
