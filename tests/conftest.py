@@ -94,18 +94,8 @@ def demo_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any, Any]:
-    """Five graphs of a tiny SAM 2 that tracks: PyTorch model, folder of ``NAME.onnx``, constants, video constants."""
-    pytest.importorskip("onnx", reason="the graphs are exported here: pip install 'pixano-edge[export]'")
-    pytest.importorskip("torch", reason="the reference: pip install 'pixano-edge[export]'")
-    from tests.support.tracking import make_graphs
+def tiny_graphs(tracking_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any, Any]:
+    """PyTorch model of `tracking_bundle`, folder of its fp32 graphs as ``NAME.onnx``, constants, video constants."""
+    from tests.support.tracking import unpack_graphs
 
-    return make_graphs(tmp_path_factory.mktemp("video-graphs"))
-
-
-@pytest.fixture(scope="session")
-def tracking_bundle(tiny_graphs: tuple[Any, Path, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle (fp32, no golden samples) of `tiny_graphs`; read-only."""
-    from tests.support.tracking import make_tracking_bundle
-
-    return make_tracking_bundle(*tiny_graphs[1:], tmp_path_factory.mktemp("bundle") / "tiny-tracks")
+    return unpack_graphs(tracking_bundle, tmp_path_factory.mktemp("video-graphs"))

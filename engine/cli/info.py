@@ -36,7 +36,10 @@ def machine_facts() -> dict[str, Any]:
 def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> dict[str, Any]:
     """What the manifest says, and what really runs when the bundle is opened here (``engine`` or ``engine_error``)."""
     from ..models.sam2.predictor import Sam2ImagePredictor
+    from ..models.sam2_video.model import Sam2VideoModel
+    from ..provider.families import tasks, tracks
 
+    can_track = tracks(bundle.manifest.family, bundle.manifest.constants)
     manifest = bundle.manifest.model_dump(mode="json")
     graphs = {
         name: {
@@ -51,6 +54,7 @@ def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> d
         "hash": bundle.hash,
         **{key: manifest[key] for key in kept},
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "tasks": tasks(bundle.manifest.family, can_track),
         "variants": bundle.variants(),
         "graphs": graphs,
         "parity": manifest["parity"],
@@ -60,8 +64,9 @@ def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> d
         "engine_error": None,
     }
     try:
-        with Sam2ImagePredictor.open(bundle, device=device, backend=backend, precision=precision) as predictor:
-            facts["engine"] = predictor.info()
+        kind = Sam2VideoModel if can_track else Sam2ImagePredictor
+        with kind.open(bundle, device=device, backend=backend, precision=precision) as opened:
+            facts["engine"] = opened.info()
     except EdgeError as error:
         facts["engine_error"] = str(error)
     ran = facts["engine"] or {"device": device, "backend": backend, "precision": precision}
@@ -127,6 +132,7 @@ def _print_bundle(facts: dict[str, Any]) -> None:
         "model": f"{source['architecture']}, input {facts['preprocess']['image_size']} px",
         "made from": f"{source['checkpoint']} ({source['format']}), {facts['created']}",
         "licence": f"{facts['licence']['spdx']} {facts['licence']['text']}".strip(),
+        "tasks": ", ".join(facts["tasks"]),
         "variants": ", ".join(facts["variants"]),
     }
     if engine:

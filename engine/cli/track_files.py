@@ -131,8 +131,8 @@ class MaskLog:
                 if one["area"]:
                     number += 1
                     ids = {"id": number, "image_id": record["frame"] + 1, "video_id": 1, "track_id": one["id"]}
-                    facts = {key: one[key] for key in ("segmentation", "bbox", "area", "score")}
-                    yield {**ids, "category_id": CATEGORY["id"], **facts, "iscrowd": 0}
+                    facts = {key: one[key] for key in ("segmentation", "bbox", "area")}
+                    yield {**ids, "category_id": CATEGORY["id"], **facts, "score": one["iou"], "iscrowd": 0}
 
     def _write_vis(self, target: IO[str], video: dict[str, Any], length: int, description: str) -> None:
         """One annotation for each object, with a mask or null for each frame of the clip."""

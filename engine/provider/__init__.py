@@ -8,6 +8,7 @@ from .errors import (
     InferenceError,
     InferenceTimeoutError,
     InvalidRequestError,
+    JobNotFoundError,
     ModelBusyError,
     ModelNotFoundError,
     OutOfMemoryError,
@@ -40,6 +41,13 @@ from .types import (
     VideoMaskGenerationOutput,
     VideoMaskGenerationResult,
 )
+from .video_types import (
+    EdgeVideoMaskGenerationInput,
+    EdgeVideoMaskGenerationOutput,
+    TrackedFrame,
+    TrackedObject,
+    VideoMaskGenerationJobStatus,
+)
 
 __all__ = [
     "ACCEPTED_PROVIDERS",
@@ -47,6 +55,8 @@ __all__ = [
     "EdgeMaskGenerationInput",
     "EdgeMaskGenerationOutput",
     "EdgeProvider",
+    "EdgeVideoMaskGenerationInput",
+    "EdgeVideoMaskGenerationOutput",
     "ImageMaskGenerationInput",
     "ImageMaskGenerationOutput",
     "ImageMaskGenerationResult",
@@ -58,6 +68,7 @@ __all__ = [
     "InferenceTask",
     "InferenceTimeoutError",
     "InvalidRequestError",
+    "JobNotFoundError",
     "ModelBusyError",
     "ModelConfig",
     "ModelInfo",
@@ -72,8 +83,11 @@ __all__ = [
     "TextImageConditionalGenerationInput",
     "TextImageConditionalGenerationOutput",
     "TextImageConditionalGenerationResult",
+    "TrackedFrame",
+    "TrackedObject",
     "UsageInfo",
     "VideoMaskGenerationInput",
+    "VideoMaskGenerationJobStatus",
     "VideoMaskGenerationOutput",
     "VideoMaskGenerationResult",
     "get_provider",

@@ -10,17 +10,7 @@ from .types import (
     ImageZeroShotDetectionResult,
     TextImageConditionalGenerationInput,
     TextImageConditionalGenerationResult,
-    VideoMaskGenerationInput,
-    VideoMaskGenerationResult,
 )
-
-_ACTION = "get_capabilities lists what works; annotate frames one by one with image_mask_generation meanwhile."
-
-
-def _tracking() -> NoReturn:
-    raise TaskNotSupportedError(
-        "Tracking through a video is not there yet: this version has no run time for SAM 2's memory graphs.", _ACTION
-    )
 
 
 def _absent(task: str, missing: str) -> NoReturn:
@@ -30,13 +20,7 @@ def _absent(task: str, missing: str) -> NoReturn:
 
 
 class AbsentTasks:
-    """Mixin of `EdgeProvider`. The last seven methods have the names of Pixano 0.8's interface."""
-
-    async def video_mask_generation(
-        self, input_data: VideoMaskGenerationInput, timeout: float = 120.0
-    ) -> VideoMaskGenerationResult:
-        """Raises `TaskNotSupportedError`."""
-        _tracking()
+    """Mixin of `EdgeProvider`. The last three methods have the names of Pixano 0.8's interface."""
 
     async def image_zero_shot_detection(
         self, input_data: ImageZeroShotDetectionInput, timeout: float = 60.0
@@ -49,18 +33,6 @@ class AbsentTasks:
     ) -> TextImageConditionalGenerationResult:
         """Raises `TaskNotSupportedError`."""
         _absent("Text about images", "vision-language model (SmolVLM)")
-
-    async def submit_video_mask_generation_job(self, input_data: Any, timeout: float = 30.0) -> Any:
-        """Raises `TaskNotSupportedError`."""
-        _tracking()
-
-    async def get_video_mask_generation_job(self, job_id: str, timeout: float = 30.0) -> Any:
-        """Raises `TaskNotSupportedError`."""
-        _tracking()
-
-    async def cancel_video_mask_generation_job(self, job_id: str, timeout: float = 30.0) -> Any:
-        """Raises `TaskNotSupportedError`."""
-        _tracking()
 
     async def detection(self, input_data: Any, timeout: float = 60.0) -> Any:
         """Raises `TaskNotSupportedError`."""

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 from ..bundle.bundle import parse_manifest
+from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, NAME_PATTERN
-from ..errors import BundleError
+from ..errors import BundleError, ContractError
 from .errors import InvalidRequestError, ModelNotFoundError
+from .families import tracks
+from .needs import read_manifest
 from .types import ModelConfig
 
 _NAME = re.compile(NAME_PATTERN)
@@ -43,12 +46,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """A bundle of the store, from its manifest."""
+    """A bundle of the store, from its manifest; `tracks` says whether it has what tracking needs."""
 
     name: str
     source: Source
     family: str
     checkpoint: str
+    tracks: bool = False
 
 
 class Catalogue:
@@ -138,6 +142,15 @@ def refreshed(source: Source) -> Source:
         ) from error
 
 
+def tracks_at(source: Source) -> bool:
+    """Whether the bundle there has what tracking needs; False for one that cannot be read, which loading tells."""
+    try:
+        manifest = parse_manifest(read_manifest(source.path))
+        return tracks(manifest.family, manifest.constants)
+    except (BundleError, ContractError, OSError, KeyError, *ZIP_ERRORS):
+        return False
+
+
 def unknown_model(name: str, known: Iterable[str]) -> ModelNotFoundError:
     """The error for a name that means nothing here."""
     listed = ", ".join(sorted(known)) or "none"
@@ -182,9 +195,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _read_entry(name: str, source: Source) -> Entry | str:
     try:
         manifest = parse_manifest((source.path / MANIFEST_NAME).read_bytes())
-    except (BundleError, OSError) as error:
+        tracking = tracks(manifest.family, manifest.constants)
+    except (BundleError, ContractError, OSError) as error:
         return f"Bundle '{name}' cannot be used: {error}"
-    return Entry(name, source, manifest.family, manifest.source.checkpoint)
+    return Entry(name, source, manifest.family, manifest.source.checkpoint, tracking)
 
 
 def _hub_id(hub_id: str) -> InvalidRequestError:

@@ -9,35 +9,40 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..bundle import BundleStore
-from ..errors import BundleError, ContractError, DeviceError, EdgeError
+from ..errors import BundleError, CancelledError, DeviceError, EdgeError
 from .absent import AbsentTasks
 from .base import InferenceProvider
 from .budget import MemoryBudget, read_devices
-from .catalogue import Catalogue, Entry, FilesState, Source, Store, files_state, refreshed, unknown_model
-from .errors import (
-    InferenceError,
-    InvalidRequestError,
-    ProviderNotFoundError,
-    TaskNotSupportedError,
-    provider_errors,
-)
-from .families import TASKS, Opener, check_task, open_model
+from .catalogue import Catalogue, Store
+from .directory import Directory
+from .errors import InferenceError, InvalidRequestError, ModelNotFoundError, ProviderNotFoundError, provider_errors
+from .families import TASKS, LoadedModel, Opener, open_model
 from .hardware import read_hardware
+from .jobs import JOB_CAP, JOB_TTL, MemoryJobStore
 from .media import MediaPolicy
-from .models import ModelTable, Slot, Unloaded
+from .models import ModelTable, Slot
 from .placement import auto_gpus
 from .registry import register_provider
 from .segmentation import segment
-from .server_info import offered, server_info
-from .settings import DEFAULT_CACHE_MB, DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, Limit, LoadOptions, read_limits
+from .server_info import server_info
+from .settings import (
+    DEFAULT_CACHE_MB,
+    DEFAULT_MAX_BYTES,
+    DEFAULT_MAX_PIXELS,
+    DEFAULT_MAX_VIDEO_BYTES,
+    Limit,
+    LoadOptions,
+    read_limits,
+)
 from .types import (
+    EdgeMaskGenerationOutput,
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
     InferenceTask,
@@ -45,13 +50,14 @@ from .types import (
     ModelInfo,
     ProviderCapabilities,
     ServerInfo,
+    VideoMaskGenerationInput,
+    VideoMaskGenerationResult,
 )
+from .video import VideoService
+from .video_types import TrackedFrame, VideoMaskGenerationJobStatus
 from .worker import QUEUE_DEPTH, Deadline, wait_for
 
 T = TypeVar("T")
-
-LoadArguments = tuple[str, Source, str, LoadOptions]
-"""Of `ModelTable.start`."""
 
 ACCEPTED_PROVIDERS = ("edge", "pixano-edge")
 """What `instantiate_model` takes as its `provider`."""
@@ -80,12 +86,16 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             read, since the caller runs in it; a server for others passes its own folders, or ``[]`` for none.
         max_image_pixels: Larger images are refused before they are decoded.
         max_image_bytes: Larger encoded images are refused.
-        queue_depth: Requests that may run or wait per model; one more gets `ModelBusyError` at once.
+        max_video_bytes: Larger video files are refused.
+        queue_depth: Requests that may run or wait per model, and clips that it may track in at once; one more gets
+            `ModelBusyError` at once.
         memory_limits: Memory that models may take: one limit for every device or a mapping (``cpu``, ``cuda:N``,
             ``cuda``, ``*``) to bytes, a share or text such as ``6GiB`` and ``80%``. None takes the environment's
             ``PIXANO_EDGE_MEMORY``, and without that 80 % of RAM and 90 % of each GPU. What other processes use counts
             too, unless the limit is in bytes. Idle models are unloaded, the least recently used first, when another
             one needs the room; they come back at their next request.
+        job_ttl: Seconds that a tracking job is kept after its end.
+        job_cap: Tracking jobs that are kept; one more drops the oldest ended one, or is refused when all run.
         opener: Opens bundles; replaced in tests.
 
     Raises:
@@ -108,25 +118,24 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         media_roots: Sequence[str | Path] | None = None,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         max_image_bytes: int = DEFAULT_MAX_BYTES,
+        max_video_bytes: int = DEFAULT_MAX_VIDEO_BYTES,
         queue_depth: int = QUEUE_DEPTH,
         memory_limits: Limit | str | Mapping[str, Limit | str] | None = None,
+        job_ttl: float = JOB_TTL,
+        job_cap: int = JOB_CAP,
         opener: Opener = open_model,
     ) -> None:
         self._options = LoadOptions(
-            device, backend, precision, threads, cache_mb, verify, max_image_pixels, max_image_bytes
+            device, backend, precision, threads, cache_mb, verify, max_image_pixels, max_image_bytes, max_video_bytes
         ).check()
         self._catalogue = Catalogue(BundleStore(store) if store is None or isinstance(store, str | Path) else store)
         # read_hardware is looked up at each call.
         budget = MemoryBudget(read_limits(memory_limits), lambda: read_devices(read_hardware()))
         self._table = ModelTable(opener, queue_depth, budget, auto_gpus)
+        self._directory = Directory(self._catalogue, self._table, self._options, autoload)
         self._media = MediaPolicy(media_roots)
-        self._autoload = autoload
-        # Names that delete_model took away: their bundles stay in the store but no request loads them again. Only
-        # instantiate_model does, and what it loaded is found in the table.
-        self._withdrawn: set[str] = set()
-        # Bundles that failed to load by themselves, and the state of their files then: hashing gigabytes again for
-        # every request would only fail again.
-        self._broken: dict[str, tuple[FilesState, EdgeError]] = {}
+        jobs = MemoryJobStore(job_ttl, job_cap)
+        self._video = VideoService(self._table, self._hold_tracking, self._media, jobs, queue_depth)
         self._files = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixano-edge-files")
         self._closed = False
 
@@ -151,7 +160,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             task: Only models of this task; any enum with the same values does.
         """
         with provider_errors():
-            infos, _ = await self._in_files(self._offered)
+            infos, _ = await self._in_files(self._directory.offered)
         wanted = None if task is None else str(getattr(task, "value", task))
         return [info for info in infos if wanted in (None, info.task)]
 
@@ -163,11 +172,16 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
     async def instantiate_model(self, provider: str, config: ModelConfig, timeout: float = 60) -> None:
         """Loads a bundle under the name `config.name`.
 
+        ``config.task`` decides what is loaded and what the name is listed for: with ``image_mask_generation`` the two
+        graphs for images, with ``video_mask_generation`` all five, which answer images as well. A bundle that can
+        track is offered for the other task, too, under a second name: see `Directory`. Loaded for images, it is
+        loaded anew with all graphs when the first request to track comes or when this asks for it.
+
         ``config.path`` is None for the store's bundle of that name, else a bundle folder, a ``.pxe`` file or the
         name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb and
-        verify, ``config.processor_config`` takes max_image_pixels and max_image_bytes. Loading the same again does
-        nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is unpacked to the temporary
-        folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the folder.
+        verify, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes. Loading the
+        same again does nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is unpacked to
+        the temporary folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the folder.
 
         Args:
             provider: ``edge`` or ``pixano-edge``.
@@ -196,34 +210,39 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         with provider_errors(invalid=(BundleError, DeviceError)):
             loaded = [slot.name for slot in self._table.slots()]
             source = await self._in_files(lambda: self._catalogue.locate(config, loaded), deadline)
-            slot, started = self._table.start(config.name, source, task, options)
-            arrived = False
-            try:
-                await wait_for(slot.ready, deadline, f"Loading model '{config.name}'")
-                arrived = True
-            finally:
-                # Whoever started a load and leaves ends it; others only wait for it.
-                if started and not arrived:
-                    self._table.retire(slot)
+            while True:
+                slot, started = self._directory.takes_over(config.name, source, task, options), False
+                if slot is None:
+                    slot, started = self._table.start(config.name, source, task, options)
+                arrived = False
+                try:
+                    await wait_for(slot.ready, deadline, f"Loading model '{config.name}'")
+                    arrived = True
+                except CancelledError:
+                    if not slot.replaced:
+                        raise
+                finally:
+                    # Whoever started a load and leaves ends it; others only wait for it.
+                    if started and not arrived:
+                        self._table.retire(slot)
+                if arrived:
+                    return
 
     async def delete_model(self, model_name: str) -> None:
         """Unloads a model and stops offering it; its bundle stays on disk.
 
         New requests get `ModelNotFoundError` at once, also from a store with `autoload`, until `instantiate_model`
-        loads the name again. Accepted requests finish; this returns when they have and the memory is free.
+        loads the name again. Accepted requests for images finish, tracking fails at its next frame with the reason;
+        this returns when they have ended and the memory is free. A model with two names goes under both.
 
         Raises:
             ModelNotFoundError: No such model, or deleted already.
         """
-        slot = self._table.get(model_name) if isinstance(model_name, str) else None
-        if slot is None:
-            with provider_errors():
-                infos, _ = await self._in_files(self._offered)
-            if model_name not in (info.name for info in infos):
-                raise unknown_model(model_name, (info.name for info in infos))
-        self._withdrawn.add(model_name)
         with provider_errors():
-            for freed in self._table.remove(model_name):
+            names = self._directory.withdraw_loaded(model_name)
+            if not names:
+                names = await self._in_files(lambda: self._directory.withdraw(model_name))
+            for freed in [freed for name in names for freed in self._table.remove(name)]:
                 await wait_for(freed, Deadline(None), f"Unloading model '{model_name}'")
 
     async def image_mask_generation(
@@ -247,32 +266,140 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         started = time.perf_counter()
         deadline = Deadline(timeout)
         with provider_errors():
+            output, model = await self._segmented(input_data, deadline)
+        return ImageMaskGenerationResult(
+            data=output,
+            timestamp=datetime.now(timezone.utc),
+            processing_time=time.perf_counter() - started,
+            metadata=_facts(input_data, model),
+            id=uuid.uuid4().hex,
+        )
+
+    async def video_mask_generation(
+        self, input_data: VideoMaskGenerationInput, timeout: float = 120.0
+    ) -> VideoMaskGenerationResult:
+        """Masks of the marked objects through a clip; ``data`` is an `EdgeVideoMaskGenerationOutput`.
+
+        One row per frame and object, frames in the order of processing, objects in that of the request; an object that
+        is not on a frame has an empty mask of full size. With ``propagate`` false: one row per prompt, ordered by
+        frame. Frames are computed one at a time, between other requests to the model.
+
+        Args:
+            input_data: Any object with the attributes of `VideoMaskGenerationInput`; `propagate`, `interval` and
+                `keyframes` are read where present (see `EdgeVideoMaskGenerationInput`).
+            timeout: Seconds for waiting, loading and computing. A clip that takes longer is a case for
+                `submit_video_mask_generation_job` or `stream_video_mask_generation`.
+
+        Raises:
+            InvalidRequestError: A prompt, the interval or the clip is malformed or not allowed, or a frame does not
+                decode; the message names the frame.
+            ModelNotFoundError: No such model, or it was unloaded, also while this ran.
+            TaskNotSupportedError: The model does not track.
+            ModelBusyError: The model tracks in as many clips as it may.
+            InferenceTimeoutError: No answer in time; the work stops within one frame.
+            InferenceError: The back end failed; the message names the frame.
+        """
+        started = time.perf_counter()
+        with provider_errors():
+            output, run = await self._video.answer(input_data, Deadline(timeout))
+        assert run.model is not None
+        return VideoMaskGenerationResult(
+            data=output,
+            status="SUCCESS",
+            timestamp=datetime.now(timezone.utc),
+            processing_time=time.perf_counter() - started,
+            metadata={**_facts(input_data, run.model), "frames": run.done},
+            id=uuid.uuid4().hex,
+        )
+
+    async def stream_video_mask_generation(
+        self, input_data: VideoMaskGenerationInput, timeout: float | None = None
+    ) -> AsyncIterator[TrackedFrame]:
+        """The frames of `video_mask_generation` as they come; an addition of Pixano Edge to the interface.
+
+        Leaving the iterator (``aclose``, or the end of its task) stops the work within one frame. Raises as
+        `video_mask_generation`, after the frames that were done.
+        """
+        with provider_errors():
+            async for frame in self._video.stream(input_data, Deadline(timeout)):
+                yield frame
+
+    async def submit_video_mask_generation_job(
+        self, input_data: VideoMaskGenerationInput, timeout: float = 30.0
+    ) -> VideoMaskGenerationJobStatus:
+        """Starts tracking and answers at once, before model and clip are loaded; takes what `video_mask_generation`
+        takes.
+
+        Raises:
+            InvalidRequestError: A prompt or the interval is malformed. What only the clip tells fails the job.
+            ModelNotFoundError, TaskNotSupportedError: As there.
+            ModelBusyError: The model tracks in as many clips as it may, or as many jobs run as are kept.
+        """
+        with provider_errors():
+            return await self._video.submit(input_data, Deadline(timeout))
+
+    async def get_video_mask_generation_job(self, job_id: str, timeout: float = 30.0) -> VideoMaskGenerationJobStatus:
+        """State, progress and, once complete, the answer of a job; raises `JobNotFoundError`."""
+        with provider_errors():
+            return await self._in_files(lambda: self._video.status(job_id), Deadline(timeout))
+
+    async def cancel_video_mask_generation_job(
+        self, job_id: str, timeout: float = 30.0
+    ) -> VideoMaskGenerationJobStatus:
+        """Ends a job, whose work stops within one frame. One that has ended is returned as it is. Raises
+        `JobNotFoundError`."""
+        with provider_errors():
+            return await self._in_files(lambda: self._video.cancel(job_id), Deadline(timeout))
+
+    async def watch_job(
+        self, job_id: str, from_frame: int = 0, timeout: float | None = None
+    ) -> AsyncIterator[TrackedFrame]:
+        """The frames of a job as they come; an addition of Pixano Edge to the interface.
+
+        Args:
+            job_id: From `submit_video_mask_generation_job`.
+            from_frame: Frames to leave out: those that the caller has, in the order of processing.
+            timeout: Seconds for all of it.
+
+        Raises:
+            JobNotFoundError: No such job.
+            InferenceError: After its last frame, if the job failed or was canceled: why.
+        """
+        if not isinstance(from_frame, int) or from_frame < 0:
+            raise InvalidRequestError(f"from_frame must be 0 or more, got {from_frame!r:.60}.", "Count what you have.")
+        with provider_errors():
+            async for frame in self._video.watch(job_id, from_frame, Deadline(timeout)):
+                yield frame
+
+    async def close(self) -> None:
+        """Unloads every model after its accepted requests, and refuses everything from now on. Tracking fails at its
+        next frame. May be repeated."""
+        self._closed = True
+        for freed in self._table.close():
+            await wait_for(freed, Deadline(None), "Unloading")
+        await self._video.close()
+        self._files.shutdown(wait=False)
+
+    async def _segmented(self, input_data: Any, deadline: Deadline) -> tuple[EdgeMaskGenerationOutput, LoadedModel]:
+        """The answer to an image request, and which model gave it."""
+        while True:
             slot = await self._held(getattr(input_data, "model", None), InferenceTask.MASK_GENERATION, deadline)
             try:
                 model = await wait_for(slot.ready, deadline, f"Loading model '{slot.name}'")
                 job, future = self._table.submit(slot, lambda m, job: segment(m, input_data, self._media, job))
                 output = await wait_for(future, deadline, f"Segmentation with model '{slot.name}'", job)
+                return output, model
+            except EdgeError as error:
+                # Another slot answers where one that tracks, too, has taken over, or where that did not load.
+                replaced = slot.replaced and isinstance(error, ModelNotFoundError | CancelledError)
+                failed = slot.base is not None and slot.ready.done() and slot.ready.exception() is error
+                if not (replaced or failed):
+                    raise
             finally:
                 self._table.let_go(slot)
-        return ImageMaskGenerationResult(
-            data=output,
-            timestamp=datetime.now(timezone.utc),
-            processing_time=time.perf_counter() - started,
-            metadata={
-                "model_name": slot.name,
-                "model_class": model.model_class,
-                "device": model.device,
-                **model.details,
-            },
-            id=uuid.uuid4().hex,
-        )
 
-    async def close(self) -> None:
-        """Unloads every model after its accepted requests, and refuses everything from now on. May be repeated."""
-        self._closed = True
-        for freed in self._table.close():
-            await wait_for(freed, Deadline(None), "Unloading")
-        self._files.shutdown(wait=False)
+    async def _hold_tracking(self, name: Any, deadline: Deadline) -> Slot:
+        return await self._held(name, InferenceTask.VIDEO_MASK_GENERATION, deadline)
 
     async def _held(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:
         """The slot of a model that does `task`, kept from being unloaded to make room; `ModelTable.let_go` ends it."""
@@ -285,68 +412,15 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """The slot of a model that does `task`. Loading starts here with `autoload`, or if it made room for another."""
         if not isinstance(name, str) or not name:
             raise InvalidRequestError("model must be the name of a model.", "list_models has the names.")
-        slot = self._table.get(name)
-        if slot is None:
-            slot = await self._autoloaded(name, task, deadline)
-        _check_task(name, slot.task, task)
-        return slot
-
-    async def _autoloaded(self, name: str, task: InferenceTask, deadline: Deadline) -> Slot:
-        entries, faults, state, back = await self._in_files(lambda: self._look_up(name), deadline)
-        held = self._table.get(name)
-        if held is not None:
-            return held
-        if back is not None:
-            _check_task(name, back[2], task)
-            return self._table.start(*back)[0]
-        entry = entries.get(name)
-        if name in self._withdrawn or not self._autoload or (entry is None and name not in faults):
-            known = {slot.name for slot in self._table.slots()}
-            if self._autoload:
-                known |= entries.keys() - self._withdrawn
-            raise unknown_model(name, known)
-        if entry is None:
-            raise InferenceError(faults[name], "Check it with 'pixano-edge bundle inspect'.")
-        check_task(entry.family, task.value, name)
-        failed = self._broken.get(name)
-        if failed is not None and failed[0] == state:
-            raise InferenceError(failed[1].message, f"{failed[1].action} It is tried again when its files change.")
-        slot, started = self._table.start(name, entry.source, task.value, self._options)
-        if started:
-            slot.ready.add_done_callback(lambda done: self._note_failure(name, state, done.exception()))
-        return slot
-
-    def _look_up(self, name: str) -> tuple[dict[str, Entry], dict[str, str], FilesState, LoadArguments | None]:
-        """Bundles and faults of the store, the state of this one's files, and how to load a model that made room."""
-        entries, faults = self._catalogue.scan()
-        gone = next((u for u in self._table.unloaded() if u.name == name), None)
-        entry = entries.get(name)
-        state = files_state(entry.source.path) if entry is not None else ()
-        usual = self._autoload and entry is not None and name not in self._withdrawn
-        if gone is None or (usual and entry is not None and self._is_usual(gone, entry)):
-            return entries, faults, state, None
-        return entries, faults, state, (name, refreshed(gone.source), gone.task, gone.options)
-
-    def _is_usual(self, gone: Unloaded, entry: Entry) -> bool:
-        """Whether an unloaded model is what a first request would load from the store."""
-        return (gone.source.path, gone.options) == (entry.source.path, self._options)
-
-    def _note_failure(self, name: str, state: FilesState, error: BaseException | None) -> None:
-        # What the system refused (rights, open files) may work the next time.
-        if isinstance(error, BundleError | ContractError) and not isinstance(error.__cause__, OSError):
-            self._broken[name] = (state, error)
-        elif error is None:
-            self._broken.pop(name, None)
-
-    def _offered(self) -> tuple[list[ModelInfo], dict[str, str]]:
-        """Models that requests may name, by name, and the store's faults."""
-        entries, faults = self._catalogue.scan()
-        stored = [e for e in entries.values() if self._autoload and e.name not in self._withdrawn]
-        return offered(stored, self._table), faults
+        slot = self._directory.loaded(name, task.value)
+        if slot is not None:
+            return slot
+        return await self._in_files(lambda: self._directory.find(name, task.value), deadline)
 
     def _server_info(self) -> ServerInfo:
-        infos, faults = self._offered()
-        return server_info(infos, faults, self._table, read_hardware(), not self._closed)
+        infos, faults = self._directory.offered()
+        jobs = self._video.running()
+        return server_info(infos, faults, self._table, read_hardware(), not self._closed, jobs)
 
     async def _in_files(self, work: Callable[[], T], deadline: Deadline | None = None) -> T:
         """Runs what touches files or drivers on a thread of its own."""
@@ -355,6 +429,10 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         return await wait_for(self._files.submit(work), deadline or Deadline(None), "Reading the model store")
 
 
-def _check_task(name: str, does: str, asked: InferenceTask) -> None:
-    if does != asked.value:
-        raise TaskNotSupportedError(f"Model '{name}' does {does}, not {asked.value}.", "Name another model.")
+def _facts(input_data: Any, model: LoadedModel) -> dict[str, Any]:
+    return {
+        "model_name": input_data.model,
+        "model_class": model.model_class,
+        "device": model.device,
+        **model.details,
+    }

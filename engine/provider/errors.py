@@ -36,6 +36,10 @@ class InvalidRequestError(InferenceError):
     """The request is malformed: an image, prompt, tensor or setting is missing, contradictory or out of range."""
 
 
+class JobNotFoundError(InferenceError):
+    """No job goes by that id, or it was forgotten after its time; an addition of Pixano Edge to the interface."""
+
+
 class ModelBusyError(InferenceError):
     """Too many requests wait for this model already; an addition of Pixano Edge to the interface."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..contracts import sam2
+from ..contracts import sam2, sam2_video
 from ..runtime.memory import MemoryUse
 from .convert import LogitsMemory
 from .errors import TaskNotSupportedError
@@ -39,13 +39,36 @@ class MaskPredictor(Protocol):
     def close(self) -> None: ...
 
 
+class Tracker(Protocol):
+    """The part of `VideoTracker` used here."""
+
+    @property
+    def maps(self) -> int: ...
+
+    def add_prompt(self, object_id: int, frame: int, prompt: Any) -> Any: ...
+
+    def add_mask(self, object_id: int, frame: int, mask: Array) -> Any: ...
+
+    def propagate(self, start: int | None = None, end: int | None = None) -> Iterator[Any]: ...
+
+    def close(self) -> None: ...
+
+
+class VideoModel(Protocol):
+    """The part of `Sam2VideoModel` used here; called by one thread at a time."""
+
+    def track(self, source: Any, *, history: bool = True) -> Tracker: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class LoadedModel:
     """A model in memory.
 
     Attributes:
-        predictor: Answers requests; used on the model's own thread only.
-        task: What it does.
+        predictor: Answers image requests; used on the model's own thread only.
+        task: What it was loaded for. A model that tracks answers images, too.
         model_class: Name of the predictor's class.
         checkpoint: Where the weights came from.
         device: Name of the device it sits on.
@@ -57,6 +80,9 @@ class LoadedModel:
         use: Tells what the model takes now; called on the model's own thread. None where nothing can be told.
         warm: Whether it ran at loading already, so that its activations have their memory.
         shrink: Drops caches that can be computed again, after memory ran out; called on the model's own thread.
+        video: Tracks, where it was loaded for that; used on the model's own thread only.
+        tracks: Whether its bundle has what tracking needs.
+        trackers: Open trackers of `video`, whose memories count as this model's.
     """
 
     predictor: MaskPredictor
@@ -72,10 +98,13 @@ class LoadedModel:
     use: Callable[[], MemoryUse] | None = None
     warm: bool = False
     shrink: Callable[[], None] | None = None
+    video: VideoModel | None = None
+    tracks: bool = False
+    trackers: set[Tracker] = field(default_factory=set)
 
     def close(self) -> None:
         """Frees the sessions, their memory and temporary files."""
-        self.predictor.close()
+        (self.predictor if self.video is None else self.video).close()
         if self.cleanup is not None:
             shutil.rmtree(self.cleanup, ignore_errors=True)
 
@@ -84,15 +113,11 @@ Opener = Callable[[Path, str, LoadOptions, Job], LoadedModel]
 """Opens the bundle at a path for a task; calls `Job.check` between its steps and frees everything when it raises."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One model family: its task and its predictor's class name."""
+IMAGES = InferenceTask.MASK_GENERATION.value
+VIDEOS = InferenceTask.VIDEO_MASK_GENERATION.value
 
-    task: InferenceTask
-    model_class: str
-
-
-FAMILIES: Mapping[str, Family] = {sam2.FAMILY: Family(InferenceTask.MASK_GENERATION, "Sam2ImagePredictor")}
+FAMILIES: Mapping[str, Mapping[str, str]] = {sam2.FAMILY: {IMAGES: "Sam2ImagePredictor", VIDEOS: "Sam2VideoModel"}}
+"""Per family the name of the class that does each task. A bundle may lack what tracking needs; see `check_task`."""
 
 MAX_UNPACKED_BYTES = 4 << 30
 """Most that a ``.pxe`` file may unpack to when a request names it; the largest SAM 2.1 has 1.4 GB in two precisions."""
@@ -100,11 +125,40 @@ MAX_UNPACKED_BYTES = 4 << 30
 TASKS = tuple(t.value for t in InferenceTask)
 
 
-def check_task(family: str, task: str, name: str) -> Family:
-    """The family's entry when it does `task`.
+def does(task: str, asked: str) -> bool:
+    """Whether a model loaded for `task` does `asked`: what tracks holds the image predictor, too."""
+    return task == asked or (task == VIDEOS and asked == IMAGES)
+
+
+def tracks(family: str, constants: Mapping[str, Any]) -> bool:
+    """Whether a bundle has the graphs of tracking.
+
+    Args:
+        family: Of the bundle.
+        constants: Of its manifest.
 
     Raises:
-        TaskNotSupportedError: The family is unknown here or does another task.
+        ContractError: It says so, and its constants do not fit.
+    """
+    return family == sam2.FAMILY and sam2_video.constants_of(constants) is not None
+
+
+def tasks(family: str, tracking: bool) -> list[str]:
+    """What a bundle of a family does; `tracking` is what `tracks` says of it."""
+    return [task for task in FAMILIES.get(family, {}) if task != VIDEOS or tracking]
+
+
+def check_task(family: str, task: str, name: str, tracking: bool = False) -> str:
+    """Name of the class that does `task` with a bundle.
+
+    Args:
+        family: Of the bundle.
+        task: What is asked for.
+        name: Of the bundle, for messages.
+        tracking: What `tracks` says of it.
+
+    Raises:
+        TaskNotSupportedError: The family is unknown here or does another task, or the bundle has no graphs for it.
     """
     found = FAMILIES.get(family)
     if found is None:
@@ -112,11 +166,13 @@ def check_task(family: str, task: str, name: str) -> Family:
             f"Bundle '{name}' is of the family '{family}', which this version does not run.",
             f"Known families: {', '.join(FAMILIES)}. Update pixano-edge.",
         )
-    if found.task.value != task:
-        raise TaskNotSupportedError(
-            f"Bundle '{name}' ({family}) does {found.task.value}, not {task}.", f"Use task '{found.task.value}'."
-        )
-    return found
+    can = tasks(family, tracking)
+    if task in can:
+        return found[task]
+    action = f"Use task '{can[0]}'."
+    if task == VIDEOS and task in found:
+        action = f"Export its checkpoint again with 'pixano-edge export', which adds tracking, or use task '{can[0]}'."
+    raise TaskNotSupportedError(f"Bundle '{name}' ({family}) does {' and '.join(can)}, not {task}.", action)
 
 
 def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedModel:
@@ -138,8 +194,11 @@ def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedM
         else:
             bundle = Bundle.open(path, verify=options.verify)
         job.check()
-        family = check_task(bundle.manifest.family, task, bundle.manifest.name)
-        loaded = _open_sam2(bundle, family, options, temporary, job)
+        manifest = bundle.manifest
+        tracking = tracks(manifest.family, manifest.constants)
+        kind = check_task(manifest.family, task, manifest.name, tracking)
+        loaded = (_open_video if task == VIDEOS else _open_images)(bundle, kind, options, temporary, job)
+        loaded.tracks = tracking
         done = True
         return loaded
     finally:
@@ -147,7 +206,7 @@ def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedM
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open_sam2(bundle: Any, family: Family, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
+def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
     from ..models.sam2.cache import EmbeddingCache
     from ..models.sam2.predictor import Sam2ImagePredictor
 
@@ -160,18 +219,51 @@ def _open_sam2(bundle: Any, family: Family, options: LoadOptions, cleanup: Path 
         cache=EmbeddingCache(int(options.cache_mb * (1 << 20))),
         check=job.check,
     )
-    info = predictor.info()
+    loaded = _loaded(bundle, kind, options, cleanup, predictor, predictor.info())
+    loaded.use = predictor.memory
+    return loaded
+
+
+def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
+    from ..models.sam2.cache import EmbeddingCache
+    from ..models.sam2_video.model import Sam2VideoModel
+    from .video_needs import map_bytes
+
+    video = Sam2VideoModel.open(
+        bundle,
+        options.device,
+        options.backend,
+        options.precision,
+        threads=options.threads,
+        cache=EmbeddingCache(int(options.cache_mb * (1 << 20))),
+        check=job.check,
+    )
+    loaded = _loaded(bundle, kind, options, cleanup, video.predictor, video.info())
+    loaded.task = InferenceTask.VIDEO_MASK_GENERATION
+    loaded.video = video
+    one = map_bytes(video.predictor.constants, video.video)
+
+    def use() -> MemoryUse:
+        maps = sum(tracker.maps for tracker in loaded.trackers)
+        return video.memory() + MemoryUse(caches=maps * one)
+
+    loaded.use = use
+    return loaded
+
+
+def _loaded(
+    bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, predictor: Any, info: Mapping[str, Any]
+) -> LoadedModel:
     return LoadedModel(
         predictor=predictor,
-        task=family.task,
-        model_class=family.model_class,
+        task=InferenceTask.MASK_GENERATION,
+        model_class=kind,
         checkpoint=bundle.manifest.source.checkpoint,
         device=info["device"],
         options=options,
         details={key: info[key] for key in ("bundle", "architecture", "precision", "backend")},
         warnings=tuple(info["warnings"]),
         cleanup=cleanup,
-        use=predictor.memory,
         warm=bool(info.get("warm_up")),
         shrink=predictor.cache.clear,
     )

@@ -11,16 +11,17 @@ from pathlib import Path
 from ..bundle.manifest import MANIFEST_NAME
 from ..runtime.memory import MemoryUse
 from .budget import Booking
+from .families import IMAGES
 from .settings import LoadOptions
 
 MAX_KEPT = 64
 """Models remembered, the latest."""
 
-_Key = tuple[Path, int, LoadOptions]
+_Key = tuple[Path, int, LoadOptions, str]
 
 
 class Found:
-    """Weights and work memory by bundle, settings and device, as long as the process lives. Thread-safe.
+    """Weights and work memory by bundle, task, settings and device, as long as the process lives. Thread-safe.
 
     Bindings and caches are not kept: they depend on the requests that came, and the settings declare them.
     """
@@ -29,9 +30,9 @@ class Found:
         self._lock = threading.Lock()
         self._kept: OrderedDict[_Key, tuple[str, MemoryUse]] = OrderedDict()
 
-    def note(self, path: Path, options: LoadOptions, booking: Booking) -> None:
+    def note(self, path: Path, options: LoadOptions, booking: Booking, task: str = IMAGES) -> None:
         """Keeps what a model that leaves was found to use; nothing where its work memory was never measured."""
-        used, key = booking.used, _key(path, options)
+        used, key = booking.used, _key(path, options, task)
         if key is None or used is None or (used.activations is None and used.shared is None):
             return
         with self._lock:
@@ -40,17 +41,19 @@ class Found:
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
 
-    def recall(self, path: Path, options: LoadOptions, devices: Collection[str]) -> MemoryUse | None:
+    def recall(
+        self, path: Path, options: LoadOptions, devices: Collection[str], task: str = IMAGES
+    ) -> MemoryUse | None:
         """What the model was found to use with the same settings, on one of these devices."""
-        key = _key(path, options)
+        key = _key(path, options, task)
         with self._lock:
             device, use = self._kept.get(key, ("", None)) if key is not None else ("", None)
         return use if device in devices else None
 
 
-def _key(path: Path, options: LoadOptions) -> _Key | None:
+def _key(path: Path, options: LoadOptions, task: str) -> _Key | None:
     """None for a bundle that is gone; another one in its place has another time."""
     try:
-        return path, (path / MANIFEST_NAME if path.is_dir() else path).stat().st_mtime_ns, options
+        return path, (path / MANIFEST_NAME if path.is_dir() else path).stat().st_mtime_ns, options, task
     except OSError:
         return None

@@ -1,7 +1,9 @@
-"""Where a request's image comes from: bytes, ``data:`` URIs, and files under the allowed folders."""
+"""Where a request's image or video comes from: bytes, ``data:`` URIs, and files under the allowed folders."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Sequence
@@ -11,6 +13,8 @@ from typing import Any
 from .errors import InvalidRequestError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]{1,15})://")
+_VIDEO_URI = re.compile(r"data:video/[A-Za-z0-9][A-Za-z0-9.+-]{0,63};base64,", re.ASCII)
+_EXAMPLES = {"image": "image/jpeg", "video": "video/mp4"}
 _SHOWN = 80
 
 
@@ -34,40 +38,62 @@ class MediaPolicy:
         """
         if isinstance(source, bytes | bytearray | memoryview):
             return _checked(bytes(source), max_bytes)
-        if isinstance(source, os.PathLike):
-            source = os.fspath(source)
-        if not isinstance(source, str) or not source:
-            given = type(source).__name__ if source != "" else "an empty text"
-            raise InvalidRequestError(
-                f"image must be a 'data:' URI, a path or bytes, got {given}.",
-                "Send the encoded file as 'data:image/jpeg;base64,...'.",
-            )
-        if source[:5].lower() == "data:":
+        text = _text(source, "image")
+        if text[:5].lower() == "data:":
             from ..models.images import load_data_uri
 
-            return _checked(load_data_uri(source, max_bytes), max_bytes)
-        scheme = _SCHEME.match(source)
-        if scheme:
-            raise InvalidRequestError(
-                f"Images are not fetched from '{scheme.group(1)}://' addresses: {_short(source)}.",
-                "Download the image and send it as a 'data:' URI.",
-            )
-        return self._file(source, max_bytes)
-
-    def _file(self, source: str, max_bytes: int) -> bytes:
-        path = self._allowed(source)
+            return _checked(load_data_uri(text, max_bytes), max_bytes)
+        path = self._allowed(text, "image")
         try:
             with path.open("rb") as file:
                 return _checked(file.read(max_bytes + 1), max_bytes)
         except OSError as error:
-            raise InvalidRequestError(f"Cannot read {_short(source)}: {error.strerror}.", "Check the file.") from error
+            raise InvalidRequestError(f"Cannot read {_short(text)}: {error.strerror}.", "Check the file.") from error
 
-    def _allowed(self, source: str) -> Path:
-        hint = "Give the path of an image file, or a 'data:image/...;base64,' URI (bare base64 text is not one)."
+    def video(self, source: Any, max_bytes: int) -> bytes | Path:
+        """The file behind a video that comes in one piece: its content, or its path where it is on this machine.
+
+        Raises:
+            InvalidRequestError: Another kind of source, a file that is absent or not allowed, or too many bytes.
+        """
+        if isinstance(source, bytes | bytearray | memoryview):
+            return _checked(bytes(source), max_bytes, "video")
+        text = _text(source, "video")
+        header = _VIDEO_URI.match(text)
+        if header is not None:
+            if (len(text) - header.end()) // 4 * 3 > max_bytes + 2:
+                raise _too_large(max_bytes, "video")
+            try:
+                return _checked(base64.b64decode(text[header.end() :], validate=True), max_bytes, "video")
+            except (binascii.Error, ValueError) as error:
+                raise InvalidRequestError(
+                    f"The video's data URI is not valid base64: {error}.", "Encode the file's bytes again."
+                ) from error
+        if text[:5].lower() == "data:":
+            raise InvalidRequestError(
+                f"Not a video data URI: {text[:40]!r}.", "Send 'data:video/mp4;base64,...', or a list of frames."
+            )
+        path = self._allowed(text, "video")
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise InvalidRequestError(f"Cannot read {_short(text)}: {error.strerror}.", "Check the file.") from error
+        if size > max_bytes:
+            raise _too_large(max_bytes, "video")
+        return path
+
+    def _allowed(self, source: str, kind: str) -> Path:
+        scheme = _SCHEME.match(source)
+        if scheme:
+            raise InvalidRequestError(
+                f"{kind.capitalize()}s are not fetched from '{scheme.group(1)}://' addresses: {_short(source)}.",
+                f"Download the {kind} and send it as a 'data:' URI.",
+            )
+        hint = f"Give the path of the {kind} file, or a 'data:{kind}/...;base64,' URI (bare base64 text is not one)."
         if self.roots is not None and not self.roots:
             raise InvalidRequestError(
                 f"Paths are not allowed here, and {_short(source)} is not a 'data:' URI.",
-                "Send the image as 'data:image/...;base64,...'.",
+                f"Send the {kind} as 'data:{kind}/...;base64,...'.",
             )
         candidates = [Path(source)] if self.roots is None else [root / source for root in self.roots]
         for candidate in candidates:
@@ -80,15 +106,31 @@ class MediaPolicy:
             if regular and (self.roots is None or any(path.is_relative_to(root) for root in self.roots)):
                 return path
         where = "" if self.roots is None else " under the allowed folders"
-        raise InvalidRequestError(f"There is no image file {_short(source)}{where}.", hint)
+        raise InvalidRequestError(f"There is no {kind} file {_short(source)}{where}.", hint)
 
 
-def _checked(data: bytes, max_bytes: int) -> bytes:
-    if len(data) > max_bytes:
+def _text(source: Any, kind: str) -> str:
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if not isinstance(source, str) or not source:
+        given = type(source).__name__ if source != "" else "an empty text"
         raise InvalidRequestError(
-            f"The encoded image has more than {max_bytes} bytes.", "Send a smaller image, or raise max_image_bytes."
+            f"{kind} must be a 'data:' URI, a path or bytes, got {given}.",
+            f"Send the encoded file as 'data:{_EXAMPLES[kind]};base64,...'.",
         )
+    return source
+
+
+def _checked(data: bytes, max_bytes: int, kind: str = "image") -> bytes:
+    if len(data) > max_bytes:
+        raise _too_large(max_bytes, kind)
     return data
+
+
+def _too_large(max_bytes: int, kind: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The encoded {kind} has more than {max_bytes} bytes.", f"Send a smaller {kind}, or raise max_{kind}_bytes."
+    )
 
 
 def _short(text: str) -> str:

@@ -6,12 +6,11 @@ least recently used first; they are remembered, and come back at their next requ
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,103 +18,21 @@ from ..runtime.memory import MemoryUse, readable
 from .budget import ADVICE, Booking, MemoryBudget
 from .catalogue import Source
 from .errors import InferenceError, InvalidRequestError, OutOfMemoryError
-from .families import LoadedModel, Opener
+from .families import LoadedModel, Opener, does
 from .found import Found
 from .needs import Declared, declared
 from .placement import Plan, candidates, make_room, plan
 from .settings import LoadOptions
-from .watch import MemoryWatch, Tally
-from .worker import QUEUE_DEPTH, Job, ModelWorker, settled
+from .slots import Slot, Unloaded
+from .watch import MemoryWatch
+from .worker import QUEUE_DEPTH, Job
 
 T = TypeVar("T")
 
-Needs = Callable[[Path, LoadOptions], Declared]
-"""What the bundle at a path will take with these settings."""
+__all__ = ["ModelTable", "Slot", "Unloaded"]
 
-_CLOCK = itertools.count()
-
-
-class Slot:
-    """One name's place in the table, from the start of its loading until it is freed.
-
-    Attributes:
-        name: What requests call the model.
-        source: Bundle it is loaded from.
-        task: What it was asked to do.
-        options: How it was asked to be loaded.
-        worker: Its thread; the load is the first thing there, freeing is the last.
-        ready: Gets the loaded model, or the load's error. Cannot be cancelled by those who wait for it.
-        freed: Set once the memory is free.
-        model: The loaded model, None until then.
-        booking: Its place in the memory books, None until then.
-        placement: Why it is on its device; empty when that was the only choice.
-        evicted: Whether it was taken out of the table to make room, not by anyone's wish.
-    """
-
-    def __init__(self, name: str, source: Source, task: str, options: LoadOptions, depth: int) -> None:
-        self.name = name
-        self.source = source
-        self.task = task
-        self.options = options
-        self.worker = ModelWorker(name, depth)
-        self.ready: Future[LoadedModel] = settled()
-        self.freed: Future[None] = settled()
-        self.model: LoadedModel | None = None
-        self.load_job = Job()
-        self.retired = False
-        self.booking: Booking | None = None
-        self.placement = ""
-        self.evicted = False
-        self.tally = Tally()
-        self.users = 0  # requests between finding the slot and having their answer
-        self.turn = next(_CLOCK)  # order of use: times can be equal
-        self.used_at = time.monotonic()
-
-    def same(self, source: Source, task: str, options: LoadOptions) -> bool:
-        """Whether this is what a load with these arguments would give."""
-        return (self.source, self.task, self.options) == (source, task, options)
-
-    def touch(self) -> None:
-        """Makes it the most recently used one."""
-        self.turn = next(_CLOCK)
-        self.used_at = time.monotonic()
-
-    @property
-    def idle(self) -> bool:
-        """Whether it is loaded and nobody runs, waits for or is about to send anything."""
-        return self.ready.done() and self.model is not None and self.users == 0 and self.worker.idle
-
-
-@dataclass(frozen=True)
-class Unloaded:
-    """A model that had to go to make room, and how to load it again.
-
-    Attributes:
-        name, source, task, options: As in `Slot`.
-        checkpoint, model_class: As in `LoadedModel`.
-        device: Where it was.
-        nbytes: What it had reserved.
-        idle_s: Seconds since its last use.
-        reason: Whom it made room for, with the numbers.
-    """
-
-    name: str
-    source: Source
-    task: str
-    options: LoadOptions
-    checkpoint: str
-    model_class: str
-    device: str
-    nbytes: int
-    idle_s: float
-    reason: str
-
-    def describe(self) -> str:
-        """One sentence for the administrator."""
-        return (
-            f"Model '{self.name}' ({readable(self.nbytes)} on {self.device}, idle for {self.idle_s:.0f} s) was "
-            f"unloaded: {self.reason} It comes back at its next request."
-        )
+Needs = Callable[[Path, LoadOptions, str], Declared]
+"""What the bundle at a path will take with these settings, loaded for a task."""
 
 
 class ModelTable:
@@ -165,8 +82,13 @@ class ModelTable:
         with self._lock:
             return list(self._unloaded.values())
 
-    def start(self, name: str, source: Source, task: str, options: LoadOptions) -> tuple[Slot, bool]:
+    def start(
+        self, name: str, source: Source, task: str, options: LoadOptions, base: str | None = None
+    ) -> tuple[Slot, bool]:
         """The slot for these arguments, and whether it was made now; wait for its `ready`.
+
+        A slot of the same bundle and settings that does less under the same name, or under the name `base`, is
+        retired, in the first case now, in the second once this one is loaded.
 
         Raises:
             InvalidRequestError: The name is taken by a model loaded otherwise.
@@ -177,19 +99,25 @@ class ModelTable:
                 raise InferenceError("This provider is closed.", "Make a new one.")
             held = self._slots.get(name)
             if held is not None:
-                if held.same(source, task, options):
+                less = held.twin(source, options) and not does(held.task, task)
+                if held.twin(source, options) and not less:
                     return held, False
-                raise InvalidRequestError(
-                    f"Model '{name}' is loaded already, with other settings or from another bundle.",
-                    "Unload it first with delete_model, or load this one under another name.",
-                )
-            slot = Slot(name, source, task, options, self._depth)
+                if not (less and does(task, held.task)):
+                    raise InvalidRequestError(
+                        f"Model '{name}' is loaded already, with other settings or from another bundle.",
+                        "Unload it first with delete_model, or load this one under another name.",
+                    )
+            slot = Slot(name, source, task, options, self._depth, base)
             # Queued before anyone can find the slot: whoever retires it then frees what the load made, in that order.
             try:
                 _, loading = slot.worker.submit(lambda job: self._load(slot, job), slot.load_job)
             except RuntimeError as error:  # no more threads
                 raise InferenceError(f"Model '{name}' cannot be loaded: {error}.", "Try again later.") from error
+            if held is not None:
+                self._replace(held)
             self._slots[name] = slot
+        if held is not None:
+            self._finish(held)
         # Not under the lock: of a load that is done already, this runs the callback here.
         loading.add_done_callback(lambda done: self._loaded(slot, done))
         return slot, True
@@ -218,6 +146,19 @@ class ModelTable:
         """
         return slot.worker.submit(lambda job: self._request(slot, work, job))
 
+    def submit_step(self, slot: Slot, work: Callable[[LoadedModel, Job], T], then: Callable[[Future[T]], None]) -> None:
+        """Queues one step of long work in the background, see `ModelWorker.submit`; what it takes goes into the books.
+
+        Args:
+            slot: A loaded model, held by the caller.
+            work: The step.
+            then: Gets its future on the model's thread, right after it.
+
+        Raises:
+            ModelNotFoundError: The model was unloaded.
+        """
+        slot.worker.submit(lambda job: self._request(slot, work, job), background=True, then=then)
+
     def retire(self, slot: Slot) -> Future[None]:
         """Takes the model out of the table: a load under way is aborted, accepted requests finish, then it is freed.
 
@@ -231,12 +172,12 @@ class ModelTable:
         return slot.freed
 
     def remove(self, name: str) -> list[Future[None]]:
-        """Retires a model by name and forgets it, if it was unloaded to make room; the futures to wait for."""
+        """Retires a model by name, and what was loaded to track for it, and forgets them, if they were unloaded to make
+        room; the futures to wait for."""
         with self._lock:
-            self._unloaded.pop(name, None)
-            slots = [s for s in self._draining if s.name == name]
-            if name in self._slots:
-                slots.append(self._slots[name])
+            for gone in [u for u in self._unloaded.values() if name in (u.name, u.base)]:
+                del self._unloaded[gone.name]
+            slots = [s for s in (*self._draining, *self._slots.values()) if name in (s.name, s.base)]
         return [self.retire(slot) for slot in slots]
 
     def close(self) -> list[Future[None]]:
@@ -278,8 +219,8 @@ class ModelTable:
         names = [device.name for device in choices]
         # With nothing to choose, what a CPU needs is known better than what "auto" may need.
         options = replace(slot.options, device="cpu") if names == ["cpu"] else slot.options
-        told = self._needs(slot.source.path, options)
-        if before := self._found.recall(slot.source.path, slot.options, names):
+        told = self._needs(slot.source.path, options, slot.task)
+        if before := self._found.recall(slot.source.path, slot.options, names, slot.task):
             told = told.corrected(before)
         need = told.use
         gone: list[Slot] = []
@@ -321,6 +262,7 @@ class ModelTable:
             self._unloaded[slot.name] = Unloaded(
                 slot.name, slot.source, slot.task, slot.options, slot.model.checkpoint, slot.model.model_class,
                 slot.booking.device, slot.booking.need.total, time.monotonic() - slot.used_at, reason,
+                slot.base, slot.model.tracks,
             )  # fmt: skip
             self._take_out(slot)
             gone.append(slot)
@@ -353,11 +295,26 @@ class ModelTable:
         if error is None:
             with self._lock:
                 self._unloaded.pop(slot.name, None)
+                held = None if slot.retired else self._slots.get(slot.base or "")
+                gone = self._unloaded.get(slot.base or "")
+                if gone is not None and slot.twin(gone.source, gone.options):
+                    del self._unloaded[gone.name]  # this one answers for it
+                if held is not None and held.twin(slot.source, slot.options):
+                    self._replace(held)
+                else:
+                    held = None
             slot.touch()
             slot.ready.set_result(done.result())
+            if held is not None:
+                self._finish(held)
         else:
             self.retire(slot)
             slot.ready.set_exception(error)
+
+    def _replace(self, slot: Slot) -> None:
+        """Under the lock: another slot takes over; `_finish` this one outside the lock."""
+        slot.replaced = True
+        self._take_out(slot)
 
     def _take_out(self, slot: Slot) -> bool:
         """Under the lock: the table forgets the slot; whether that had not happened yet."""
@@ -368,7 +325,7 @@ class ModelTable:
         slot.retired = True
         self._draining.add(slot)
         if slot.booking is not None:
-            self._found.note(slot.source.path, slot.options, slot.booking)
+            self._found.note(slot.source.path, slot.options, slot.booking, slot.task)
             self.budget.leave(slot.booking)
         return True
 

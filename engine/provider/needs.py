@@ -10,6 +10,8 @@ Each figure is the best one there is, and says which one that is (`Declared`):
 
 What a load on this machine really took replaces them, in the books (`MemoryBudget.correct`) and, for a model that comes
 back, here (`Declared.corrected`).
+
+A bundle that tracks is loaded with all of its graphs to track, and with the two for images otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +28,12 @@ from ..bundle.bundle import MAX_MANIFEST_BYTES, check_manifest, parse_manifest
 from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, Manifest
 from ..contracts.base import GraphSpec, TensorSpec
-from ..errors import BundleError
+from ..errors import BundleError, ContractError
 from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
 from ..runtime.memory import MemoryUse
+from .families import IMAGES
 from .settings import LoadOptions
+from .video_needs import graphs_for, with_tracking
 
 ACTIVATION_FACTOR = 24
 """Activations per byte of a graph's inputs and outputs. An estimate, not a measurement: SAM 2 at 1024 pixels has 29 MB
@@ -109,24 +113,30 @@ Engines = Mapping[str, EngineFacts]
 """By the SHA-256 of the graph that they were built from."""
 
 
-def declared(path: Path, options: LoadOptions) -> Declared:
+def declared(path: Path, options: LoadOptions, task: str = IMAGES) -> Declared:
     """Reads the manifest of a bundle folder or ``.pxe`` file.
+
+    Args:
+        path: The bundle.
+        options: How it will be loaded.
+        task: What for.
 
     A bundle that cannot be read needs nothing here: opening it, which comes next, raises the error.
     """
     try:
-        data = _read(path)
+        data = read_manifest(path)
         manifest = parse_manifest(data)
-        specs = check_manifest(manifest)
+        specs = graphs_for(task, check_manifest(manifest))
         bundled = _bundled(path, manifest, hashlib.sha256(data).hexdigest()) if _may_use_engines(options) else {}
-    except (BundleError, OSError, KeyError, *ZIP_ERRORS):
+    except (BundleError, ContractError, OSError, KeyError, *ZIP_ERRORS):
         return Declared()
-    return manifest_needs(manifest, specs, options, bundled)
+    found = manifest_needs(manifest, specs, options, bundled)
+    return replace(found, use=with_tracking(found.use, manifest, task, found.work_from == ESTIMATE))
 
 
-def declared_needs(path: Path, options: LoadOptions) -> MemoryUse:
+def declared_needs(path: Path, options: LoadOptions, task: str = IMAGES) -> MemoryUse:
     """The figures of `declared` alone."""
-    return declared(path, options).use
+    return declared(path, options, task).use
 
 
 def manifest_needs(
@@ -165,7 +175,7 @@ def _weakest(sources: Iterable[str]) -> str:
     return max(sources, key=order.index)
 
 
-def _read(path: Path) -> bytes:
+def read_manifest(path: Path) -> bytes:
     """Bytes of the manifest; cut off past its largest size, which `parse_manifest` then refuses."""
     if not path.is_file():
         return (path / MANIFEST_NAME).read_bytes()

@@ -1,48 +1,25 @@
-"""`ServerInfo` and the list of models, from the table, the memory books and one look at the machine."""
+"""`ServerInfo`, from the table, the memory books and one look at the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..libraries import engine_versions
 from ..runtime.memory import readable
 from .budget import read_devices
-from .catalogue import Entry
-from .families import FAMILIES
 from .hardware import Hardware
 from .models import ModelTable
 from .types import ModelInfo, ServerInfo
 
-PROVIDER = "edge"
-
-
-def offered(stored: Iterable[Entry], table: ModelTable) -> list[ModelInfo]:
-    """Models that requests may name, by name.
-
-    Args:
-        stored: Bundles that load on demand.
-        table: Its models count, loaded, loading, or unloaded to make room.
-    """
-    infos: dict[str, ModelInfo] = {}
-    for entry in stored:
-        family = FAMILIES.get(entry.family)
-        if family is not None:
-            task, kind = family.task.value, family.model_class
-            infos[entry.name] = ModelInfo(entry.name, task, entry.checkpoint, kind, PROVIDER)
-    for gone in table.unloaded():
-        infos[gone.name] = ModelInfo(gone.name, gone.task, gone.checkpoint, gone.model_class, PROVIDER)
-    for slot in table.slots():
-        model = slot.model
-        if model is not None:
-            infos[slot.name] = ModelInfo(slot.name, slot.task, model.checkpoint, model.model_class, PROVIDER)
-        elif slot.name not in infos:
-            infos[slot.name] = ModelInfo(slot.name, slot.task, provider=PROVIDER)
-    return [infos[name] for name in sorted(infos)]
-
 
 def server_info(
-    infos: list[ModelInfo], faults: Mapping[str, str], table: ModelTable, hardware: Hardware, ready: bool
+    infos: list[ModelInfo],
+    faults: Mapping[str, str],
+    table: ModelTable,
+    hardware: Hardware,
+    ready: bool,
+    jobs: list[dict[str, Any]],
 ) -> ServerInfo:
     """State of the machine and the models now; see `ServerInfo` for the layout of `gpu_info`."""
     slots = table.slots()
@@ -88,6 +65,7 @@ def server_info(
         gpu_to_model={index: ", ".join(names) for index, names in sorted(on_gpu.items())},
         versions=versions,
         warnings=warnings,
+        jobs=jobs,
     )
 
 

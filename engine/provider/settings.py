@@ -18,6 +18,7 @@ _PRECISIONS = ("auto", *PRECISIONS)
 DEFAULT_CACHE_MB = 256.0
 DEFAULT_MAX_PIXELS = 100_000_000
 DEFAULT_MAX_BYTES = 50 * 1024 * 1024
+DEFAULT_MAX_VIDEO_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LoadOptions:
         verify: Check every file of the bundle against its SHA-256 at opening.
         max_image_pixels: Images with more pixels are refused before they are decoded.
         max_image_bytes: Larger encoded images are refused.
+        max_video_bytes: Larger video files are refused.
     """
 
     device: str = "auto"
@@ -43,6 +45,7 @@ class LoadOptions:
     verify: bool = True
     max_image_pixels: int = DEFAULT_MAX_PIXELS
     max_image_bytes: int = DEFAULT_MAX_BYTES
+    max_video_bytes: int = DEFAULT_MAX_VIDEO_BYTES
 
     def updated(self, config: Mapping[str, Any], processor_config: Mapping[str, Any]) -> LoadOptions:
         """These settings with a request's own on top.
@@ -96,6 +99,7 @@ CONFIG_KEYS: Mapping[str, _Rule] = {
 PROCESSOR_KEYS: Mapping[str, _Rule] = {
     "max_image_pixels": (_whole, "a whole number above 0"),
     "max_image_bytes": (_whole, "a whole number above 0"),
+    "max_video_bytes": (_whole, "a whole number above 0"),
 }
 
 

@@ -35,7 +35,7 @@ class InferenceTask(str, Enum):
 class ServerInfo:
     """State of the server behind a provider: the fields of both seed revisions, all with defaults.
 
-    Use keywords; the last two fields are additions of Pixano Edge.
+    Use keywords; the last three fields are additions of Pixano Edge.
 
     Attributes:
         version: Version of Pixano Edge.
@@ -58,6 +58,9 @@ class ServerInfo:
         gpu_to_model: Device index as text -> model names, comma separated.
         versions: Versions of Pixano Edge, Python and the libraries that compute.
         warnings: Fallbacks and faults that the administrator should know of.
+        jobs: Tracking under way, one dict each, JSON-ready: ``job_id`` (None for a request that somebody waits for),
+            ``model``, ``frames_done``, ``frames_total`` (None until the clip is open), ``progress`` (0 to 1, or None)
+            and ``seconds`` since it was asked for.
     """
 
     version: str = ""
@@ -76,6 +79,7 @@ class ServerInfo:
     gpu_to_model: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    jobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -246,9 +250,12 @@ class EdgeMaskGenerationOutput(ImageMaskGenerationOutput):
 
 @dataclass
 class VideoMaskGenerationInput:
-    """Frames and prompts for tracking; first dimension of the prompts is the object."""
+    """Frames and prompts for tracking; first dimension of the prompts is the object.
 
-    video: list[str]
+    `EdgeVideoMaskGenerationInput` adds what newer Pixano versions send, and says what the fields mean.
+    """
+
+    video: list[str] | list[bytes] | list[str | bytes] | str | bytes
     model: str
     objects_ids: list[int]
     frame_indexes: list[int]

@@ -2,6 +2,9 @@
 
 A model's sessions run one call at a time, so one thread is all it can use. Abandoned work (its owner timed out or was
 cancelled) is dropped from the queue, or stops at its next `Job.check` if it runs already; its result goes nowhere.
+
+Long work comes as many steps, each queued in the background when the one before it is done: steps of several such
+works take turns, and a request waits for one step at most.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ import asyncio
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..errors import CancelledError
 from .errors import InferenceTimeoutError, InvalidRequestError, ModelBusyError, ModelNotFoundError
@@ -20,6 +24,15 @@ from .errors import InferenceTimeoutError, InvalidRequestError, ModelBusyError, 
 T = TypeVar("T")
 
 QUEUE_DEPTH = 32
+
+MOST_IN_A_ROW = 8
+"""Requests that may pass a waiting background step one after the other, so that many annotators do not stop a job."""
+
+
+class Cancellable(Protocol):
+    """Work that its owner can give up."""
+
+    def cancel(self) -> None: ...
 
 
 class Job:
@@ -62,12 +75,32 @@ class Deadline:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
+class _Item:
+    """Accepted work."""
+
+    def __init__(self, work: Callable[[], Any], then: Callable[[Future[Any]], None] | None = None) -> None:
+        self.work = work
+        self.then = then
+        self.future: Future[Any] = Future()
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.work()
+        except BaseException as error:  # noqa: BLE001 (raised where somebody waits for it)
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
 class ModelWorker:
-    """Runs the work of one model in order on its own thread.
+    """Runs the work of one model on its own thread: requests in order, then background steps in order.
 
     Args:
         name: Model name, for thread names and messages.
-        depth: Requests that may run or wait; one more is refused at once.
+        depth: Requests that may run or wait; one more is refused at once. Background steps do not count: whoever
+            queues them has one at a time.
     """
 
     def __init__(self, name: str, depth: int = QUEUE_DEPTH) -> None:
@@ -75,17 +108,36 @@ class ModelWorker:
         self.depth = depth
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"pixano-edge-{name}")
         self._lock = threading.Lock()
+        self._requests: deque[_Item] = deque()
+        self._steps: deque[_Item] = deque()
+        self._last: _Item | None = None
+        self._in_a_row = 0
         self._pending = 0
+        self._pending_steps = 0
         self._closed = False
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
         with self._lock:
-            return self._pending == 0
+            return self._pending == 0 and self._pending_steps == 0
 
-    def submit(self, work: Callable[[Job], T], job: Job | None = None) -> tuple[Job, Future[T]]:
+    def submit(
+        self,
+        work: Callable[[Job], T],
+        job: Job | None = None,
+        *,
+        background: bool = False,
+        then: Callable[[Future[T]], None] | None = None,
+    ) -> tuple[Job, Future[T]]:
         """Queues `work`; it is called with its `Job`.
+
+        Args:
+            work: What to run.
+            job: Its owner's handle; None makes one.
+            background: Let requests go first, and never refuse it for a full queue.
+            then: Called with the future of `work` on the same thread, before anything else runs there, when `work` is
+                no longer counted; must not raise.
 
         Raises:
             ModelNotFoundError: The worker was finished.
@@ -95,14 +147,20 @@ class ModelWorker:
         with self._lock:
             if self._closed:
                 raise ModelNotFoundError(f"Model '{self.name}' was unloaded.", "Load it again with instantiate_model.")
-            if self._pending >= self.depth:
+            if not background and self._pending >= self.depth:
                 raise ModelBusyError(
                     f"{self._pending} requests wait for model '{self.name}' already.", "Try again in a moment."
                 )
-            future = self._pool.submit(self._run, work, job)
-            self._pending += 1
-        future.add_done_callback(self._done)
-        return job, future
+            item = _Item(lambda: self._run(work, job), then)
+            self._pool.submit(self._turn)  # one turn for each item; which one it takes is decided when it comes
+            if background:
+                self._steps.append(item)
+                self._pending_steps += 1
+            else:
+                self._requests.append(item)
+                self._pending += 1
+        item.future.add_done_callback(lambda _: self._done(background))
+        return job, item.future
 
     def finish(self, last: Callable[[], None]) -> Future[None]:
         """Refuses new work at once; `last` runs on the same thread after all accepted work, then the thread ends.
@@ -111,18 +169,41 @@ class ModelWorker:
         """
         with self._lock:
             self._closed = True
-            future = self._pool.submit(last)
+            self._last = _Item(last)
+            self._pool.submit(self._turn)
         self._pool.shutdown(wait=False)
-        return future
+        return self._last.future
+
+    def _turn(self) -> None:
+        with self._lock:
+            item = self._next()
+        item.run()
+        if item.then is not None:
+            item.then(item.future)
+
+    def _next(self) -> _Item:
+        """Under the lock: there are as many turns as items."""
+        passed = bool(self._steps) and self._in_a_row >= MOST_IN_A_ROW
+        if self._requests and not passed:
+            self._in_a_row = self._in_a_row + 1 if self._steps else 0
+            return self._requests.popleft()
+        if self._steps:
+            self._in_a_row = 0
+            return self._steps.popleft()
+        assert self._last is not None
+        return self._last
 
     @staticmethod
     def _run(work: Callable[[Job], T], job: Job) -> T:
         job.check()
         return work(job)
 
-    def _done(self, _: Future[T]) -> None:
+    def _done(self, background: bool) -> None:
         with self._lock:
-            self._pending -= 1
+            if background:
+                self._pending_steps -= 1
+            else:
+                self._pending -= 1
 
 
 def settled() -> Future[T]:
@@ -132,7 +213,7 @@ def settled() -> Future[T]:
     return future
 
 
-async def wait_for(future: Future[T], deadline: Deadline, what: str, job: Job | None = None) -> T:
+async def wait_for(future: Future[T], deadline: Deadline, what: str, job: Cancellable | None = None) -> T:
     """Waits without blocking the event loop.
 
     Leaving early, by timeout or because the waiting task was cancelled, cancels `job` and, unless it runs already,
@@ -156,7 +237,7 @@ async def wait_for(future: Future[T], deadline: Deadline, what: str, job: Job | 
     return wrapped.result()
 
 
-def _leave(wrapped: asyncio.Future[T], future: Future[T], job: Job | None) -> None:
+def _leave(wrapped: asyncio.Future[T], future: Future[T], job: Cancellable | None) -> None:
     if job is not None:
         job.cancel()
     # Directly too: asyncio passes a cancellation on one loop turn later, which a closing loop does not have.

@@ -20,14 +20,6 @@ from pixano_edge.engine.models.sam2_video.bank import ObjectBank
 REFERENCE = track.REFERENCE
 
 
-@pytest.fixture(scope="session")
-def tracking_checkpoint(tiny_graphs: tuple[Any, Path, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """transformers folder of the model behind `tracking_bundle`."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-tracks"
-    tiny_graphs[0].save_pretrained(folder)
-    return folder
-
-
 def run(bundle: Path, checkpoint: Path | None, **changes: Any) -> list[track.Row]:
     options: dict[str, Any] = {"objects": (1, 3), "rounds": 2, "warmup": 1, "threads": 1, **changes}
     return measure(Bundle.open(bundle), checkpoint, **options)

@@ -109,15 +109,26 @@ def make_tracking_model(image_size: int = 128, seed: int = 0, **changes: Any) ->
         setattr(config, name, value)
     model = Sam2VideoModel(config).eval()
     sharpen(model, seed)
+    calm(model)
+    return model
+
+
+@torch.no_grad()
+def calm(model: Any, seen: float = 2.0) -> None:
+    """Changes a model of `sharpen` so that a tracked clip can be compared frame for frame.
+
+    Args:
+        model: transformers' video model.
+        seen: Bias of the object score: the larger, the seldomer an object is judged absent.
+    """
     # Sharp weights in the loop through the memory make it chaotic: a rounding error would grow from frame to frame.
     for name, parameter in model.named_parameters():
         if name.startswith(("memory_attention", "memory_encoder")) and parameter.ndim > 1:
             parameter.mul_(0.6)
-    if config.enable_temporal_pos_encoding_for_object_pointers:
+    if model.config.enable_temporal_pos_encoding_for_object_pointers:
         # The time of a pointer would move the masks by less than rounding does.
         model.temporal_positional_encoding_projection_layer.weight.mul_(8)
-    model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(2.0)
-    return model
+    model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(seen)
 
 
 def save_checkpoint(model: nn.Module, folder: Path) -> Path:

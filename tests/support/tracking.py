@@ -1,4 +1,4 @@
-"""A tiny SAM 2 that tracks: its five graphs, a bundle of them, and clips to track in."""
+"""A tiny SAM 2 that tracks: its five graphs, and a clip to track in."""
 
 from __future__ import annotations
 
@@ -8,43 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from pixano_edge.engine.bundle import BundleWriter
+from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import sam2, sam2_video
-from tests.engine.bundle.sample import fields
 
 SIDE, WIDTH = 128, 128  # the video part of transformers needs a width of more than 64
 
 
-def make_graphs(folder: Path) -> tuple[Any, Path, sam2.Sam2Constants, sam2_video.Sam2VideoConstants]:
-    """Writes the graphs as ``NAME.onnx``; returns the PyTorch model, the folder and the constants."""
+def unpack_graphs(bundle: Path, folder: Path) -> tuple[Any, Path, sam2.Sam2Constants, sam2_video.Sam2VideoConstants]:
+    """Writes the fp32 graphs of the bundle of `make_tracking_model` as ``NAME.onnx``, each a file for itself.
+
+    Returns:
+        The PyTorch model, the folder and the constants.
+    """
+    import onnx
     import torch
 
-    from tests.support.tiny import make_tiny_model
+    from tests.support.tiny import make_tracking_model
 
     torch.set_num_threads(1)
-    model = make_tiny_model(SIDE, WIDTH)
-    calm(model)
-    constants = sam2.Sam2Constants(image_size=SIDE, hidden_dim=WIDTH)
-    return model, folder, constants, export_graphs(model, constants, folder)
-
-
-def calm(model: Any, seen: float = 2.0) -> None:
-    """Changes a model of `sharpen` so that a clip can be compared frame for frame.
-
-    Args:
-        model: transformers' video model.
-        seen: Bias of the object score: the larger, the seldomer an object is judged absent.
-    """
-    import torch
-
-    with torch.no_grad():
-        # Sharp weights in the loop through the memory make it chaotic: a rounding error would grow from frame to frame.
-        for name, parameter in model.named_parameters():
-            if name.startswith(("memory_attention", "memory_encoder")) and parameter.ndim > 1:
-                parameter.mul_(0.6)
-        # The time of a pointer would move the masks by less than rounding does.
-        model.temporal_positional_encoding_projection_layer.weight.mul_(8)
-        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(seen)
+    opened = Bundle.open(bundle)
+    for name in opened.manifest.graphs:
+        onnx.save(onnx.load(opened.graph_path(name)), folder / f"{name}.onnx")
+    video = sam2_video.constants_of(opened.manifest.constants)
+    assert video is not None
+    constants = sam2.Sam2Constants.from_dict(opened.manifest.constants)
+    assert (constants.image_size, constants.hidden_dim) == (SIDE, WIDTH)
+    return make_tracking_model(SIDE), folder, constants, video
 
 
 def export_graphs(
@@ -69,38 +58,6 @@ def export_graphs(
         )
         onnx.save(export_graph(modules[name], spec, example), folder / f"{name}.onnx")
     return video
-
-
-def make_tracking_bundle(
-    graphs: Path, constants: sam2.Sam2Constants, video: sam2_video.Sam2VideoConstants, destination: Path
-) -> Path:
-    """A bundle (fp32, without golden samples) of graph files."""
-    names = [*sam2.graphs(constants), *sam2_video.graphs(constants, video)]
-    with BundleWriter(destination) as writer:
-        for name in names:
-            writer.add_file(f"graphs/fp32/{name}.onnx", (graphs / f"{name}.onnx").read_bytes())
-        return writer.finish(
-            fields(
-                name="tiny-tracks",
-                constants={**constants.to_dict(), sam2.VIDEO: video.to_dict()},
-                preprocess={"image_size": constants.image_size, "mean": constants.mean, "std": constants.std},
-                graphs={
-                    name: {
-                        "variants": {
-                            "fp32": {
-                                "file": f"graphs/fp32/{name}.onnx",
-                                "precision": "fp32",
-                                "opset": 18,
-                                "nodes": 1,
-                                "parameters": 1,
-                            }
-                        }
-                    }
-                    for name in names
-                },
-                golden=[],
-            )
-        )
 
 
 def moving_squares(count: int) -> list[np.ndarray]:

@@ -152,6 +152,8 @@ class Sam2VideoModel:
         facts = self.predictor.info()
         graphs = {name: session.info() for name, session in self._sessions.items()}
         more = [w for one in graphs.values() for w in one.get("warnings", ())]
+        if self._stepper.halved:
+            more.append(f"The device was short of memory: objects per call halved {self._stepper.halved} time(s).")
         warnings = list(dict.fromkeys([*facts["warnings"], *more]))
         return {**facts, **graphs, "warnings": warnings, "tracks": True}
 

@@ -19,14 +19,17 @@ import numpy.typing as npt
 from ...contracts import sam2, sam2_video
 from ...contracts.sam2 import Sam2Constants
 from ...contracts.sam2_video import OCCLUDED_LOGIT, Sam2VideoConstants
-from ...runtime.base import Array, Binding, Buffer, Device, Session
+from ...errors import DeviceMemoryError
+from ...runtime.base import Binding, Buffer, Device, Session
 from ..sam2.postprocess import choose_masks
 from ..sam2.predictor import Sam2ImagePredictor
-from ..sam2.preprocess import Scratch, antialias_taps
+from ..sam2.preprocess import Scratch
 from ..sam2.prompts import Prompt, PromptBatch, build_prompts
 from ..sam2.results import Embedding
-from .bank import Selection
+from .bank import Memory, Selection
+from .given import given_mask
 from .memory import Slot
+from .parts import Parts, part_of
 
 Float32 = npt.NDArray[np.float32]
 
@@ -38,7 +41,6 @@ pixels, several times over."""
 _HIGH_RES = (sam2.HIGH_RES_0, sam2.HIGH_RES_1)
 _EMBED = (sam2.IMAGE_EMBED,)
 _ANSWERS = (sam2.MASKS, sam2.IOU_SCORES, sam2.OBJECT_SCORE_LOGITS)
-_GIVEN_SCALE, _GIVEN_BIAS = np.float32(20), np.float32(-10)  # logits of a mask that is given, as upstream
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,7 @@ class Stepper:
 
     Attributes:
         lock: Held during a step.
+        halved: How often fewer objects had to share a call for want of memory.
     """
 
     def __init__(self, predictor: Sam2ImagePredictor, sessions: dict[str, Session], video: Sam2VideoConstants) -> None:
@@ -87,15 +90,15 @@ class Stepper:
         self.constants: Sam2Constants = predictor.constants
         self.video = video
         self.lock = threading.RLock()
+        self.halved = 0
+        self._at_once = OBJECTS_AT_ONCE
         self._chain = predictor.chain
         self._attention = sessions[sam2_video.MEMORY_ATTENTION]
         self._decoder = sessions[sam2_video.TRACK_DECODER]
         self._encoder = sessions[sam2_video.MEMORY_ENCODER]
         self._scratch = Scratch()
         self._blank: weakref.WeakSet[Binding] = weakref.WeakSet()  # bindings whose mask input holds zeros only
-        self._parts: weakref.WeakKeyDictionary[Binding, dict[tuple[str, tuple[int, ...]], Buffer]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._parts = Parts()
 
     @property
     def device(self) -> Device:
@@ -127,8 +130,6 @@ class Stepper:
         embedding = self.encode(np.zeros((side, side, 3), np.uint8), cached=False)
         slots = [self.new_slot(), self.new_slot()]
         self.prompted(embedding, Prompt(points=[[side / 2, side / 2]]), None, True, slots[0])
-        from .bank import Memory
-
         seen = [Memory(0, slots[0])]
         selection = Selection(seen, [self.video.num_memories - 1], seen, [1.0])
         for _ in range(self._chain.warm_runs(self._attention)):
@@ -159,35 +160,42 @@ class Stepper:
         return Step(slot.logits.copy(), pick.score, pick.iou)
 
     def tracked(self, embedding: Embedding, selections: Sequence[Selection[Slot]], slots: Sequence[Slot]) -> list[Step]:
-        """Objects without a prompt on this frame, each with what it attends to and with a slot for what it leaves."""
+        """Objects without a prompt on this frame, each with what it attends to and with a slot for what it leaves.
+
+        Short of memory, fewer objects share a call from then on.
+
+        Raises:
+            DeviceMemoryError: No room for one object.
+        """
         steps: list[Step] = []
         multimask = self._multimask(False, 0)
-        for start in range(0, len(selections), OBJECTS_AT_ONCE):
-            part, into = selections[start : start + OBJECTS_AT_ONCE], slots[start : start + OBJECTS_AT_ONCE]
-            with self._held():
-                found = self._decode(embedding, _unprompted(len(part)), part, into, multimask)
-                picks = [pick for pick, _ in found]
-                self._remember(embedding, found[0][1], picks, into, False)
+        while len(steps) < len(selections):
+            start = len(steps)
+            part, into = selections[start : start + self._at_once], slots[start : start + self._at_once]
+            try:
+                with self._held():
+                    found = self._decode(embedding, _unprompted(len(part)), part, into, multimask)
+                    picks = [pick for pick, _ in found]
+                    self._remember(embedding, found[0][1], picks, into, False)
+            except DeviceMemoryError:
+                if len(part) == 1:
+                    raise
+                self._at_once = (len(part) + 1) // 2  # for good: the next frame would not fit either
+                self.halved += 1
+                continue
             steps += [Step(slot.logits, pick.score, pick.iou) for pick, slot in zip(picks, into)]
         return steps
 
     def given(self, embedding: Embedding, mask: npt.NDArray[np.bool_], slot: Slot) -> Step:
-        """An object whose (H, W) bool mask is known; upstream's ``_use_mask_as_output``."""
-        side, low = self.constants.image_size, self.constants.mask_size
-        square = (_resized(mask.astype(np.float32), side) >= 0.5).astype(np.float32)
-        full = square * _GIVEN_SCALE + _GIVEN_BIAS
-        kernel = np.array(self.video.mask_kernel[:16], np.float32).reshape(4, 4)
-        shrunk = np.einsum("iajb,ab->ij", square.reshape(low, 4, low, 4), kernel) + np.float32(
-            self.video.mask_kernel[16]
-        )
-        (batch,) = build_prompts([Prompt(mask_input=shrunk.astype(np.float32))], mask.shape, self.constants)
-        score = float(_GIVEN_SCALE * bool(square.any()) + _GIVEN_BIAS)
+        """An object whose (H, W) bool mask is known; the mask is its answer."""
+        known = given_mask(mask, self.constants, self.video)
+        (batch,) = build_prompts([Prompt(mask_input=known.shrunk)], mask.shape, self.constants)
         with self._held():
             ((seen, binding),) = self._decode(embedding, batch, [None], [slot], True, skip_no_memory=True)
-            pick = _Pick(seen.mask, seen.token, score, seen.score, 1.0)
-            self._remember(embedding, binding, [pick], [slot], True, full)
-        np.copyto(slot.logits, _resized(full, low))
-        return Step(slot.logits.copy(), score, 1.0, mask.copy())
+            pick = _Pick(seen.mask, seen.token, known.score, seen.score, 1.0)
+            self._remember(embedding, binding, [pick], [slot], True, known.full)
+        np.copyto(slot.logits, known.low)
+        return Step(known.low, known.score, 1.0, mask.copy())
 
     def offload(self, slots: Sequence[Slot], host: list[tuple[Buffer, Buffer]]) -> list[tuple[Buffer, Buffer]]:
         """Queues copies of maps and pointers to host memory, complete after the next step; where the host can read the
@@ -243,15 +251,6 @@ class Stepper:
         finally:
             binding.release(*names)
 
-    def _part(self, binding: Binding, name: str, *index: int) -> Buffer:
-        """A part of a tensor that the binding owns, its first dimensions fixed; made once."""
-        parts = self._parts.setdefault(binding, {})
-        found = parts.get((name, index))
-        if found is None:
-            whole = binding.inputs[name] if name in binding.inputs else binding.outputs[name]
-            found = parts[name, index] = part_of(whole, *index)
-        return found
-
     def _multimask(self, first: bool, points: int) -> bool:
         """Whether three masks are asked for; a box counts as two points."""
         v = self.video
@@ -264,7 +263,7 @@ class Stepper:
     def _most_objects(self, memories: int, pointers: int) -> int:
         area = self.constants.embed_size**2
         keys = memories * area + pointers * (self.constants.hidden_dim // self.video.memory_dim)
-        return int(min(sam2_video.MAX_OBJECTS, max(1, ATTENTION_BYTES // (4 * area * keys))))
+        return int(min(self._at_once, max(1, ATTENTION_BYTES // (4 * area * keys))))
 
     def _attend(self, embedding: Embedding, selections: Sequence[Selection[Slot] | None], decoder: Binding) -> None:
         """Fills the decoder's embeddings: the frame conditioned on each object's memories, or as it is for None.
@@ -275,7 +274,7 @@ class Stepper:
         for row, selection in enumerate(selections):
             if selection is None:
                 plain = part_of(embedding.features.buffers[sam2.IMAGE_EMBED], 0)
-                self.device.copy(self._part(decoder, sam2_video.TRACKED_EMBED, row), plain)
+                self.device.copy(self._parts.of(decoder, sam2_video.TRACKED_EMBED, row), plain)
             else:
                 size = (len(selection.memories), len(selection.pointers))
                 groups.setdefault(size, []).append((row, selection))
@@ -285,8 +284,8 @@ class Stepper:
                 part = members[start : start + most]
                 binding = self._attend_to(embedding, [selection for _, selection in part])
                 for index, (row, _) in enumerate(part):
-                    target = self._part(decoder, sam2_video.TRACKED_EMBED, row)
-                    self.device.copy(target, self._part(binding, sam2_video.TRACKED_EMBED, index))
+                    target = self._parts.of(decoder, sam2_video.TRACKED_EMBED, row)
+                    self.device.copy(target, self._parts.of(binding, sam2_video.TRACKED_EMBED, index))
 
     def _attend_to(self, embedding: Embedding, selections: Sequence[Selection[Slot]]) -> Binding:
         """Queues the memory attention of objects with equally many memories and pointers."""
@@ -295,9 +294,9 @@ class Stepper:
         with self._bound(binding, embedding, _EMBED):
             for row, selection in enumerate(selections):
                 for column, memory in enumerate(selection.memories):
-                    self.device.copy(self._part(binding, sam2_video.MEMORY, row, column), memory.slot.features)
+                    self.device.copy(self._parts.of(binding, sam2_video.MEMORY, row, column), memory.slot.features)
                 for column, memory in enumerate(selection.pointers):
-                    self.device.copy(self._part(binding, sam2_video.POINTERS, row, column), memory.slot.pointer)
+                    self.device.copy(self._parts.of(binding, sam2_video.POINTERS, row, column), memory.slot.pointer)
             self._chain.write(binding, sam2_video.MEMORY_TIME, np.array([s.rows for s in selections], np.int32))
             if pointers:
                 times = np.array([s.times for s in selections], np.float32)
@@ -386,10 +385,10 @@ class Stepper:
                 chain.write(binding, sam2_video.MASK_LOGITS, full[None, None])
             for row, pick in enumerate(picks):
                 if full is None:
-                    chosen = self._part(decoder, sam2.MASKS, row, pick.mask)
-                    device.copy(self._part(binding, sam2_video.MASK_LOGITS, row, 0), chosen)
-                token = self._part(decoder, sam2_video.MASK_TOKENS, row, pick.token)
-                device.copy(self._part(binding, sam2_video.MASK_TOKEN, row), token)
+                    chosen = self._parts.of(decoder, sam2.MASKS, row, pick.mask)
+                    device.copy(self._parts.of(binding, sam2_video.MASK_LOGITS, row, 0), chosen)
+                token = self._parts.of(decoder, sam2_video.MASK_TOKENS, row, pick.token)
+                device.copy(self._parts.of(binding, sam2_video.MASK_TOKEN, row), token)
             chain.write(binding, sam2.OBJECT_SCORE_LOGITS, np.array([[p.score] for p in picks], np.float32))
             chain.write(
                 binding, sam2_video.POINTER_SCORE_LOGITS, np.array([[p.pointer_score] for p in picks], np.float32)
@@ -397,35 +396,11 @@ class Stepper:
             chain.write(binding, sam2_video.BINARIZE, np.full(len(picks), float(prompted), np.float32))
             chain.launch(binding)
             for row, slot in enumerate(slots):
-                device.copy(slot.features, self._part(binding, sam2_video.MEMORY_FEATURES, row))
-                device.copy(slot.pointer, self._part(binding, sam2_video.OBJECT_POINTER, row))
+                device.copy(slot.features, self._parts.of(binding, sam2_video.MEMORY_FEATURES, row))
+                device.copy(slot.pointer, self._parts.of(binding, sam2_video.OBJECT_POINTER, row))
 
 
 def _unprompted(count: int) -> PromptBatch:
     """No prompt for each of some objects, as `build_prompts` has it."""
     coords = np.zeros((count, 2, 2), np.float32)
     return PromptBatch(list(range(count)), coords, np.full((count, 2), sam2.LABEL_PAD, np.int32), [None] * count)
-
-
-def part_of(buffer: Buffer, *index: int) -> Buffer:
-    """A contiguous part of a buffer, the first dimensions fixed; borrowed, keeps the whole alive."""
-    size, offset = buffer.nbytes, 0
-    for extent, at in zip(buffer.shape, index):
-        size //= extent
-        offset += at * size
-    array: Array | None = None if buffer.array is None else buffer.array[index]
-    shape = buffer.shape[len(index) :]
-    return Buffer(buffer.device, shape, buffer.dtype, buffer.pointer + offset, array, owned=False, owner=buffer)
-
-
-def _resized(image: Float32, side: int) -> Float32:
-    """(H, W) to (side, side), antialiased bilinear as torch's ``interpolate(antialias=True)``."""
-    rows, columns = (_weights(size, side) for size in image.shape)
-    return np.ascontiguousarray(rows @ (image @ columns.T))
-
-
-def _weights(size: int, side: int) -> Float32:
-    weights = np.zeros((side, size), np.float32)
-    for row, (start, taps) in enumerate(antialias_taps(size, side)):
-        weights[row, start : start + len(taps)] = taps
-    return weights

@@ -106,6 +106,7 @@ def test_coco_and_youtube_vis_hold_the_same_masks(folder: Path, tracking_bundle:
         assert {a["track_id"] for a in annotations} == set(want)
         for annotation in annotations:
             assert np.array_equal(coco.annToMask(annotation) > 0, mask_of(want[annotation["track_id"]]))
+            assert annotation["score"] == want[annotation["track_id"]]["iou"]
             present += 1
     assert present > FRAMES
     vis = json.loads((out / "youtube-vis.json").read_text())

@@ -30,6 +30,6 @@ async def provider(root: Path, opener: FakeOpener) -> AsyncIterator[EdgeProvider
     edge = make_provider(root, opener)
     yield edge
     opener.gate.set()
-    for predictor in opener.opened:
-        predictor.gate.set()
+    for held in (*opener.opened, *opener.videos):
+        held.gate.set()
     await edge.close()

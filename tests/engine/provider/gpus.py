@@ -12,6 +12,7 @@ from pixano_edge.engine.errors import DeviceMemoryError
 from pixano_edge.engine.provider.families import LoadedModel, check_task
 from pixano_edge.engine.provider.hardware import Hardware
 from pixano_edge.engine.provider.settings import LoadOptions
+from pixano_edge.engine.provider.types import InferenceTask
 from pixano_edge.engine.provider.worker import Job
 from pixano_edge.engine.runtime import StubDevice
 from pixano_edge.engine.runtime.base import DeviceInfo
@@ -134,7 +135,7 @@ class GpuOpener(FakeOpener):
         if self.error is not None:
             raise self.error
         manifest = parse_manifest((path / MANIFEST_NAME).read_bytes())
-        family = check_task(manifest.family, task, manifest.name)
+        kind = check_task(manifest.family, task, manifest.name)
         first = next(iter(self.machine.gpus), "cpu")
         device = StubGpu(self.machine, first if options.device in ("auto", "cuda") else options.device)
         weights = sum(f.size for f in manifest.files.values()) + self.extra.get(manifest.name, 0)
@@ -144,6 +145,6 @@ class GpuOpener(FakeOpener):
         self.models[manifest.name] = predictor
         self.loads.append((manifest.name, device.name))
         return LoadedModel(
-            predictor, family.task, family.model_class, manifest.source.checkpoint, device.name, options,
+            predictor, InferenceTask(task), kind, manifest.source.checkpoint, device.name, options,
             use=predictor.use, shrink=predictor.shrink,
         )  # fmt: skip

@@ -250,12 +250,14 @@ async def test_damaged_bundles_and_missing_devices(
     for config, error, message in wrong.values():
         with pytest.raises(error, match=message):
             await provider.instantiate_model("edge", config)
-    assert [m.name for m in await provider.list_models()] == [n for n in ("sam2-demo", "tiny") if n in _names(provider)]
+    assert [m.name for m in await provider.list_models()] == _names(provider)
     assert (await _ask(provider, photo, points=[[[5, 5]]])).masks
 
 
 def _names(provider: EdgeProvider) -> list[str]:
-    return list(provider._catalogue.scan()[0])
+    """Bundles of the store, and the second names of those that track."""
+    entries = provider._catalogue.scan()[0]
+    return sorted([*entries, *(f"{name}-video" for name, entry in entries.items() if entry.tracks)])
 
 
 async def test_a_real_photo(provider: EdgeProvider, bedroom: Path) -> None:

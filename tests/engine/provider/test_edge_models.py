@@ -382,12 +382,6 @@ class _Foreign:
 async def test_absent_tasks_say_what_is_missing(provider: EdgeProvider) -> None:
     request: Any = _Foreign()
     calls = {
-        "Tracking": [
-            provider.video_mask_generation(input_data=request),
-            provider.submit_video_mask_generation_job(request),
-            provider.get_video_mask_generation_job("job-1"),
-            provider.cancel_video_mask_generation_job("job-1"),
-        ],
         "etection": [provider.image_zero_shot_detection(request), provider.detection(request)],
         "Text": [provider.text_image_conditional_generation(request), provider.vlm(request)],
         "Embedding": [provider.embedding(request)],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -150,3 +152,9 @@ def test_registry_refusals() -> None:
     assert not is_provider_registered("bad")
     with pytest.raises(ProviderNotFoundError, match=r"'nope'.*edge"):
         get_provider("nope")
+
+
+def test_importing_the_provider_loads_no_decoder_of_videos() -> None:
+    """`doctor` must run where OpenCV does not load."""
+    code = "import sys, pixano_edge.engine.provider; sys.exit('cv2' in sys.modules or 'onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

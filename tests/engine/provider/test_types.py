@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, fields
 from datetime import datetime, timezone
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pixano_edge.engine.provider import types as t
+from pixano_edge.engine.provider import video_types as v
 
 _NONE = "required"
 
@@ -121,6 +123,29 @@ def test_additions_come_last() -> None:
     plain = _TABLE[t.ImageMaskGenerationInput]
     assert _described(t.EdgeMaskGenerationInput) == [*plain, ("mask_input", None), ("return_logits", False)]
     assert _described(t.EdgeMaskGenerationOutput) == [*_TABLE[t.ImageMaskGenerationOutput], ("mask_logits", None)]
+    video = _TABLE[t.VideoMaskGenerationInput]
+    newer = [("propagate", True), ("interval", None), ("keyframes", None)]
+    assert _described(v.EdgeVideoMaskGenerationInput) == [*video, *newer]
+    assert _described(v.EdgeVideoMaskGenerationOutput) == [*_TABLE[t.VideoMaskGenerationOutput], ("frames", [])]
+
+
+def test_job_status_is_that_of_pixano_0_8() -> None:
+    assert _described(v.VideoMaskGenerationJobStatus) == [
+        ("job_id", _NONE), ("status", _NONE), ("detail", None), ("data", None), ("metadata", {}), ("timestamp", None),
+        ("processing_time", 0.0),
+    ]  # fmt: skip
+    assert (v.RUNNING, v.COMPLETED, v.FAILED, v.CANCELED) == ("running", "completed", "failed", "canceled")
+
+
+def test_tracked_objects_as_json() -> None:
+    tracked = v.TrackedObject(3, t.CompressedRLEData([2, 3], b"06"), 0.5, [0.0, 1.0, 2.0, 2.0])
+    expected = {
+        "track_id": 3, "box": [0.0, 1.0, 2.0, 2.0], "score": 0.5, "class_name": None,
+        "mask": {"size": [2, 3], "counts": "06"},
+    }  # fmt: skip
+    assert json.loads(json.dumps(tracked.to_dict())) == expected
+    both = v.EdgeVideoMaskGenerationOutput.of([v.TrackedFrame(7, [tracked, tracked]), v.TrackedFrame(6)])
+    assert (both.objects_ids, both.frame_indexes, len(both.masks)) == ([3, 3], [7, 7], 2)
 
 
 def test_tasks() -> None:

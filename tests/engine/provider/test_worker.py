@@ -158,3 +158,97 @@ def test_work_of_an_owner_who_left_does_not_start() -> None:
         worker.submit(lambda _: ran.append(1), job)[1].result(10)
     assert ran == []
     _finish(worker)
+
+
+class _Steps:
+    """Long work in background steps, which it queues itself."""
+
+    def __init__(self, worker: ModelWorker, name: str, count: int, seen: list[str]) -> None:
+        self.worker, self.name, self.left, self.seen = worker, name, count, seen
+        self.queue()
+
+    def queue(self) -> None:
+        self.worker.submit(self.step, background=True)
+
+    def step(self, _: Job) -> None:
+        self.seen.append(self.name)
+        self.left -= 1
+        if self.left:
+            self.queue()
+
+
+def _held(worker: ModelWorker) -> threading.Event:
+    gate, entered = threading.Event(), threading.Event()
+
+    def wait(_: Job) -> None:
+        entered.set()
+        assert gate.wait(20)
+
+    worker.submit(wait, background=True)
+    assert entered.wait(10)
+    return gate
+
+
+def test_background_works_take_turns_and_requests_go_between() -> None:
+    worker = ModelWorker("m", depth=2)
+    seen: list[str] = []
+    gate = _held(worker)
+    first, second = _Steps(worker, "a", 3, seen), _Steps(worker, "b", 3, seen)
+    for name in ("x", "y"):
+        worker.submit(lambda _, n=name: seen.append(n))  # type: ignore[misc]
+    with pytest.raises(ModelBusyError, match="2 requests"):
+        worker.submit(lambda _: None)
+    worker.submit(lambda _: seen.append("late"), background=True)  # steps do not count
+    gate.set()
+    until(lambda: first.left == second.left == 0 and worker.idle)
+    assert seen == ["x", "y", "a", "b", "late", "a", "b", "a", "b"]
+    _finish(worker)
+
+
+def test_many_requests_do_not_stop_background_work() -> None:
+    worker = ModelWorker("m", depth=100)
+    seen: list[str] = []
+    gate = _held(worker)
+    _Steps(worker, "step", 2, seen)
+    for _ in range(20):
+        worker.submit(lambda _: seen.append("click"))
+    gate.set()
+    until(lambda: worker.idle and len(seen) == 22)
+    assert [i for i, what in enumerate(seen) if what == "step"] == [8, 17]
+    _finish(worker)
+
+
+def test_the_last_comes_after_every_accepted_step_and_no_step_after_it() -> None:
+    worker = ModelWorker("m")
+    seen: list[str] = []
+    refused: list[str] = []
+    gate = _held(worker)
+
+    def step(_: Job) -> None:
+        seen.append("step")
+        try:
+            worker.submit(step, background=True)
+        except ModelNotFoundError as error:
+            refused.append(error.message)
+
+    worker.submit(step, background=True)
+    last = worker.finish(lambda: seen.append("last"))
+    assert not worker.idle
+    gate.set()
+    last.result(10)
+    assert seen == ["step", "last"]
+    assert refused == ["Model 'm' was unloaded."]
+
+
+def test_a_request_cancelled_in_the_queue_leaves_its_turn_unused() -> None:
+    worker = ModelWorker("m")
+    seen: list[str] = []
+    gate = _held(worker)
+    _, dropped = worker.submit(lambda _: seen.append("dropped"))
+    _, kept = worker.submit(lambda _: seen.append("kept"))
+    assert dropped.cancel()
+    gate.set()
+    kept.result(10)
+    assert seen == ["kept"]
+    until(lambda: worker.idle)
+    _finish(worker)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.errors import BundleError, CancelledError, DeviceError, PromptError
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.model import VIDEO_GRAPHS, Sam2VideoModel
+from pixano_edge.engine.runtime.memory import graph_bytes
 from tests.engine.bundle.sample import make_bundle
 from tests.support.tracking import moving_squares
 
@@ -54,8 +56,11 @@ def test_a_pass_does_not_drive_images_out_of_the_cache(tracking_bundle: Path) ->
 
 def test_memory_counts_all_graphs(tracking_bundle: Path) -> None:
     with Sam2VideoModel.open(tracking_bundle, "cpu", threads=1) as model:
-        files = sum(p.stat().st_size for p in (tracking_bundle / "graphs" / "fp32").iterdir())
-        assert model.memory().weights == files
+        bundle = Bundle.open(tracking_bundle)
+        weights = {name: graph_bytes(bundle.graph_path(name)) for name in bundle.manifest.graphs}
+        assert len(weights) == 5
+        assert model.memory().weights == sum(weights.values())
+        assert model.predictor.memory().weights == weights[sam2.IMAGE_ENCODER] + weights[sam2.MASK_DECODER]
 
 
 def test_an_image_bundle_says_to_export_again(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.models.sam2_video.model import Sam2VideoModel
 from pixano_edge.engine.models.sam2_video.steps import Stepper
-from tests.support.tracking import SIDE, WIDTH, calm, export_graphs, moving_squares
+from tests.support.tracking import SIDE, export_graphs, moving_squares
 
 from .conftest import Tiny, opened
 from .parity import TOLERANCE, Click, Comparison, Recorder, Track, check, final, play
@@ -50,11 +50,14 @@ def hidden_clip() -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def unsure(tiny_graphs: tuple[Any, Path, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The tiny model, but objects are judged absent on some frames: model and folder of graphs."""
-    from tests.support.tiny import make_tiny_model
+    import torch
+
+    from tests.support.tiny import make_tracking_model
 
     _, graphs, constants, _ = tiny_graphs
-    model = make_tiny_model(SIDE, WIDTH)
-    calm(model, seen=1.5)
+    model = make_tracking_model(SIDE)
+    with torch.no_grad():
+        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(1.5)
     folder = tmp_path_factory.mktemp("unsure") / "graphs"
     shutil.copytree(graphs, folder)
     export_graphs(model, constants, folder, [sam2_video.TRACK_DECODER])
@@ -128,7 +131,7 @@ def test_trained_demo_weights(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
     bundle = Bundle.open(demo_bundle)
     if sam2.VIDEO not in bundle.manifest.constants:
         pytest.skip("the demo bundle of this tree does not track")
-    reference = transformers.Sam2VideoModel.from_pretrained(CHECKPOINT).eval()
+    reference = transformers.Sam2VideoModel.from_pretrained(CHECKPOINT, dtype="float32").eval()  # stored as halves
     frames = [cv2.resize(f, (288, 192), interpolation=cv2.INTER_NEAREST) for f in hidden_clip()]
     script: list[Click | Track] = [
         Click(1, 0, [(50, 70)], [1]),
@@ -146,7 +149,7 @@ def test_trained_demo_weights(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
         seen = final(play(demo, frames, recorder, script))
         check(seen)
         assert seen.masks > 3 * FRAMES
-        assert recorder.present > FRAMES
+        assert recorder.present >= 10, "masks that are all empty would agree whatever the graphs do"
 
 
 @pytest.mark.slow
@@ -156,7 +159,7 @@ def test_real_size(bedroom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from transformers import Sam2VideoModel as TorchModel
 
     from pixano_edge.export.sam2.sizes import SIZES
-    from tests.support.tiny import sharpen
+    from tests.support.tiny import calm, sharpen
 
     torch.set_num_threads(2)
     model = TorchModel(SIZES[0].video_config("sam2.1")).eval()

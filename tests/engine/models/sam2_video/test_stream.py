@@ -234,6 +234,28 @@ def test_out_of_memory_leaves_the_tracker_usable(monkeypatch: pytest.MonkeyPatch
         assert all(np.array_equal(x.mask, y.mask) for x, y in zip(a.objects, b.objects))
 
 
+def test_short_of_memory_fewer_objects_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, device = on_gpu("eager")
+    plain = device.empty
+
+    def scarce(shape: Any, dtype: Any) -> Any:
+        if len(shape) > 3 and shape[0] > 2:
+            raise DeviceMemoryError("12 MiB asked, 3 free.", "")
+        return plain(shape, dtype)
+
+    monkeypatch.setattr(device, "empty", scarce)
+
+    def run(model: Sam2VideoModel) -> list[FrameResult]:
+        with model.track(clip(5)) as tracker:
+            for number in range(7):
+                tracker.add_prompt(number + 1, 0, CLICK if number % 2 else BOX)
+            return list(tracker.propagate())
+
+    for a, b in zip(run(model), run(fake_model()), strict=True):
+        assert all(np.array_equal(x.mask, y.mask) for x, y in zip(a.objects, b.objects, strict=True))
+    assert model.info()["warnings"] == ["The device was short of memory: objects per call halved 2 time(s)."]
+
+
 def test_twenty_objects_take_two_waits() -> None:
     *_, frames = steady("eager", objects=20, history=False)
     ops = [c[0] if c[0] != "launch" else c[1] for c in frames[0]]
