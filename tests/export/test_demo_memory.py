@@ -17,7 +17,7 @@ import torch
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.export.demo import clip_batches, memory_path, memory_start, train_memory
 from pixano_edge.export.demo.clips import first_prompts, generate_clip
-from pixano_edge.export.demo.sam2_model import is_memory
+from pixano_edge.export.demo.sam2_model import Decoded, Features, is_memory
 from pixano_edge.export.demo.track_eval import encode_frames
 from pixano_edge.export.sam2.video_reference import VideoReference
 
@@ -119,6 +119,88 @@ def test_short_clips_are_pure_and_have_gaps() -> None:
     assert 0 < sum(c.times[1] > 1 for c in many) < 12
     assert all(c.times[2:] == (c.times[1] + 1, c.times[1] + 2) for c in many)
     assert all(c.objects[0] for c in many)
+
+
+def _encoded(number: int, times: tuple[int, ...]) -> train_memory.Encoded:
+    """A clip whose features say which frame of which clip they are of, and object 1 is a pixel that tells the frame."""
+    frames = len(times)
+    labels = np.full((frames, 8, 8), -1, np.int8)
+    for t in range(frames):
+        labels[t, t, number] = 1
+    clip = clip_batches.ShortClip(np.zeros((frames, 8, 8, 3), np.uint8), labels, times, ((1,), (1,)))
+    code = (10.0 * number + torch.arange(frames)).reshape(-1, 1, 1, 1)
+    return train_memory.Encoded(clip, Features(code, code, code, torch.zeros(1, 1, 1, 1)))
+
+
+def test_clips_side_by_side_keep_features_and_masks_together() -> None:
+    seen = set()
+    for seed in range(20):
+        clips = [_encoded(0, (0, 1, 2)), _encoded(1, (0, 7, 8))]
+        tracks = train_memory.gather(clips, np.random.default_rng(seed), 3)
+        assert tracks.times == (0, 7, 8)
+        assert tracks.owner.tolist() == [0, 1]
+        for step in range(3):
+            for row, owner in enumerate(tracks.owner):
+                number, frame = divmod(int(tracks.features[step].top[owner]), 10)
+                assert number == owner
+                assert tracks.masks[step, row].nonzero().tolist() == [[frame, number]]
+        order = [int(f.top[0]) for f in tracks.features]
+        assert order in ([0, 1, 2], [2, 1, 0])
+        assert [int(f.top[1]) for f in tracks.features] == [10, 11, 12]  # a gap is not turned round
+        seen.add(tuple(order))
+    assert len(seen) == 2
+
+
+def _answer(logits: torch.Tensor, score: float) -> memory_path.Answer:
+    """An answer whose four candidates are all `logits` (n, h, w)."""
+    n = len(logits)
+    iou, scores = torch.ones(n, 1, 4), torch.full((n, 1), score)
+    out = Decoded(logits[:, None, None].expand(-1, 1, 4, -1, -1), iou, scores, torch.zeros(n, 1, 4, 8))
+    return memory_path.Answer(
+        logits, scores[:, 0], out.tokens[:, 0, 0], scores[:, 0], all=out, chosen=torch.ones(n, dtype=torch.long)
+    )
+
+
+def test_the_loss_wants_the_mask_and_the_presence() -> None:
+    target = torch.zeros(1, 32, 32)
+    target[:, 8:24, 8:24] = 1
+    small = (torch.nn.functional.avg_pool2d(target, 2) - 0.5) * 20
+    here, away = torch.ones(1), torch.zeros(1)
+
+    def loss(logits: torch.Tensor, score: float, present: torch.Tensor) -> float:
+        return float(
+            train_memory.answer_loss(_answer(logits, score), target, present, torch.Generator().manual_seed(0))
+        )
+
+    right = loss(small, 9.0, here)
+    assert right < 0.2
+    assert loss(-small, 9.0, here) > right + 2
+    assert loss(small, -9.0, here) > right + 2
+    assert loss(-small, -9.0, away) < 0.01  # nothing to find: the mask does not matter
+    assert loss(-small, 9.0, away) > 2
+
+
+def test_no_loss_counts_for_more_than_the_bound() -> None:
+    losses = torch.tensor([0.5, 30.0], requires_grad=True)
+    bounded = train_memory.bounded(losses, 3.0)
+    assert bounded.tolist() == pytest.approx([0.5, 3.0])
+    bounded.sum().backward()
+    assert losses.grad is not None
+    assert losses.grad.tolist() == pytest.approx([1.0, 0.1])
+
+
+def test_taught_objects_are_remembered_as_they_are() -> None:
+    target = torch.zeros(2, 8, 8)
+    target[0, :4] = 1
+    present = torch.tensor([1.0, 0.0])
+    answer = _answer(torch.full((2, 4, 4), -3.0), 1.0)
+    kept = train_memory.taught(answer, target, present, torch.tensor([False, False]))
+    assert (kept.logits == answer.logits).all()
+    assert kept.score.tolist() == [1.0, 1.0]
+    both = train_memory.taught(answer, target, present, torch.tensor([True, True]))
+    assert both.logits[0, 0, 0] == 10
+    assert both.logits[0, 3, 0] == -10
+    assert both.score.tolist() == both.pointer_score.tolist() == [10.0, -10.0]
 
 
 @pytest.mark.slow
