@@ -365,7 +365,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the memory of the demo's small SAM 2 on synthetic clips.")
     parser.add_argument("--checkpoint", default=str(packaged), help="sam2_video folder with a trained image part")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
-    parser.add_argument("--steps", type=int, default=1500, help="length of the run")
+    parser.add_argument("--steps", type=int, default=900, help="length of the run")
     parser.add_argument("--stop", type=int, default=0, help="leave the run at this step, to be resumed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
