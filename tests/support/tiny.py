@@ -98,7 +98,6 @@ def make_tiny_model(image_size: int = 128, hidden_dim: int = 32, seed: int = 0) 
     return model
 
 
-@torch.no_grad()
 def make_tracking_model(image_size: int = 128, seed: int = 0, **changes: Any) -> Sam2VideoModel:
     """A sharpened tiny `Sam2VideoModel` whose memory matters in the masks; `changes` are of its configuration.
 
@@ -107,13 +106,18 @@ def make_tracking_model(image_size: int = 128, seed: int = 0, **changes: Any) ->
     config = tiny_config(image_size, 128)
     for name, value in changes.items():
         setattr(config, name, value)
-    model = Sam2VideoModel(config).eval()
+    return sharpen_for_tracking(Sam2VideoModel(config).eval(), seed)
+
+
+@torch.no_grad()
+def sharpen_for_tracking(model: Sam2VideoModel, seed: int = 0) -> Sam2VideoModel:
+    """Redraws the weights of a video model so that its memory matters in the masks, and returns it."""
     sharpen(model, seed)
     # Sharp weights in the loop through the memory make it chaotic: a rounding error would grow from frame to frame.
     for name, parameter in model.named_parameters():
         if name.startswith(("memory_attention", "memory_encoder")) and parameter.ndim > 1:
             parameter.mul_(0.6)
-    if config.enable_temporal_pos_encoding_for_object_pointers:
+    if model.config.enable_temporal_pos_encoding_for_object_pointers:
         # The time of a pointer would move the masks by less than rounding does.
         model.temporal_positional_encoding_projection_layer.weight.mul_(8)
     model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(2.0)
