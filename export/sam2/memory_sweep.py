@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,12 +82,13 @@ def fixed(model: onnx.ModelProto, sizes: dict[str, int]) -> onnx.ModelProto:
     return copy
 
 
-def latency(model: onnx.ModelProto, spec: GraphSpec, folder: Path, rounds: int, threads: int) -> list[tuple[Any, ...]]:
+def latency(
+    model: onnx.ModelProto, spec: GraphSpec, folder: Path, rounds: int, threads: int
+) -> Iterator[tuple[int, float, float]]:
     """Rows of memories, median seconds of the dynamic graph and of the fixed one, in turns."""
     onnx.save(model, folder / "dynamic.onnx")
     dynamic = session(folder / "dynamic.onnx", threads)
     most, pointers = spec.ranges["M"][1], spec.ranges["K"][1]
-    rows = []
     for memories in range(1, most + 1):
         sizes = {"B": 1, "M": memories, "K": pointers}
         feeds = random_feeds(spec, sizes, seed=0)
@@ -98,8 +100,7 @@ def latency(model: onnx.ModelProto, spec: GraphSpec, folder: Path, rounds: int, 
                 start = time.perf_counter()
                 runner.run(None, feeds)
                 taken.append(time.perf_counter() - start)
-        rows.append((memories, *(float(np.median(taken[1:])) for taken in seconds)))
-    return rows
+        yield memories, float(np.median(seconds[0][1:])), float(np.median(seconds[1][1:]))
 
 
 def builds(file: Path, spec: GraphSpec) -> list[tuple[str, int, float]]:
@@ -114,7 +115,7 @@ def builds(file: Path, spec: GraphSpec) -> list[tuple[str, int, float]]:
     return [*rows, (f"{most} engines, one for each number of memories", total_bytes, total_seconds)]
 
 
-def islands(model: onnx.ModelProto, spec: GraphSpec, folder: Path, threads: int) -> list[tuple[str, float, float]]:
+def islands(model: onnx.ModelProto, spec: GraphSpec, folder: Path, threads: int) -> Iterator[tuple[str, float, float]]:
     """Rows of what stays in fp32, largest error relative to the largest value, and that of root mean squares."""
     pointers, most = spec.ranges["K"][1], spec.ranges["M"][1]
     feeds = random_feeds(spec, {"B": 1, "M": most, "K": pointers}, seed=0)
@@ -125,7 +126,6 @@ def islands(model: onnx.ModelProto, spec: GraphSpec, folder: Path, threads: int)
     norms = [n.name for n in model.graph.node if n.op_type == "LayerNormalization"]
     names = [n.name for n in softmax]
     want = _output(model, folder, feeds, threads)
-    rows = []
     for what, keep in (
         ("nothing", []),
         ("softmax", names),
@@ -134,14 +134,11 @@ def islands(model: onnx.ModelProto, spec: GraphSpec, folder: Path, threads: int)
         ("all of these", [*scores, *names, *sums, *norms]),
     ):
         difference = _output(rounded(to_fp16(model, keep)), folder, feeds, threads) - want
-        rows.append(
-            (
-                what,
-                float(np.abs(difference).max() / np.abs(want).max()),
-                float(np.sqrt((difference**2).mean()) / np.sqrt((want**2).mean())),
-            )
+        yield (
+            what,
+            float(np.abs(difference).max() / np.abs(want).max()),
+            float(np.sqrt((difference**2).mean()) / np.sqrt((want**2).mean())),
         )
-    return rows
 
 
 def _output(model: onnx.ModelProto, folder: Path, feeds: Arrays, threads: int) -> Any:
