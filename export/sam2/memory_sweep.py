@@ -23,6 +23,7 @@ import torch
 import typer
 from torch import nn
 
+from pixano_edge.engine.build.profiles import profiles
 from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.export import tensorrt_rtx
@@ -106,13 +107,15 @@ def latency(
 def builds(file: Path, spec: GraphSpec) -> list[tuple[str, int, float]]:
     """Rows of what is built, engine bytes and seconds: the dynamic graph, and an engine for each number of memories."""
     made = tensorrt_rtx.check_build(file, spec)
-    rows = [("dynamic, its two profiles", made.engine_bytes, made.seconds)]
+    count = len(profiles(spec))
+    rows = [(f"one engine, {count} profiles", made.engine_bytes, made.seconds)]
     total_bytes, total_seconds = 0, 0.0
     most = spec.ranges["M"][1]
     for memories in range(1, most + 1):
-        made = tensorrt_rtx.check_build(file, replace(spec, ranges={**spec.ranges, "M": (memories,) * 3}))
+        alone = {**spec.ranges, "B": (1, 1, 1), "M": (memories,) * 3}
+        made = tensorrt_rtx.check_build(file, replace(spec, ranges=alone, profiles=(alone,)))
         total_bytes, total_seconds = total_bytes + made.engine_bytes, total_seconds + made.seconds
-    return [*rows, (f"{most} engines, one for each number of memories", total_bytes, total_seconds)]
+    return [*rows, (f"{most} engines, one for each number of memories, of one object", total_bytes, total_seconds)]
 
 
 def islands(model: onnx.ModelProto, spec: GraphSpec, folder: Path, threads: int) -> Iterator[tuple[str, float, float]]:
