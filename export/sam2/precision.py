@@ -4,10 +4,10 @@ In the memory encoder: the mask on its way from logits to the first convolution.
 rounded to fp16 they fall on the other side of it near the border, which put the memory maps of random masks off by 8 %
 where the rest of the graph costs 0.1 %. The nodes are pointwise, and a resize.
 
-Not in the memory attention: its softmax over tens of thousands of keys, with the products around it, measured at the
-real size gains nothing from fp32 (see docs/design.md), and an fp32 island in an attention keeps TensorRT from fusing
-it. Sums within softmax and normalisation are accumulated in fp32 by every back end's fp16 kernels; TensorRT's variants
-keep the normalisations in fp32 as those of all graphs do.
+Not in the memory attention: fp32 in its softmax over all keys, and in the products around it, saves next to nothing of
+the error (`memory_sweep`, figures in docs/design.md), and TensorRT fuses no attention that has an fp32 island. Sums
+within softmax and normalisation are accumulated in fp32 by every back end's fp16 kernels; TensorRT's variants keep the
+normalisations in fp32 as those of all graphs do.
 """
 
 from __future__ import annotations
