@@ -158,11 +158,10 @@ def print_parity(report: ParityReport) -> None:
         right=columns[1:],
     )
     if report.clips:
-        columns = ("variant", "objects", "frames", "mean IoU", "lowest IoU")
         print_table(
-            columns,
-            [(c.variant, c.objects, c.frames, f"{c.mean_iou:.5f}", f"{c.min_iou:.5f}") for c in report.clips],
+            ("variant", "objects", "frames", "not empty", "mean IoU", "lowest IoU"),
+            [(c.variant, c.objects, c.frames, c.shown, f"{c.mean_iou:.5f}", f"{c.min_iou:.5f}") for c in report.clips],
             title=f"Tracked clip, cut out of {report.inputs[0]}",
-            right=columns[1:],
+            right=("objects", "frames", "not empty", "mean IoU", "lowest IoU"),
         )
     typer.secho("Parity: passed" if report.passed else "Parity: FAILED", bold=True)

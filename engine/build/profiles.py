@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from ..contracts.base import GraphSpec
 from ..errors import ContractError
@@ -17,7 +18,8 @@ def profiles(spec: GraphSpec) -> tuple[Profile, ...]:
 
     TensorRT times its tactics at the middle shape and sizes a context's scratch memory by the largest one. So there
     is one profile for the typical case (a few prompts at a time), and one for the whole range, tuned halfway between
-    typical and largest on a logarithmic scale. A session takes the tightest one that fits.
+    typical and largest on a logarithmic scale. A session takes the tightest one that fits. A contract that lists
+    profiles itself gets those.
 
     Raises:
         ContractError: An input has an open dimension without a range.
@@ -29,6 +31,8 @@ def profiles(spec: GraphSpec) -> tuple[Profile, ...]:
         raise ContractError(
             f"Graph '{spec.name}' has no range for {missing}.", "Give each dynamic dimension one in the contract."
         )
+    if spec.profiles:
+        return tuple(_profile(spec, ranges) for ranges in spec.profiles)
     typical, whole = {}, {}
     for dim in dims:
         low, usual, high = spec.ranges[dim]
@@ -38,7 +42,7 @@ def profiles(spec: GraphSpec) -> tuple[Profile, ...]:
     return tuple(_profile(spec, ranges) for ranges in wanted)
 
 
-def _profile(spec: GraphSpec, ranges: dict[str, tuple[int, int, int]]) -> Profile:
+def _profile(spec: GraphSpec, ranges: Mapping[str, tuple[int, int, int]]) -> Profile:
     result: list[tuple[str, Shapes]] = []
     for tensor in spec.inputs:
         if tensor.dynamic:

@@ -147,9 +147,10 @@ class _Explainer:
             return said
         if _turns(layer):
             return ANGLES
-        # What the parser puts around a node (broadcasts, shapes) and what only moves values goes with its reader.
+        # What the parser puts around a node (broadcasts, shapes) and what only moves values goes with its reader; a
+        # comparison reads fp32 and writes none, so the walk over fp32 values does not reach it.
         readers = self._follow(layer, self._after)
-        for reader in readers:
+        for reader in [*readers, *(r for r in self._after(layer) if r["type"] != "CAST")]:
             if said := self._said(reader):
                 return said
             if _turns(reader):

@@ -100,6 +100,8 @@ class ClipParity(_Model):
     frames: int
     """Answers compared; a frame that is tracked again after a correction counts again."""
     objects: int
+    shown: int
+    """Of PyTorch's masks, how many are not empty; empty ones agree easily."""
     mean_iou: float
     """As in `MaskParity`, with twice the tolerance."""
     min_iou: float

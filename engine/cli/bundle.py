@@ -174,10 +174,10 @@ def _show(path: Path, manifest: Manifest, digest: str) -> None:
     )
     if report.clips:
         print_table(
-            ("Variant", "Objects", "Frames", "Mean IoU", "Min IoU"),
-            [(c.variant, c.objects, c.frames, f"{c.mean_iou:.5f}", f"{c.min_iou:.5f}") for c in report.clips],
+            ("Variant", "Objects", "Frames", "Not empty", "Mean IoU", "Min IoU"),
+            [(c.variant, c.objects, c.frames, c.shown, f"{c.mean_iou:.5f}", f"{c.min_iou:.5f}") for c in report.clips],
             title="Tracked clip",
-            right=("Objects", "Frames", "Mean IoU", "Min IoU"),
+            right=("Objects", "Frames", "Not empty", "Mean IoU", "Min IoU"),
         )
 
 

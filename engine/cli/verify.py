@@ -34,7 +34,7 @@ def _print(report: VerifyReport, verdict: Verdict) -> None:
     if report.clip is not None:
         typer.echo(
             f"tracked clip: mean {report.clip.mean_iou:.4f}, lowest {report.clip.min_iou:.4f} "
-            f"({report.clip.objects} objects, {report.clip.frames} frames)"
+            f"({report.clip.objects} objects, {report.clip.frames} frames, {report.clip.shown} masks not empty)"
         )
     for warning in report.warnings:
         _line("warning: ", typer.colors.YELLOW, warning)

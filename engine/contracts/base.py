@@ -81,12 +81,16 @@ class GraphSpec:
         inputs: Inputs in graph order.
         outputs: Outputs in graph order.
         ranges: Per dynamic dimension ``(min, typical, max)``, used for TensorRT profiles and checks.
+        profiles: Ranges of TensorRT's profiles, the tight one first, for a graph whose dimensions are not all large
+            at once: a profile of the whole range would ask for memory that does not exist. Every size that callers use
+            fits one of them. Empty: profiles are derived from `ranges`.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    profiles: tuple[Mapping[str, tuple[int, int, int]], ...] = ()
 
     def tensor(self, name: str) -> TensorSpec:
         """The input or output called `name`; raises ContractError if there is none."""

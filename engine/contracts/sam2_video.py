@@ -10,6 +10,7 @@ Source: Ravi et al., "SAM 2" (2024), upstream ``sam2/modeling/sam2_base.py`` and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -44,6 +45,9 @@ MAX_OBJECTS = 64
 MAX_MEMORIES = 64
 """Memory maps of one object in one call: conditioning frames and recent ones."""
 MAX_POINTERS = 128
+MAX_ATTENTION = 1 << 28
+"""Attention weights of one call, objects times image tokens times keys, that callers of the memory attention stay below
+by splitting objects; a single object may have more."""
 
 OCCLUDED_LOGIT = -1024.0
 """Every mask logit of an object that is judged absent (upstream ``NO_OBJ_SCORE``)."""
@@ -148,6 +152,31 @@ def memory_attention(c: sam2.Sam2Constants, v: Sam2VideoConstants) -> GraphSpec:
             "M": (1, v.num_memories, MAX_MEMORIES),
             "K": (0, v.max_pointers, MAX_POINTERS),
         },
+        profiles=_attention_profiles(c, v),
+    )
+
+
+def _attention_profiles(c: sam2.Sam2Constants, v: Sam2VideoConstants) -> tuple[dict[str, tuple[int, int, int]], ...]:
+    """Profiles for B * M objects and memories that `MAX_ATTENTION` allows; none where it allows the whole range.
+
+    Memories are grouped by powers of two, each group with the objects that its smallest number allows; groups that
+    allow equally many objects are one.
+    """
+    most = MAX_ATTENTION // c.embed_size**4
+    groups: dict[int, int] = {}  # objects: memories
+    memories = 1
+    while memories <= MAX_MEMORIES:
+        groups[min(MAX_OBJECTS, max(1, most // (memories // 2 + 1)))] = memories
+        memories *= 2
+    if len(groups) == 1:
+        return ()
+    return tuple(
+        {
+            "B": (1, 1 if high >= v.num_memories else max(1, math.isqrt(objects)), objects),
+            "M": (1, min(high, v.num_memories), high),
+            "K": (0, v.max_pointers, MAX_POINTERS),
+        }
+        for objects, high in groups.items()
     )
 
 

@@ -225,6 +225,10 @@ class _Export:
             video = video_parity.build_suite(
                 self._loaded.video_model, self._photos, self._loaded.constants, self._loaded.video
             )
+            if 4 * video.shown < len(video.answers) * len(video.clip.objects):
+                self._notes.append(
+                    f"Only {video.shown} of the clip's masks are not empty: for this model its IoU says little."
+                )
         measured = []
         for variant in [*self._variants, *(v + SUFFIX for v in self._variants)]:
             self._step(f"Measuring {variant}")

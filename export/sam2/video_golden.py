@@ -17,6 +17,7 @@ from pixano_edge.engine.models.sam2_video.clip import Clip, moving_clip
 from pixano_edge.export.differences import Arrays
 from pixano_edge.export.sam2.golden import FEATURE_VALUES
 from pixano_edge.export.sam2.video_cases import GraphCase, Modules
+from pixano_edge.export.sam2.video_clip import find_clip
 from pixano_edge.export.sam2.video_parity import answer_clip
 from pixano_edge.export.sam2.video_reference import VideoReference
 
@@ -54,9 +55,10 @@ def make_clip_sample(
     model: Any, picture: npt.NDArray[np.uint8], constants: Sam2Constants, video: Sam2VideoConstants
 ) -> Arrays:
     """The arrays of the golden clip."""
-    clip = moving_clip(picture.shape[:2], FRAMES)
-    frames = clip.frames(picture)
+    size = (picture.shape[0], picture.shape[1])
+    frames = moving_clip(size, FRAMES).frames(picture)
     reference = VideoReference(model, frames, constants)
+    clip = find_clip(reference, size, frames)
     answers = answer_clip(reference, clip, frames[0].shape[:2], constants)
     numbers = clip.objects
     arrays: Arrays = {

@@ -37,6 +37,7 @@ from pixano_edge.export.differences import Worst
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.sam2.parity import Runner
 from pixano_edge.export.sam2.video_cases import GraphCase, Modules, make_cases
+from pixano_edge.export.sam2.video_clip import find_clip
 from pixano_edge.export.sam2.video_reference import Answer, VideoReference
 
 Mask = npt.NDArray[np.bool_]
@@ -78,13 +79,18 @@ class VideoSuite:
     frames: list[npt.NDArray[np.uint8]]
     answers: list[dict[int, ClipAnswer]]
 
+    @property
+    def shown(self) -> int:
+        """Masks of the answers that are not empty."""
+        return sum(bool(a.mask.any()) for answers in self.answers for a in answers.values())
+
 
 def build_suite(model: Any, photos: Sequence[Photo], constants: Sam2Constants, video: Sam2VideoConstants) -> VideoSuite:
     """Asks the stock model about a clip of the first photo, and its modules about single calls."""
     photo = photos[0]
-    clip = moving_clip(photo.size, FRAMES)
-    frames = clip.frames(photo.pixels)
+    frames = moving_clip(photo.size, FRAMES).frames(photo.pixels)
     reference = VideoReference(model, frames, constants)
+    clip = find_clip(reference, photo.size, frames)
     answers = answer_clip(reference, clip, frames[0].shape[:2], constants)
     features = [reference.features(i) for i in range(0, FRAMES, 2)]
     modules = Modules(model, constants, video)
@@ -176,6 +182,7 @@ def clip_parity(masks: Sequence[Mapping[int, Mask]], suite: VideoSuite, variant:
         variant=variant,
         frames=len(masks),
         objects=len(suite.clip.objects),
+        shown=suite.shown,
         mean_iou=float(np.mean(ious)),
         min_iou=float(np.min(ious)),
     )

@@ -117,6 +117,10 @@ class VideoReference:
                 found.append(answers)
         return found
 
+    def forget(self, object_id: int) -> None:
+        """Drops an object with all it remembers; features of frames stay."""
+        del self._sessions[object_id]
+
     def stored(self, object_id: int) -> list[dict[str, Any]]:
         """What each frame left behind for an object, as transformers stores it, in the order of the frames."""
         outputs = self._sessions[object_id].output_dict_per_obj[0]

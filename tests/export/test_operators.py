@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from pixano_edge.engine.bundle import Bundle
 from pixano_edge.export.operators import MAX_OPSET, OPERATORS, check_tensorrt_10_3
 
 
@@ -41,6 +42,17 @@ def test_exported_graphs_pass(variant: str, graph: str, files: Callable[[str], d
     used = {node.op_type for node in loaded.graph.node}
     # What the wrappers were written to avoid: control flow, scatters, one-hot codes, bicubic resizing.
     assert used.isdisjoint({"If", "Loop", "Scan", "ScatterND", "ScatterElements", "OneHot", "Tile", "Clip"})
+
+
+@pytest.mark.parametrize("variant", ["fp32", "fp16"])
+@pytest.mark.parametrize("graph", ["memory_attention", "track_decoder", "memory_encoder"])
+def test_video_graphs_pass(variant: str, graph: str, tracking_bundle: Path) -> None:
+    bundle = Bundle.open(tracking_bundle)
+    for target in ("onnx", "tensorrt"):
+        loaded = onnx.load(bundle.graph_path(graph, variant, target))
+        assert check_tensorrt_10_3(loaded) == []
+        used = {node.op_type for node in loaded.graph.node}
+        assert used.isdisjoint({"If", "Loop", "Scan", "ScatterND", "ScatterElements", "OneHot", "Tile", "Clip"})
 
 
 def test_plain_graph_passes() -> None:

@@ -1,4 +1,4 @@
-"""All four sizes through export: each one's own windows, heads, stage transitions and global blocks, made narrow.
+"""All four sizes through export, with tracking: each one's own windows, heads, stage transitions and global blocks.
 
 Only the width and the number of windowed blocks between the others are reduced. At 256 pixels the grids of the stages
 (64, 32, 16, 8) meet the windows as they do at 1024: 14 and 7 need padding, 16 and 8 do not.
@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from transformers import Sam2Config, Sam2Model
+from transformers import Sam2VideoConfig
 
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import sam2 as contract
@@ -25,9 +25,9 @@ from pixano_edge.export.operators import check_tensorrt_10_3
 from pixano_edge.export.photos import default_photos
 from pixano_edge.export.sam2 import export_sam2
 from pixano_edge.export.sam2.sizes import SIZES, Size
-from tests.support.tiny import sharpen, tiny_config
+from tests.support.tiny import make_tracking_model, tiny_config
 
-SIDE, HIDDEN = 256, 32
+SIDE, HIDDEN = 256, 128  # the video part of transformers needs a width of more than 64
 # Blocks per stage and global blocks. As in the real sizes the global blocks lie in the third stage at equal
 # distances, with windowed blocks between them, the last one at the stage's end.
 SHORT = {
@@ -44,44 +44,42 @@ def narrow(size: Size) -> Size:
     return replace(size, width=16 * size.heads, blocks=blocks, global_blocks=global_blocks)
 
 
-def narrow_config(size: Size) -> Sam2Config:
-    """`Size.config` of the narrow size at `SIDE` pixels; prompts and decoder as in the tiny checkpoint."""
-    full, tiny = narrow(size).config().vision_config, tiny_config(SIDE, HIDDEN)
-    return Sam2Config(
-        vision_config={
-            **full.to_dict(),
-            "backbone_config": {**full.backbone_config.to_dict(), "image_size": [SIDE, SIDE]},
-            "backbone_feature_sizes": tiny.vision_config.backbone_feature_sizes,
-            "fpn_hidden_size": HIDDEN,
-        },
-        prompt_encoder_config=tiny.prompt_encoder_config.to_dict(),
-        mask_decoder_config=tiny.mask_decoder_config.to_dict(),
-    )
+def narrow_config(size: Size) -> Sam2VideoConfig:
+    """`Size.video_config` of the narrow size at `SIDE` pixels; all but the trunk as in the tiny checkpoint."""
+    full, tiny = narrow(size).video_config("sam2.1").vision_config, tiny_config(SIDE, HIDDEN)
+    assert full is not None
+    vision = {
+        **full.to_dict(),
+        "backbone_config": {**full.backbone_config.to_dict(), "image_size": [SIDE, SIDE]},
+        "backbone_feature_sizes": tiny.vision_config.backbone_feature_sizes,
+        "fpn_hidden_size": HIDDEN,
+    }
+    return Sam2VideoConfig(**{**tiny.to_dict(), "vision_config": vision})
 
 
 @pytest.fixture(scope="module")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Bundle]]:
     """The bundle of a size by name, exported once from sharpened weights.
 
-    To save time: one photo; fp32 alone but for base-plus; and, since the decoder does not depend on the size, one
-    decoder with the same weights for all, traced once (parity of each size would show if that were wrong).
+    To save time: one photo; fp32 alone but for base-plus; and, since only the image encoder depends on the size, the
+    other graphs with the same weights for all, traced once (parity of each size would show if that were wrong).
     """
     made: dict[str, Bundle] = {}
-    decoder: dict[str, onnx.ModelProto] = {}
+    traced: dict[str, bytes] = {}
     weights: dict[str, torch.Tensor] = {}
 
-    def export_decoder_once(module: Any, spec: GraphSpec, example: Any) -> onnx.ModelProto:
-        if spec.name != contract.MASK_DECODER:
+    def export_once(module: Any, spec: GraphSpec, example: Any) -> onnx.ModelProto:
+        if spec.name == contract.IMAGE_ENCODER:
             return export_graph(module, spec, example)
-        if not decoder:
-            decoder[spec.name] = export_graph(module, spec, example)
-        return decoder[spec.name]
+        if spec.name not in traced:
+            traced[spec.name] = export_graph(module, spec, example).SerializeToString()
+        return onnx.load_from_string(traced[spec.name])
 
     def make(name: str) -> Bundle:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            model = Sam2Model(narrow_config(next(s for s in SIZES if s.name == name))).eval()
-            sharpen(model, seed=3)
+            config = narrow_config(next(s for s in SIZES if s.name == name))
+            model = make_tracking_model(SIDE, seed=6, vision_config=config.vision_config)
             model.load_state_dict(weights, strict=False)
             weights.update({n: v for n, v in model.state_dict().items() if not n.startswith("vision_encoder.")})
             model.save_pretrained(folder / "checkpoint")
@@ -98,7 +96,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
         return made[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pixano_edge.export.sam2.export.export_graph", export_decoder_once)
+        patch.setattr("pixano_edge.export.sam2.export.export_graph", export_once)
         yield make
 
 
@@ -124,6 +122,9 @@ def test_every_size_matches_pytorch_and_suits_tensorrt(size: Size, bundle_of: Ca
     assert report is not None
     assert report.passed
     assert max(t.max_rel for t in report.tensors if t.variant == "fp32") < 1e-4
+    assert {t.graph for t in report.tensors} == set(bundle.specs)
+    assert len(bundle.specs) == 5
+    assert {c.variant: c.min_iou >= 0.999 for c in report.clips if c.variant == "fp32"} == {"fp32": True}
     for variant in bundle.variants():
         for graph in bundle.manifest.graphs:
             assert check_tensorrt_10_3(onnx.load(bundle.graph_path(graph, variant))) == []

@@ -98,7 +98,6 @@ def make_tiny_model(image_size: int = 128, hidden_dim: int = 32, seed: int = 0) 
     return model
 
 
-@torch.no_grad()
 def make_tracking_model(image_size: int = 128, seed: int = 0, **changes: Any) -> Sam2VideoModel:
     """A sharpened tiny `Sam2VideoModel` whose memory matters in the masks; `changes` are of its configuration.
 
@@ -107,7 +106,12 @@ def make_tracking_model(image_size: int = 128, seed: int = 0, **changes: Any) ->
     config = tiny_config(image_size, 128)
     for name, value in changes.items():
         setattr(config, name, value)
-    model = Sam2VideoModel(config).eval()
+    return sharpen_for_tracking(Sam2VideoModel(config).eval(), seed)
+
+
+@torch.no_grad()
+def sharpen_for_tracking(model: Sam2VideoModel, seed: int = 0) -> Sam2VideoModel:
+    """Redraws the weights of a video model so that its memory matters in the masks, and returns it."""
     sharpen(model, seed)
     calm(model)
     return model

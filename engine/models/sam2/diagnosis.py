@@ -121,6 +121,8 @@ def find_suspect(
     Returns:
         None without tensors.
     """
+    if not tensors:
+        return None
     limits = tolerances(bundle, precision)
     ratios = [(_ratio(t.max_rel, limits[t.name]), t) for t in tensors if t.name in limits]
     if not ratios:

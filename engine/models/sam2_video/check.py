@@ -73,12 +73,14 @@ class ClipCheck:
     Attributes:
         frames: Answers compared; a frame that is tracked again after a correction counts again.
         objects: Objects in it.
+        shown: Of PyTorch's masks, how many are not empty; empty ones agree easily.
         mean_iou: Over all masks. Pixels nearer to the threshold than `clip.TOLERANCE` count as equal.
         min_iou: Of the worst mask.
     """
 
     frames: int
     objects: int
+    shown: int
     mean_iou: float
     min_iou: float
 
@@ -257,13 +259,14 @@ def _run_clip(tracker: VideoTracker, clip: Clip, stored: Arrays) -> ClipCheck:
         return np.unpackbits(stored[name][answer, index], axis=1, count=width).astype(np.bool_)
 
     numbers = stored["objects"].tolist()
-    ious, answers = [], 0
+    ious, answers, shown = [], 0, 0
     for answer, result in enumerate(follow(tracker, clip)):
         masks = {o.object_id: o.mask for o in result.objects}
         for index, number in enumerate(numbers):
             wanted, undecided = bits("masks", answer, index), bits("undecided", answer, index)
             ious.append(clip_iou(masks[number], wanted, undecided))
+            shown += bool(wanted.any())
         answers += 1
     if not ious or answers != len(stored["masks"]):
         raise ValueError(f"it has masks for {len(stored['masks'])} answers, its passes give {answers}")
-    return ClipCheck(answers, len(numbers), float(np.mean(ious)), float(np.min(ious)))
+    return ClipCheck(answers, len(numbers), shown, float(np.mean(ious)), float(np.min(ious)))

@@ -102,15 +102,27 @@ class Clip:
         return found
 
 
-def moving_clip(size: tuple[int, int], frames: int) -> Clip:
+def moving_clip(
+    size: tuple[int, int],
+    frames: int,
+    click: tuple[float, float] = (0.5, 0.5),
+    box: tuple[float, float, float, float] = (0.25, 0.2, 0.85, 0.75),
+) -> Clip:
     """A clip of a picture of `size` (height, width): two objects, a correction of the first, tracking goes on from it.
 
     The window has three quarters of the picture's sides and moves to the right and down, so the objects move to the
     left and up.
+
+    Args:
+        size: Of the picture.
+        frames: At least 2.
+        click: Of the first object on frame 0, as fractions of the frame's width and height. The correction clicks
+            where that place has moved to, and says that the lower right corner does not belong to it.
+        box: Of the second object on frame 0, likewise.
     """
     height, width = size
     h, w = 3 * height // 4, 3 * width // 4
-    along = np.arange(frames) / max(frames - 1, 1)
+    along = np.arange(frames) / (frames - 1)
     left, top = np.rint(along * (width - w)), np.rint(along * (height - h))
     windows = np.stack([left, top, np.full(frames, w), np.full(frames, h)], axis=1).astype(np.int32)
     middle = frames // 2
@@ -118,11 +130,11 @@ def moving_clip(size: tuple[int, int], frames: int) -> Clip:
     def at(*fractions: float) -> npt.NDArray[np.float32]:
         return (np.array(fractions, np.float32).reshape(-1, 2) * np.array([w, h], np.float32)).astype(np.float32)
 
-    none = (at(), np.zeros(0, np.int32))
-    click = ClipPrompt(1, 0, at(0.55, 0.6), np.array([1], np.int32))
-    box = ClipPrompt(2, 0, *none, box=at(0.25, 0.2, 0.85, 0.75).reshape(4))
-    fix = ClipPrompt(1, middle, at(0.45, 0.5, 0.1, 0.12), np.array([1, 0], np.int32))
-    return Clip(windows, (ClipPass((click, box), 0, frames - 1), ClipPass((fix,), middle, frames - 1)))
+    moved = np.maximum(at(*click) - windows[middle, :2], 1).astype(np.float32)
+    first = ClipPrompt(1, 0, at(*click), np.array([1], np.int32))
+    second = ClipPrompt(2, 0, at(), np.zeros(0, np.int32), box=at(*box).reshape(4))
+    fix = ClipPrompt(1, middle, np.concatenate([moved, at(0.95, 0.95)]), np.array([1, 0], np.int32))
+    return Clip(windows, (ClipPass((first, second), 0, frames - 1), ClipPass((fix,), middle, frames - 1)))
 
 
 def follow(tracker: VideoTracker, clip: Clip) -> Iterator[FrameResult]:

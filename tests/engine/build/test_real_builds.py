@@ -127,7 +127,8 @@ def test_every_layer_in_fp32_has_a_reason(built: Run) -> None:
     for report in reports.values():
         assert len(report["layers"]) > 50
         if report["precision"] == "fp32":
-            assert set(report["precisions"]) == {"float32"}
+            # Casts are those of weights stored in half precision, of comparisons, and of memories to bfloat16.
+            assert {p for p in report["precisions"] if "->" not in p} == {"float32"}
             assert report["kept_in_fp32"] == {}
             continue
         reduced += 1

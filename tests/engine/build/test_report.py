@@ -113,3 +113,14 @@ def test_reasons_come_from_the_exports_report(tmp_path: Path) -> None:
     bundle = Bundle.open(folder)
     assert stored_reasons(bundle, "mask_decoder", "fp16") == {"node_norm": "It overflows.", "node_x": "unlisted"}
     assert stored_reasons(bundle, "mask_decoder", "fp32") == {}
+
+
+def test_what_a_comparison_reads_goes_with_it() -> None:
+    """It writes no floats itself; the constant that the parser spreads out for it is fp32 because of it."""
+    layers = [
+        layer("spread", "SHUFFLE", [("bias", F32)], ("spread", F32)),
+        layer("greater", "ELEMENTWISE", [("x", F32), ("spread", F32)], ("greater", "bool"), "GREATER"),
+    ]
+    said = make_report(layers, "g", "fp16", "fp16", {"node_greater": "Compared with 0."})
+    assert said.kept == {"Compared with 0.": ["spread"]}
+    assert make_report(layers, "g", "fp16", "fp16").kept == {reports.BORDER_IN: ["spread"]}

@@ -121,6 +121,28 @@ def test_constants_of_tracking_that_do_not_fit(broken: object) -> None:
         sam2_video.family_graphs({**Sam2Constants().to_dict(), sam2.VIDEO: broken})
 
 
+def test_profiles_of_the_memory_attention_hold_what_the_tracker_asks_for() -> None:
+    """At 1024 pixels 64 objects with 64 memories each would be 69 GB of attention weights in bytes."""
+    from pixano_edge.engine.models.sam2_video.steps import ATTENTION_BYTES
+
+    assert ATTENTION_BYTES == 4 * sam2_video.MAX_ATTENTION
+    spec = sam2_video.memory_attention(Sam2Constants(), VIDEO)
+    tokens, parts = 64 * 64, 256 // 64
+    for memories in range(1, sam2_video.MAX_MEMORIES + 1):
+        for pointers in (0, 1, 16, sam2_video.MAX_POINTERS):
+            most = max(1, sam2_video.MAX_ATTENTION // (tokens * (memories * tokens + pointers * parts)))
+            sizes = {"B": min(most, sam2_video.MAX_OBJECTS), "M": memories, "K": pointers}
+            assert any(all(p[d][0] <= n <= p[d][2] for d, n in sizes.items()) for p in spec.profiles), sizes
+    for profile in spec.profiles:
+        assert all(low <= usual <= high for low, usual, high in profile.values())
+        objects, memories = profile["B"][2], profile["M"][2]
+        assert objects == 1 or objects * memories * tokens**2 <= 2 * sam2_video.MAX_ATTENTION
+    assert spec.profiles[-1]["M"][2] == sam2_video.MAX_MEMORIES
+    assert len(spec.profiles) <= 6
+    small = sam2_video.memory_attention(Sam2Constants(image_size=256, hidden_dim=128), VIDEO)
+    assert small.profiles == ()  # the whole range is no trouble
+
+
 def test_unknown_tensor_is_named() -> None:
     with pytest.raises(ContractError, match="nothing"):
         sam2.mask_decoder(Sam2Constants()).tensor("nothing")
