@@ -59,7 +59,7 @@ def test_a_bundle_that_tracks(tracking_bundle: Path) -> None:
     assert (video.memory_dim, video.num_memories, video.max_pointers) == (64, 7, 16)
     assert manifest.parity is not None
     assert {c.variant for c in manifest.parity.clips} == {m.variant for m in manifest.parity.masks}
-    assert len(manifest.parity.tensors) == 5 * 13
+    assert len(manifest.parity.tensors) == 4 * 13
     assert manifest.golden_clip is not None
     assert not any("track" in note for note in manifest.notes)
     assert not any("TensorRT" in note for note in manifest.notes)

@@ -46,6 +46,9 @@ def test_variant_keeps_the_contract_and_shares_its_weights(graph: str, variant: 
     check_contract(model, SPECS[graph])
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
     plain = files(variant.removesuffix(tensorrt_graph.SUFFIX))[graph]
+    if variant.startswith("fp32"):  # the plain graphs went through the passes at export
+        assert path == plain
+        return
     assert path.parent == plain.parent
     # A tiny graph has hardly any weights to save on; it is the nodes that are left.
     assert path.stat().st_size < min(60_000, plain.stat().st_size)
@@ -70,28 +73,33 @@ def test_every_attention_is_the_pattern_that_tensorrt_fuses(graph: str, variant:
             assert edit.types[softmax.output[0]] == TensorProto.FLOAT16
 
 
-def test_shape_arithmetic_is_gone(files: Files) -> None:
-    """The number of prompts still decides how often the tokens are repeated; nothing else is computed from sizes."""
-    plain = collections.Counter(n.op_type for n in onnx.load(files("fp32")["mask_decoder"]).graph.node)
-    fitted = collections.Counter(n.op_type for n in onnx.load(files("fp32-tensorrt")["mask_decoder"]).graph.node)
-    assert plain["Shape"] > 5
-    assert plain["Slice"] > 10
-    assert fitted["Shape"] == 1
-    assert fitted["Slice"] == 0
+@pytest.mark.parametrize("variant", ["fp32", "fp16", *VARIANTS])
+def test_nothing_is_computed_from_sizes(variant: str, files: Files) -> None:
+    """ONNX Runtime would do it on the CPU, and could not record the launches of a graph that it also does on a GPU."""
+    for graph in GRAPHS:
+        nodes = onnx.load(files(variant)[graph]).graph.node
+        operators = collections.Counter(n.op_type for n in nodes)
+        assert not operators.keys() & {"Shape", "Size", "Expand", "ConstantOfShape", "Range"}
+        if graph == "mask_decoder":
+            # Only sines beside cosines and the four mask tokens: parts of equal size. For others ONNX Runtime's CUDA
+            # kernel reads the sizes from host memory, and its launch cannot be recorded either.
+            assert operators["Concat"] == 2
+            assert operators["Split"] == operators["Slice"] == 0
 
 
 def test_report_says_what_was_done(report: TensorrtReport) -> None:
     assert {(v.graph, v.variant) for v in report.variants} == {(g, v) for g in GRAPHS for v in VARIANTS}
     for entry in report.variants:
+        assert entry.passes == []  # nothing is left to do after the passes that every graph went through
+        if entry.precision == "fp32":
+            assert entry.same_as == "fp32"
+            continue
         assert entry.same_as is None
         assert entry.weights == f"graphs/{entry.graph}.{entry.precision}.onnx"
-        assert {"join_key_transpose", "scale_query_only"} <= {p.name for p in entry.passes}
-        assert all(p.places > 0 and p.reason for p in entry.passes)
         assert {d.tensor for d in entry.differences} == {t.name for t in SPECS[entry.graph].outputs}
-        bound = report.tolerance if entry.precision == "fp32" else 0.05
-        assert all(0 <= d.max_rel <= bound for d in entry.differences)
+        assert all(0 <= d.max_rel <= 0.05 for d in entry.differences)
         assert entry.findings == []
-    decoder = report.find("mask_decoder", "fp32")
+    decoder = report.find("mask_decoder", "fp16")
     assert decoder is not None
     assert len({s["P"] for s in decoder.sizes}) > 2
     assert len({s["N"] for s in decoder.sizes}) > 2
@@ -103,11 +111,9 @@ def test_parity_with_pytorch_is_in_the_manifest(tiny_bundle: Path) -> None:
     figures = {(t.graph, t.tensor, t.variant): t.max_rel for t in parity.tensors}
     for graph, spec in SPECS.items():
         for tensor in spec.outputs:
-            assert figures[graph, tensor.name, "fp32-tensorrt"] < 1e-4
+            assert figures[graph, tensor.name, "fp32"] < 1e-4  # the file that TensorRT takes too
             assert 1e-5 < figures[graph, tensor.name, "fp16-tensorrt"] < 0.05
-    assert {m.variant: m.min_iou > 0.98 for m in parity.masks if "tensorrt" in m.variant} == dict.fromkeys(
-        VARIANTS, True
-    )
+    assert {m.variant: m.min_iou > 0.98 for m in parity.masks if "tensorrt" in m.variant} == {"fp16-tensorrt": True}
 
 
 def test_fp32_layers_are_named_with_their_reason(report: TensorrtReport, files: Files) -> None:
@@ -121,7 +127,8 @@ def test_fp32_layers_are_named_with_their_reason(report: TensorrtReport, files: 
         ops = collections.Counter((layer.op, layer.reason) for layer in entry.fp32_layers)
         norms = sum(n.op_type == "LayerNormalization" for n in nodes.values())
         assert ops["LayerNormalization", "normalisation"] == norms > 0
-        assert {reason for _, reason in ops} <= {"normalisation", "angles"} <= set(report.reasons)
+        assert {reason for _, reason in ops} <= {"normalisation", "angles", "converter"} <= set(report.reasons)
+        assert {op for op, reason in ops if reason == "converter"} <= {"CumSum", "Min"}  # counting places of tokens
         if entry.graph == "mask_decoder":
             assert ops["Sin", "angles"] == ops["Cos", "angles"] == 1
 

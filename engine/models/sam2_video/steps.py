@@ -33,7 +33,7 @@ from .parts import Parts, part_of
 
 Float32 = npt.NDArray[np.float32]
 
-ATTENTION_BYTES = 1 << 30
+ATTENTION_BYTES = 4 * sam2_video.MAX_ATTENTION
 """Objects share a call of the memory attention as long as their attention weights together stay below this."""
 OBJECTS_AT_ONCE = 16
 """Objects that share a call of the decoder and of the memory encoder: their upscaled features are 8 MB each at 1024
@@ -261,6 +261,7 @@ class Stepper:
         )
 
     def _most_objects(self, memories: int, pointers: int) -> int:
+        """Objects that share a call of the memory attention: its weights together stay below the contract's bound."""
         area = self.constants.embed_size**2
         keys = memories * area + pointers * (self.constants.hidden_dim // self.video.memory_dim)
         return int(min(self._at_once, max(1, ATTENTION_BYTES // (4 * area * keys))))
