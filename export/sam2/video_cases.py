@@ -67,6 +67,7 @@ class Modules:
         )
         return top, high_0, high_1
 
+    @torch.no_grad()
     def image(self, kept: Stored) -> Arrays:
         """Cached features as the image encoder's graph gives them."""
         top, high_0, high_1 = self.maps(kept)
