@@ -152,6 +152,8 @@ def track(
         )
     if "-random" in opened.manifest.name:
         note("The weights are random: speed is that of the real size, masks are arbitrary and touchier than real ones.")
+    if checkpoint is not None and all(row.mask_iou is None for row in rows):
+        note("No object is seen on the last frame, so nothing tells whether the answers agree.")
     fits = costs(rows)
 
     def show() -> None:

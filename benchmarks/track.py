@@ -185,8 +185,9 @@ class Row:
         objects: How many.
         seconds: Percentiles of one frame.
         ratio: PyTorch fp32's p50 over this p50; None without torch.
-        relative_error: Largest difference of a logit from PyTorch fp32 over its largest logit, on the last frame.
-        mask_iou: Worst mask against PyTorch fp32 there.
+        relative_error: Largest difference of a logit from PyTorch fp32 over its largest logit, on the last frame; None
+            where no object is seen there.
+        mask_iou: Worst mask against PyTorch fp32 there; likewise.
     """
 
     contender: str
@@ -278,10 +279,14 @@ def measure(
         return rows
 
 
-def compare(got: Answer, want: Answer) -> tuple[float, float]:
-    """Relative error of the logits, and IoU of the worst mask."""
-    ious = [mask_iou(a, b) for a, b in zip(got.masks, want.masks, strict=True)]
-    return relative_error(got.logits, want.logits), min(ious)
+def compare(got: Answer, want: Answer) -> tuple[float | None, float | None]:
+    """Relative error of the logits, and IoU of the worst mask, over the objects that either of the two sees; None and
+    None where both see none: the logits of an absent object are a constant, which would agree whatever was computed."""
+    seen = [row for row, (a, b) in enumerate(zip(got.masks, want.masks, strict=True)) if a.any() or b.any()]
+    if not seen:
+        return None, None
+    ious = [mask_iou(got.masks[row], want.masks[row]) for row in seen]
+    return relative_error(got.logits[seen], want.logits[seen]), min(ious)
 
 
 def costs(rows: Sequence[Row]) -> list[Cost]:

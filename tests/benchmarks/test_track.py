@@ -90,6 +90,9 @@ def test_comparing_sees_swapped_objects() -> None:
     logits = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
     answer, swapped = Answer(logits, logits > 0), Answer(logits[::-1], logits[::-1] > 0)
     assert compare(answer, answer) == (0.0, 1.0)
+    absent = Answer(np.full_like(answer.logits, -1024), np.zeros_like(answer.masks))
+    assert compare(absent, absent) == (None, None)
+    assert compare(absent, answer)[1] == 0
     error, iou = compare(swapped, answer)
     assert error > 0.5
     assert iou < 0.7
