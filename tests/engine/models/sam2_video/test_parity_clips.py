@@ -147,7 +147,9 @@ def test_trained_demo_weights(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
         demo = Tiny(reference, model.constants, model.video, model._stepper)
         recorder = Presence(monkeypatch)
         seen = final(play(demo, frames, recorder, script))
-        check(seen)
+        # Memories are rounded to bfloat16 between frames: a value at the border falls on either side, 0.4 % apart, and
+        # trained attention passes that on (6e-4 measured). Mistakes are ten times TOLERANCE and more.
+        check(seen, 1.5e-3)
         assert seen.masks > 3 * FRAMES
         assert recorder.present >= 10, "masks that are all empty would agree whatever the graphs do"
 
