@@ -214,6 +214,8 @@ def test_ctrl_c_leaves_what_was_done(tracking_bundle: Path, tmp_path: Path) -> N
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Ignored where the tests run in the background of a shell, and inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     log = out / "masks.jsonl"
