@@ -8,6 +8,7 @@ Frame for frame every contender gets the same pictures, and their masks are comp
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.cli.demo_clip import read_clip
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.models.masks import mask_iou
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.bank import Memory
-from pixano_edge.engine.models.sam2_video.frames import Frames
+from pixano_edge.engine.models.sam2_video.frames import Frames, open_frames
 from pixano_edge.engine.models.sam2_video.model import Sam2VideoModel
 from pixano_edge.engine.runtime.base import Device
 
@@ -29,6 +31,12 @@ from .metrics import Latency, latency, relative_error
 from .segment import ORIGINAL_SIZE, REFERENCE, interleave
 
 ENGINE, BF16 = "pixano-edge fp32", "PyTorch bf16"
+
+DEMO = "sam2-demo"
+"""Name of the packaged bundle."""
+
+PICTURES = 8
+"""Different frames of a clip."""
 
 FILLED = 16
 """Frames that are there before the first timed one, the prompted one counted: the bank is full then."""
@@ -46,33 +54,57 @@ class Answer:
 
 
 class Clip(Frames):
-    """Blobs of colour that move over each other: any number of frames, of which a few are in memory."""
+    """A few pictures over and over, there and back, so that nothing jumps: a clip of any length.
 
-    def __init__(self, length: int, period: int = 8, seed: int = 0) -> None:
-        import cv2
+    Args:
+        pictures: (H, W, 3) uint8 RGB, of one size.
+        marks: (x, y) of clicks on the first one.
+        length: Frames.
+    """
 
-        rng = np.random.default_rng(seed)
-        height, width = self.size = ORIGINAL_SIZE
-        ground, over = (rng.integers(0, 256, (9, 16, 3), dtype=np.uint8) for _ in range(2))
-        large = [cv2.resize(part, (width, height), interpolation=cv2.INTER_CUBIC) for part in (ground, over)]
-        y, x = np.mgrid[:height, :width]
-        self._pictures: list[Image] = []
-        for step in range(period):
-            inside = np.hypot(x - width * (0.35 + 0.04 * step), y - height * 0.5) < height / 3
-            self._pictures.append(np.where(inside[..., None], large[1], large[0]).astype(np.uint8))
-        self._length = length
+    def __init__(self, pictures: Sequence[Image], marks: Sequence[tuple[float, float]], length: int) -> None:
+        self.size = (pictures[0].shape[0], pictures[0].shape[1])
+        self._pictures, self._marks, self._length = pictures, marks, length
+
+    def clicks(self, objects: int) -> list[tuple[float, float]]:
+        """A click (x, y) for each object; with more objects than marks, some share one."""
+        return [self._marks[i % len(self._marks)] for i in range(objects)]
 
     def __len__(self) -> int:
         return self._length
 
     def _read(self, index: int) -> Image:
-        return self._pictures[index % len(self._pictures)]
+        last = len(self._pictures) - 1
+        step = index % (2 * last)
+        return self._pictures[min(step, 2 * last - step)]
 
 
-def clicks(objects: int) -> list[tuple[float, float]]:
-    """One click (x, y) for each object, spread over the picture."""
+def blobs(length: int, seed: int = 0) -> Clip:
+    """Blobs of colour that move over each other, for models that know nothing."""
+    import cv2
+
+    rng = np.random.default_rng(seed)
     height, width = ORIGINAL_SIZE
-    return [(width * (0.15 + 0.7 * (i + 0.5) / objects), height * (0.3 + 0.4 * (i % 3) / 2)) for i in range(objects)]
+    ground, over = (rng.integers(0, 256, (9, 16, 3), dtype=np.uint8) for _ in range(2))
+    large = [cv2.resize(part, (width, height), interpolation=cv2.INTER_CUBIC) for part in (ground, over)]
+    y, x = np.mgrid[:height, :width]
+    pictures: list[Image] = []
+    for step in range(PICTURES):
+        inside = np.hypot(x - width * (0.35 + 0.04 * step), y - height * 0.5) < height / 3
+        pictures.append(np.where(inside[..., None], large[1], large[0]).astype(np.uint8))
+    # The middle first, the edges last.
+    marks = [(width * (0.19 + 0.0875 * i), height * (0.3 + 0.2 * (i % 3))) for i in (4, 3, 5, 2, 6, 1, 7, 0)]
+    return Clip(pictures, marks, length)
+
+
+def demo_clip(length: int) -> Clip:
+    """The start of the clip of `pixano-edge demo`, for the demo model: it sees no object in blobs."""
+    found = read_clip(Path(str(importlib.resources.files("pixano_edge.engine.assets"))) / "demo")
+    assert found is not None  # it is part of the package
+    frames = open_frames(found[0])
+    pictures = [frames[i] for i in range(PICTURES)]
+    frames.close()
+    return Clip(pictures, [one.click for one in found[2]], length)
 
 
 class EngineTracking:
@@ -81,7 +113,7 @@ class EngineTracking:
     def __init__(self, model: Sam2VideoModel, clip: Clip, objects: int) -> None:
         self._device: Device = model.predictor.chain.device
         self._tracker = model.track(clip, history=False)
-        for number, point in enumerate(clicks(objects), 1):
+        for number, point in enumerate(clip.clicks(objects), 1):
             self._tracker.add_prompt(number, 0, Prompt(points=[point], labels=[1]))
         list(self._tracker.propagate(0, 1))
         self._fill()
@@ -124,7 +156,7 @@ class TorchTracking:
         self._session = Sam2VideoInferenceSession(video_height=height, video_width=width, dtype=dtype)
         self._session.processed_frames = _Prepared(clip, constants, dtype)
         scale = np.array([constants.image_size / width, constants.image_size / height])
-        for number, point in enumerate(clicks(objects), 1):
+        for number, point in enumerate(clip.clicks(objects), 1):
             index = self._session.obj_id_to_idx(number)
             marks = {
                 "point_coords": torch.tensor(np.array(point) * scale, dtype=dtype)[None, None, None],
@@ -255,7 +287,8 @@ def measure(
     """
     step("loading")
     constants = Sam2Constants.from_dict(bundle.manifest.constants)
-    clip = Clip(FILLED + warmup + rounds + 2)
+    length = FILLED + warmup + rounds + 2
+    clip = demo_clip(length) if bundle.manifest.name == DEMO else blobs(length)
     with Sam2VideoModel.open(bundle, "cpu", precision="fp32", threads=threads) as model:
         makers: dict[str, Callable[[int], Contender]] = {ENGINE: lambda n: EngineTracking(model, clip, n)}
         for name, torch_model, dtype in _torch_models(checkpoint, threads):

@@ -98,6 +98,16 @@ def test_comparing_sees_swapped_objects() -> None:
     assert iou < 0.7
 
 
+def test_the_demo_model_sees_its_objects(demo_bundle: Path) -> None:
+    checkpoint = Path(__file__).parents[2] / "export" / "demo" / "checkpoints" / "sam2-demo"
+    rows = run(demo_bundle, checkpoint, objects=(3,), rounds=1)
+    assert rows[0].contender == ENGINE
+    assert rows[0].mask_iou is not None
+    assert rows[0].mask_iou > 0.99
+    assert rows[0].relative_error is not None
+    assert rows[0].relative_error < 1.5e-3  # memories are rounded to bfloat16
+
+
 def test_a_bundle_that_does_not_track(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="no graphs for video"):
         run(tiny_bundle, None)
