@@ -170,6 +170,8 @@ def segment_file(
         # The image itself, since crops are cut from it; its features come from the cache.
         masks = generate_masks(predictor, image, automatic, progress=progress)
         found = [Found(mask, mask.score, None) for mask in masks]
+        if not found:
+            note(f"{file.name}: no mask passed the filters; lower --stability or --pred-iou, or add --crop-layers 1.")
     else:
         found = find_masks(predictor, embedding, prompts, multimask)
     done = time.perf_counter()

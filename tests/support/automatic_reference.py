@@ -50,9 +50,8 @@ class Reference:
         return int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())
 
 
-@torch.no_grad()
-def reference_masks(model: Any, image: Any, options: Any, mistake: Mistake = "") -> list[Reference]:
-    """What the generator should find on an (H, W, 3) uint8 image with transformers' `Sam2Model`."""
+def reference_masks(model: Stock, image: Any, options: Any, mistake: Mistake = "") -> list[Reference]:
+    """What the generator should find on an (H, W, 3) uint8 image with the stock model."""
     height, width = image.shape[:2]
     everything: list[Reference] = []
     layers = crop_layers(height, width, options)
@@ -87,58 +86,73 @@ def crop_layers(height: int, width: int, options: Any) -> list[list[tuple[int, i
     return layers
 
 
-def one_crop(model: Any, image: Any, crop: Any, side: int, options: Any, mistake: Mistake) -> list[Reference]:
+def one_crop(model: Stock, image: Any, crop: Any, side: int, options: Any, mistake: Mistake) -> list[Reference]:
     x0, y0, x1, y1 = crop
     full, size = image.shape[:2], (y1 - y0, x1 - x0)
-    model_side = model.prompt_encoder.input_image_size
-    pixels = torch.from_numpy(torch_reference(np.ascontiguousarray(image[y0:y1, x0:x1]), model_side))
-    features = model(pixel_values=pixels).image_embeddings
+    refine = options.use_m2m and mistake != "no second pass"
     found: list[Reference] = []
-    for row in range(side):
-        for column in range(side):
-            x, y = (column + 0.5) / side * size[1], (row + 0.5) / side * size[0]
-            for low, score in answers(model, features, x / size[1], y / size[0], options, mistake):
-                logits = interpolate(low[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-                judged = low if mistake == "stability of the low-resolution mask" else logits
-                margin = options.stability_score_offset
-                inner, outer = (judged > margin).sum().item(), (judged > -margin).sum().item()
-                mask = logits > 0
-                if score <= options.pred_iou_thresh or not mask.any():
-                    continue
-                stability = inner / outer
-                if stability < options.stability_score_thresh and mistake != "stability filter off":
-                    continue
-                placed = torch.full(full, -torch.inf)
-                dx, dy = {"crops pasted at the corner": (-x0, -y0), "crops pasted a pixel off": (1, 0)}.get(
-                    mistake, (0, 0)
-                )
-                if crop == (0, 0, full[1], full[0]):
-                    dx = dy = 0
-                target = placed[y0 + dy : y1 + dy, x0 + dx : x1 + dx]
-                target[:] = logits[: target.shape[0], : target.shape[1]]
-                one = Reference(placed, placed > 0, score, stability, (x0 + x, y0 + y), crop)
-                if mistake == "edge filter off" or not cut_off(one.box, crop, full):
-                    found.append(one)
+    for (x, y), low, score in model.answers(image, crop, side, options.multimask_output, refine):
+        logits = interpolate(low[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        judged = low if mistake == "stability of the low-resolution mask" else logits
+        margin = options.stability_score_offset
+        inner, outer = (judged > margin).sum().item(), (judged > -margin).sum().item()
+        if score <= options.pred_iou_thresh or not (logits > 0).any():
+            continue
+        stability = inner / outer
+        if stability < options.stability_score_thresh and mistake != "stability filter off":
+            continue
+        dx, dy = 0, 0
+        if crop != (0, 0, full[1], full[0]):
+            dx, dy = {"crops pasted at the corner": (-x0, -y0), "crops pasted a pixel off": (1, 0)}.get(mistake, (0, 0))
+        placed = torch.full(full, -torch.inf)
+        target = placed[y0 + dy : y1 + dy, x0 + dx : x1 + dx]
+        target[:] = logits[: target.shape[0], : target.shape[1]]
+        one = Reference(placed, placed > 0, score, stability, (x0 + x, y0 + y), crop)
+        if mistake == "edge filter off" or not cut_off(one.box, crop, full):
+            found.append(one)
     if mistake == "no suppression within crops":
         return sorted(found, key=lambda f: -f.score)
     return suppress(found, [f.score for f in found], options.box_nms_thresh)
 
 
-def answers(
-    model: Any, features: Any, x: float, y: float, options: Any, mistake: Mistake
-) -> list[tuple[torch.Tensor, float]]:
-    """Low-resolution logits and predicted IoU for one click at fractions of the crop."""
-    point = torch.tensor([[[[x, y]]]], dtype=torch.float64).float() * model.prompt_encoder.input_image_size
+class Stock:
+    """transformers' `Sam2Model` on grids of clicks; remembers its answers, which no `Mistake` changes."""
 
-    def ask(several: bool, mask: torch.Tensor | None = None) -> list[tuple[torch.Tensor, float]]:
-        extra = {} if mask is None else {"input_masks": mask.clamp(-32, 32)[None, None]}
-        out = model(image_embeddings=list(features), input_points=point, multimask_output=several, **extra)
-        return [(low, float(score)) for low, score in zip(out.pred_masks[0, 0], out.iou_scores[0, 0])]
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._known: dict[Any, Any] = {}
 
-    first = ask(options.multimask_output)
-    if not options.use_m2m or mistake == "no second pass":
-        return first
-    return [refined for low, _ in first for refined in ask(False, low)]
+    @torch.no_grad()
+    def answers(
+        self, image: Any, crop: tuple[int, int, int, int], side: int, several: bool, refine: bool
+    ) -> list[tuple[tuple[float, float], torch.Tensor, float]]:
+        """Click in pixels of the crop, low-resolution logits and predicted IoU of every mask, click by click."""
+        key = (image.tobytes(), crop, side, several, refine)
+        if key not in self._known:
+            self._known[key] = self._ask(image, crop, side, several, refine)
+        return self._known[key]
+
+    def _ask(self, image: Any, crop: Any, side: int, several: bool, refine: bool) -> list[Any]:
+        x0, y0, x1, y1 = crop
+        square = self._model.prompt_encoder.input_image_size
+        pixels = torch.from_numpy(torch_reference(np.ascontiguousarray(image[y0:y1, x0:x1]), square))
+        features = self._model(pixel_values=pixels).image_embeddings
+        clicks = [((i + 0.5) / side, (j + 0.5) / side) for j in range(side) for i in range(side)]
+        points = (torch.tensor(clicks, dtype=torch.float64) * square).float()
+        out = self._model(image_embeddings=list(features), input_points=points[None, :, None], multimask_output=several)
+        found = []
+        for number, (x, y) in enumerate(clicks):
+            for low, score in zip(out.pred_masks[0, number], out.iou_scores[0, number]):
+                if refine:
+                    again = self._model(
+                        image_embeddings=list(features),
+                        input_points=points[None, number : number + 1, None],
+                        input_masks=low.clamp(-32, 32)[None, None],
+                        multimask_output=False,
+                    )
+                    low, score = again.pred_masks[0, 0, 0], again.iou_scores[0, 0, 0]
+                found.append(((x * (x1 - x0), y * (y1 - y0)), low, float(score)))
+        return found
 
 
 def cut_off(box: Any, crop: Any, full: tuple[int, int]) -> bool:

@@ -131,7 +131,6 @@ def test_automatic(photo: Path, tiny_bundle: Path, tmp_path: Path):
     with Sam2ImagePredictor.open(tiny_bundle) as predictor:
         found = generate_masks(predictor, decode_image(photo), options)
     assert len(found) == len(masks)
-    assert {f.crop_box for f in found} > {(0, 0, SIZE[1], SIZE[0])}
     for one, mask, told, annotation in zip(found, masks, image["masks"], annotations):
         assert (one.mask == mask).all()
         record = one.record()
@@ -171,6 +170,7 @@ def test_automatic_options_reach_the_model(
         out = tmp_path / f"out{len(extra)}"
         result = _invoke("segment", photo, "--bundle", tiny_bundle, "--auto", "-o", out, *extra)
         assert result.exit_code == 0, result.output
+        assert "no mask passed the filters; lower --stability" in result.stderr
     assert vars(seen[0]) == vars(AutomaticOptions())
     assert vars(seen[1]) == vars(AutomaticOptions(**given))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,21 @@ def test_crops_are_looked_at_and_pasted_in_place() -> None:
     # Smaller crops first.
     areas = [(m.crop_box[2] - m.crop_box[0]) * (m.crop_box[3] - m.crop_box[1]) for m in masks]
     assert areas == sorted(areas)
+
+
+def test_one_mask_in_memory_at_a_time() -> None:
+    image = np.zeros((1500, 1500, 3), np.uint8)
+    options = unfiltered(6, crop_n_layers=1, crop_n_points_downscale_factor=2, min_mask_region_area=50)
+    predictor = fake_predictor()
+    tracemalloc.start()
+    try:
+        masks = generate_masks(predictor, image, options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(masks) > 50
+    # Logits take 4 bytes per pixel; labels of a mask that fills the image take 4 more, its copies one each.
+    assert peak < 20 * 1500 * 1500
 
 
 def test_own_grids() -> None:
