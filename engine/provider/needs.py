@@ -27,6 +27,7 @@ import numpy as np
 from ..bundle.bundle import MAX_MANIFEST_BYTES, check_manifest, parse_manifest
 from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, Manifest
+from ..contracts import sam2
 from ..contracts.base import GraphSpec, TensorSpec
 from ..errors import BundleError, ContractError
 from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
@@ -46,6 +47,9 @@ FULL = "fp32"
 SPARE_FEATURES = 3
 """Sets of image features beside the cache: one being computed, and two that `BufferPool` keeps for the next."""
 
+
+TEXT_CACHE_BYTES = 64 << 20
+"""Most that a detector's text features take, whatever `LoadOptions.cache_mb` allows."""
 
 LOAD, ENGINE, MANIFEST, FILES, ESTIMATE = "load", "engine", "manifest", "files", "estimate"
 SOURCES = {
@@ -158,12 +162,15 @@ def manifest_needs(
     unknown = [tensors[name] for name, g in graphs.items() if g.work_from == ESTIMATE]
     if unknown:
         own.append(ACTIVATION_FACTOR * max(unknown))
+    caches, spare = int(options.cache_mb * (1 << 20)), SPARE_FEATURES * _nbytes(first.outputs, first)
+    if manifest.family != sam2.FAMILY:  # a detector keeps features of text, and none of images
+        caches, spare = min(caches, TEXT_CACHE_BYTES), 0
     use = MemoryUse(
         weights=sum(g.weights for g in graphs.values()),
         activations=sum(own) if own else None,
         shared=max(scratch, default=None),
-        bindings=sum(tensors.values()) + SPARE_FEATURES * _nbytes(first.outputs, first),
-        caches=int(options.cache_mb * (1 << 20)),
+        bindings=sum(tensors.values()) + spare,
+        caches=caches,
     )
     return Declared(
         use, _weakest(g.weights_from for g in graphs.values()), _weakest(g.work_from for g in graphs.values())

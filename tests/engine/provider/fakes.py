@@ -22,10 +22,12 @@ from pixano_edge.engine.errors import PromptError
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.frames import Frames
 from pixano_edge.engine.provider import EdgeProvider
-from pixano_edge.engine.provider.families import VIDEOS, LoadedModel, check_task, tracks
+from pixano_edge.engine.provider.families import DETECTION, VIDEOS, LoadedModel, check_task, tracks
 from pixano_edge.engine.provider.settings import LoadOptions
 from pixano_edge.engine.provider.types import InferenceTask
 from pixano_edge.engine.provider.worker import Job
+
+from tests.support.fake_detector import FakeDetector
 
 CONSTANTS = Sam2Constants(image_size=128, hidden_dim=32)
 SIDE = CONSTANTS.mask_size
@@ -238,6 +240,7 @@ class FakeOpener:
         self.entered = threading.Event()
         self.opened: list[FakePredictor] = []
         self.videos: list[FakeVideoModel] = []
+        self.detectors: list[FakeDetector] = []
         self.tasks: list[str] = []
         self.device = device
         self.error: Exception | None = None
@@ -251,9 +254,16 @@ class FakeOpener:
         manifest = parse_manifest((path / MANIFEST_NAME).read_bytes())
         tracking = tracks(manifest.family, manifest.constants)
         kind = check_task(manifest.family, task, manifest.name, tracking)
+        self.tasks.append(task)
+        if task == DETECTION:
+            detector = FakeDetector()
+            self.detectors.append(detector)
+            return LoadedModel(
+                None, InferenceTask(task), kind, manifest.source.checkpoint, self.device, options,
+                use=detector.memory, shrink=detector.text_cache.clear, detector=detector,
+            )  # fmt: skip
         predictor = FakePredictor()
         self.opened.append(predictor)
-        self.tasks.append(task)
         video = FakeVideoModel(predictor) if task == VIDEOS else None
         if video is not None:
             self.videos.append(video)
