@@ -26,7 +26,6 @@ from pixano_edge.engine.provider.families import DETECTION, VIDEOS, LoadedModel,
 from pixano_edge.engine.provider.settings import LoadOptions
 from pixano_edge.engine.provider.types import InferenceTask
 from pixano_edge.engine.provider.worker import Job
-
 from tests.support.fake_detector import FakeDetector
 
 CONSTANTS = Sam2Constants(image_size=128, hidden_dim=32)

@@ -1,4 +1,4 @@
-"""Detection requests against a fake detector: boxes, names, refusals, timeouts, memory, and the event loop left free."""
+"""Detection requests against a fake detector: boxes, names, refusals, timeouts, memory, and a free event loop."""
 
 from __future__ import annotations
 
