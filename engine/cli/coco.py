@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..models.masks import mask_box
+from ..models.masks import box_xywh, mask_box
 from ..models.rle import encode_rle
 from .output import replacing, to_json
 
+if TYPE_CHECKING:
+    from ..models.sam2.automatic import AutomaticMask
+
 CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
+AUTOMATIC_KEYS = ("predicted_iou", "stability_score", "point_coords", "crop_box")
+"""What an automatic mask's annotation has besides COCO's keys, as in SA-1B."""
 
 
 class CocoWriter:
@@ -32,13 +37,31 @@ class CocoWriter:
     def add_mask(self, image_id: int, mask: npt.NDArray[np.bool_], score: float) -> dict[str, Any]:
         """Adds one mask (H, W) bool of an image; returns its annotation (``bbox`` is x, y, width, height)."""
         rle = encode_rle(mask)
+        return self._add(
+            image_id,
+            {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")},
+            mask_bbox(mask),
+            int(np.count_nonzero(mask)),
+            score,
+        )
+
+    def add_automatic(self, image_id: int, mask: AutomaticMask) -> dict[str, Any]:
+        """Adds a mask of automatic segmentation; its annotation also has the keys of `AUTOMATIC_KEYS`."""
+        record = mask.record()
+        annotation = self._add(image_id, record["segmentation"], record["bbox"], mask.area, mask.score)
+        annotation.update({key: record[key] for key in AUTOMATIC_KEYS})
+        return annotation
+
+    def _add(
+        self, image_id: int, segmentation: dict[str, Any], bbox: list[int], area: int, score: float
+    ) -> dict[str, Any]:
         annotation = {
             "id": len(self.annotations) + 1,
             "image_id": image_id,
             "category_id": CATEGORY["id"],
-            "segmentation": {"size": [int(v) for v in rle["size"]], "counts": _text(rle["counts"])},
-            "bbox": mask_bbox(mask),
-            "area": int(np.count_nonzero(mask)),
+            "segmentation": segmentation,
+            "bbox": bbox,
+            "area": area,
             "score": round(float(score), 6),
             "iscrowd": 0,
         }
@@ -57,15 +80,6 @@ class CocoWriter:
             partial.write_text(to_json(content) + "\n", encoding="utf-8")
 
 
-def _text(counts: bytes | str) -> str:
-    # COCO's compressed counts are ASCII by construction.
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
-
-
 def mask_bbox(mask: npt.NDArray[np.bool_]) -> list[int]:
     """``[x, y, width, height]`` in whole pixels; four zeros for an empty mask."""
-    box = mask_box(mask)
-    if box is None:
-        return [0, 0, 0, 0]
-    x1, y1, x2, y2 = box
-    return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+    return box_xywh(mask_box(mask))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
@@ -14,14 +14,15 @@ import typer
 
 from ..errors import EdgeError
 from ..models.images import decode_image
-from .coco import CocoWriter
+from . import auto_options
+from .coco import AUTOMATIC_KEYS, CocoWriter
 from .draw import overlay, write_masks, write_png
 from .options import BackendOption, DeviceOption, ForceOption, PrecisionOption, ThreadsOption, open_bundle
-from .output import JsonOption, make_folder, milliseconds, note, print_json, print_table, progress
+from .output import JsonOption, Steps, make_folder, milliseconds, note, print_json, print_table, progress
 from .prompts import BOX_HELP, POINT_HELP, PROMPT_HELP, ParsedPrompt, parse_prompts
 
 if TYPE_CHECKING:
-    from ..models.sam2.automatic import AutomaticMask
+    from ..models.sam2.automatic import AutomaticMask, AutomaticOptions
     from ..models.sam2.predictor import Sam2ImagePredictor
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -30,6 +31,8 @@ Mask = npt.NDArray[np.bool_]
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jp2", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"))
 COCO_NAME = "annotations.json"
+JSON_KEYS: tuple[str, ...] = ("id", "score", "area", "bbox")
+"""What ``--json`` tells of an annotation."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def segment_file(
     prompts: Sequence[ParsedPrompt],
     *,
     multimask: bool = False,
-    points_per_side: int = 0,
+    automatic: AutomaticOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageResult:
     """Segments one file and writes its pictures; its masks are added to `coco`.
 
@@ -149,7 +153,8 @@ def segment_file(
         coco: Collects the masks.
         prompts: What to segment, in pixels of the image.
         multimask: All three masks of every prompt.
-        points_per_side: Above 0: segment everything on a grid of this many points, without prompts.
+        automatic: Segment everything with these options, without prompts.
+        progress: See `generate_masks`.
 
     Raises:
         EdgeError: The image cannot be read or a prompt does not fit it. Nothing is added to `coco` then.
@@ -159,10 +164,12 @@ def segment_file(
     start = time.perf_counter()
     embedding = predictor.encode(image, wait=True)
     encoded = time.perf_counter()
-    if points_per_side:
+    if automatic is not None:
         from ..models.sam2.automatic import generate_masks
 
-        found = [Found(m, m.score, None) for m in generate_masks(predictor, embedding, points_per_side)]
+        # The image itself, since crops are cut from it; its features come from the cache.
+        masks = generate_masks(predictor, image, automatic, progress=progress)
+        found = [Found(mask, mask.score, None) for mask in masks]
     else:
         found = find_masks(predictor, embedding, prompts, multimask)
     done = time.perf_counter()
@@ -176,11 +183,29 @@ def segment_file(
     result.mask_files = [p.name for p in write_masks(out, stem, MaskList(found), (height, width), separate=multimask)]
     image_id = coco.add_image(file.name, height, width)
     for f in found:
-        annotation = coco.add_mask(image_id, f.mask, f.score)
-        result.masks.append(
-            {key: annotation[key] for key in ("id", "score", "area", "bbox")} | {"prompt": f.prompt},
-        )
+        if isinstance(f.source, np.ndarray):
+            annotation, keys = coco.add_mask(image_id, f.source, f.score), JSON_KEYS
+        else:
+            annotation, keys = coco.add_automatic(image_id, f.source), (*JSON_KEYS, *AUTOMATIC_KEYS)
+        result.masks.append({key: annotation[key] for key in keys} | {"prompt": f.prompt})
     return result
+
+
+class _ImageSteps:
+    """Moves a bar by the steps of one image, whatever number of them it turns out to have."""
+
+    def __init__(self, bar: Steps, each: int) -> None:
+        self._bar = bar
+        self._each = each
+        self._shown = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = self._each * done // total
+        self._bar.step(now - self._shown)
+        self._shown = now
+
+    def finish(self) -> None:
+        self(1, 1)
 
 
 def _print_results(results: Sequence[ImageResult], out: Path) -> None:
@@ -209,7 +234,6 @@ def segment(
     box: Annotated[list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help=BOX_HELP)] = None,
     prompt: Annotated[list[str] | None, typer.Option(metavar="'...'", help=PROMPT_HELP)] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Segment everything, without prompts.")] = False,
-    points_per_side: Annotated[int, typer.Option(min=1, max=128, help="Grid of --auto.")] = 32,
     multimask: Annotated[bool, typer.Option("--multimask", help="All three masks of every prompt.")] = False,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
@@ -217,6 +241,21 @@ def segment(
     threads: ThreadsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    points_per_side: auto_options.PointsPerSide = None,
+    points_per_batch: auto_options.PointsPerBatch = None,
+    pred_iou: auto_options.PredIou = None,
+    stability: auto_options.Stability = None,
+    stability_offset: auto_options.StabilityOffset = None,
+    mask_threshold: auto_options.MaskThreshold = None,
+    box_nms: auto_options.BoxNms = None,
+    crop_layers: auto_options.CropLayers = None,
+    crop_nms: auto_options.CropNms = None,
+    crop_overlap: auto_options.CropOverlap = None,
+    crop_points_downscale: auto_options.CropPointsDownscale = None,
+    min_region: auto_options.MinRegion = None,
+    min_area: auto_options.MinArea = None,
+    refine: auto_options.Refine = False,
+    single_mask: auto_options.SingleMask = False,
 ) -> None:
     """Segment an image or a folder of images.
 
@@ -230,6 +269,26 @@ def segment(
         raise typer.BadParameter("--auto takes no --point, --box, --prompt or --multimask.")
     if not auto and not prompts:
         raise typer.BadParameter("Say what to segment: --point x,y, --box x0,y0,x1,y1, --prompt '...', or --auto.")
+    automatic = auto_options.automatic_options(
+        auto,
+        {
+            "points_per_side": points_per_side,
+            "points_per_batch": points_per_batch,
+            "pred_iou_thresh": pred_iou,
+            "stability_score_thresh": stability,
+            "stability_score_offset": stability_offset,
+            "mask_threshold": mask_threshold,
+            "box_nms_thresh": box_nms,
+            "crop_n_layers": crop_layers,
+            "crop_nms_thresh": crop_nms,
+            "crop_overlap_ratio": crop_overlap,
+            "crop_n_points_downscale_factor": crop_points_downscale,
+            "min_mask_region_area": min_region,
+            "min_area": min_area,
+            "use_m2m": True if refine else None,
+            "multimask_output": False if single_mask else None,
+        },
+    )
     files = list_images(source)
     if out.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise typer.BadParameter(f"-o must not be the folder of the images ('{out}').")
@@ -245,20 +304,31 @@ def segment(
     results: list[ImageResult] = []
     failed: list[dict[str, str]] = []
     try:
-        with progress("Segmenting", len(files), enabled=not as_json and (len(files) > 1 or auto)) as bar:
+        # An image counts as many steps as it has clicks.
+        each = automatic.clicks() if automatic is not None else 1
+        bar_shown = not as_json and (len(files) > 1 or auto)
+        with progress("Segmenting", len(files) * each, enabled=bar_shown) as bar:
             for file, stem in zip(files, output_stems(files)):
                 bar.label(file.name)
-                grid = points_per_side if auto else 0
+                shown = _ImageSteps(bar, each)
                 try:
                     results.append(
                         segment_file(
-                            predictor, file, stem, out, coco, prompts, multimask=multimask, points_per_side=grid
+                            predictor,
+                            file,
+                            stem,
+                            out,
+                            coco,
+                            prompts,
+                            multimask=multimask,
+                            automatic=automatic,
+                            progress=shown,
                         )
                     )
                 except EdgeError as error:
                     failed.append({"file": file.name, "error": error.message, "action": error.action})
                     note(f"Skipped {file.name}: {error}")
-                bar.step()
+                shown.finish()
     finally:
         # Also after Ctrl-C: what is done can be used.
         coco.write(out / COCO_NAME)

@@ -27,3 +27,11 @@ def mask_box(mask: Mask) -> tuple[int, int, int, int] | None:
         return None
     columns = np.flatnonzero(mask.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
+
+
+def box_xywh(box: tuple[int, int, int, int] | None) -> list[int]:
+    """COCO's ``[x, y, width, height]`` in whole pixels for what `mask_box` returned; four zeros for an empty mask."""
+    if box is None:
+        return [0, 0, 0, 0]
+    x1, y1, x2, y2 = box
+    return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]

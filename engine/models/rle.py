@@ -45,6 +45,39 @@ def encode_rle(mask: npt.NDArray[Any]) -> dict[str, Any]:
     return {"size": [int(n) for n in encoded["size"]], "counts": bytes(encoded["counts"])}
 
 
+def encode_rle_at(part: Mask, corner: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
+    """Encodes a mask that is empty outside a part, without an array of its full size.
+
+    Args:
+        part: (h, w) bool, any strides; h and w at least 1.
+        corner: x, y of the part's first pixel in the full mask.
+        size: (height, width) of the full mask, which holds the part.
+
+    Returns:
+        Exactly what `encode_rle` returns for the full mask.
+    """
+    from pycocotools import mask as coco
+
+    (height, width), (left, top) = part.shape, corner
+    # One column after the other, each between two background pixels, so that runs end where columns do.
+    framed = np.zeros((width, height + 2), np.bool_)
+    framed[:, 1:-1] = part.T
+    flat = framed.ravel()
+    columns, rows = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), height + 2)
+    edges = (left + columns) * size[0] + top + rows
+    starts, stops = edges[0::2], edges[1::2]
+    # A run that ends at the image's last row goes on in the next column.
+    joined = starts[1:] == stops[:-1]
+    starts, stops = starts[np.append(True, ~joined)[: len(starts)]], stops[np.append(~joined, True)[: len(stops)]]
+    ends = np.concatenate([[0], np.stack([starts, stops], axis=1).ravel(), [size[0] * size[1]]])
+    counts = np.diff(ends)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    runs = {"size": [int(n) for n in size], "counts": counts.tolist()}
+    encoded = coco.frPyObjects(runs, size[0], size[1])
+    return {"size": runs["size"], "counts": bytes(encoded["counts"])}
+
+
 def decode_rle(rle: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> Mask:
     """Decodes one mask to (H, W) bool, C-contiguous, owned by the caller.
 

@@ -254,11 +254,8 @@ class Sam2ImagePredictor:
                             write_mask(low, self.constants.mask_threshold, masks[index, slot], self._decoder_scratch)
                             if logits is not None:
                                 np.clip(low, -LOGIT_CLAMP, LOGIT_CLAMP, out=logits[index, slot])
-            except DeviceMemoryError:
-                if len(batch.indices) == 1:
-                    raise
-                self._halved += 1
-                pending += batch.halves()[::-1]
+            except DeviceMemoryError as error:
+                pending += self.halve(batch, error)[::-1]
         with self._decoder.lock:
             self._decoder_scratch.trim(MAX_KEPT_BYTES)
         return Sam2Prediction(masks, scores, object_scores, chosen, logits)
@@ -293,6 +290,17 @@ class Sam2ImagePredictor:
                 self._chain.launch(binding)
                 outputs = self._chain.fetch(binding, _ANSWERS)
             yield RawOutputs(*(outputs[name] for name in _ANSWERS))
+
+    def halve(self, batch: PromptBatch, error: DeviceMemoryError) -> list[PromptBatch]:
+        """Two halves of a batch that the device had no room for, in order; `info` counts them.
+
+        Raises:
+            DeviceMemoryError: `error`, when the batch is a single prompt.
+        """
+        if len(batch.indices) == 1:
+            raise error
+        self._halved += 1
+        return batch.halves()
 
     def embedding_from_arrays(
         self, image_embed: Array, high_res: Sequence[Array], original_size: tuple[int, int]

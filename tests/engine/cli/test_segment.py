@@ -16,10 +16,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.cli.auto_options import FLAGS
 from pixano_edge.engine.cli.main import app
 from pixano_edge.engine.cli.segment import find_masks, output_stems
 from pixano_edge.engine.models.images import decode_image
 from pixano_edge.engine.models.rle import decode_rle
+from pixano_edge.engine.models.sam2.automatic import AutomaticOptions, generate_masks
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
 
@@ -110,20 +112,93 @@ def test_multimask_writes_a_file_per_candidate(photo: Path, tiny_bundle: Path, t
     assert len(_masks(out)) == 3
 
 
-def test_automatic(photo: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from pixano_edge.engine.models.sam2 import automatic
+# Random weights are never sure of anything: let everything pass.
+EVERYTHING = ("--pred-iou", "0", "--stability", "0")
 
-    # Random weights are never sure of anything: let everything pass.
-    everything = automatic.Filters(pred_iou_thresh=0.0, stability_score_thresh=0.0)
-    monkeypatch.setattr(automatic, "Filters", lambda: everything)
+
+def test_automatic(photo: Path, tiny_bundle: Path, tmp_path: Path):
     out = tmp_path / "out"
-    args = ("--auto", "--points-per-side", "3", "-o", out, "--json")
+    args = ("--auto", "--points-per-side", "3", *EVERYTHING, "--crop-layers", "1", "-o", out, "--json")
     result = _invoke("segment", photo, "--bundle", tiny_bundle, *args)
     assert result.exit_code == 0, result.output
     (image,) = json.loads(result.stdout)["images"]
     assert image["masks"]
     assert all(m["prompt"] is None for m in image["masks"])
-    assert len(_masks(out)) == len(image["masks"])
+    masks = _masks(out)
+    assert len(masks) == len(image["masks"])
+    annotations = json.loads((out / "annotations.json").read_text())["annotations"]
+    options = AutomaticOptions(points_per_side=3, pred_iou_thresh=0, stability_score_thresh=0, crop_n_layers=1)
+    with Sam2ImagePredictor.open(tiny_bundle) as predictor:
+        found = generate_masks(predictor, decode_image(photo), options)
+    assert len(found) == len(masks)
+    assert {f.crop_box for f in found} > {(0, 0, SIZE[1], SIZE[0])}
+    for one, mask, told, annotation in zip(found, masks, image["masks"], annotations):
+        assert (one.mask == mask).all()
+        record = one.record()
+        for key in ("area", "bbox", "predicted_iou", "stability_score", "point_coords", "crop_box"):
+            assert annotation[key] == pytest.approx(record[key], abs=1e-5)
+            assert told[key] == annotation[key]
+        assert told["score"] == pytest.approx(one.score, abs=1e-5)
+        assert annotation["iscrowd"] == 0
+
+
+def test_automatic_options_reach_the_model(
+    photo: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from pixano_edge.engine.models.sam2 import automatic
+
+    seen = []
+    monkeypatch.setattr(automatic, "generate_masks", lambda *args, **kwargs: seen.append(args[2]) or [])
+    given = {
+        "points_per_side": 5,
+        "points_per_batch": 7,
+        "pred_iou_thresh": 0.1,
+        "stability_score_thresh": 0.2,
+        "stability_score_offset": 0.3,
+        "mask_threshold": -0.4,
+        "box_nms_thresh": 0.5,
+        "crop_n_layers": 1,
+        "crop_nms_thresh": 0.6,
+        "crop_overlap_ratio": 0.15,
+        "crop_n_points_downscale_factor": 2,
+        "min_mask_region_area": 11,
+        "min_area": 12,
+        "use_m2m": True,
+        "multimask_output": False,
+    }
+    flags = [v for k, value in given.items() for v in ([FLAGS[k]] if isinstance(value, bool) else [FLAGS[k], value])]
+    for extra in ((), flags):
+        out = tmp_path / f"out{len(extra)}"
+        result = _invoke("segment", photo, "--bundle", tiny_bundle, "--auto", "-o", out, *extra)
+        assert result.exit_code == 0, result.output
+    assert vars(seen[0]) == vars(AutomaticOptions())
+    assert vars(seen[1]) == vars(AutomaticOptions(**given))
+
+
+def test_automatic_shows_its_clicks(photo: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from contextlib import contextmanager
+
+    from pixano_edge.engine.cli import segment
+    from pixano_edge.engine.cli.output import Steps
+
+    steps: list[int] = []
+    totals: list[tuple[int, bool]] = []
+
+    @contextmanager
+    def bar(label: str, total: int, enabled: bool = True):
+        totals.append((total, enabled))
+        yield Steps(advance=steps.append)
+
+    monkeypatch.setattr(segment, "progress", bar)
+    (photo.parent / "broken.png").touch()
+    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(photo.parent / "dot.png")
+    args = ("--auto", "--points-per-side", "2", "--points-per-batch", "3", "--crop-layers", "1")
+    result = _invoke("segment", photo.parent, "--bundle", tiny_bundle, *args, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    # Three files of 20 clicks each; one cannot be read, and the one of a pixel has no crops.
+    assert totals == [(60, True)]
+    assert sum(steps) == 60
+    assert len(steps) > 10
 
 
 def test_broken_files_in_a_folder_are_named_and_the_rest_is_written(photo: Path, tiny_bundle: Path, tmp_path: Path):
@@ -160,6 +235,14 @@ def test_equal_stems_get_their_suffix_back():
     [
         ((), "Say what to segment"),
         (("--auto", "--point", "1,1"), "--auto takes no"),
+        (("--point", "1,1", "--crop-layers", "1", "--refine"), "--crop-layers, --refine works with --auto only"),
+        (("--auto", "--pred-iou", "2"), "--pred-iou must be 0 to 1, got 2.0. Choose another value."),
+        (("--auto", "--points-per-side", "0"), "--points-per-side must be a whole number, 1 to 256, got 0."),
+        (("--auto", "--crop-layers", "9"), "--crop-layers must be a whole number, 0 to 4"),
+        (
+            ("--auto", "--points-per-side", "2", "--crop-layers", "2", "--crop-points-downscale", "2"),
+            "Take more points, a smaller factor, or fewer crop layers.",
+        ),
         (("--point", "1"), "x,y"),
     ],
 )

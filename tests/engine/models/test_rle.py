@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from pixano_edge.engine.errors import PromptError
-from pixano_edge.engine.models.rle import decode_rle, encode_rle
+from pixano_edge.engine.models.rle import decode_rle, encode_rle, encode_rle_at
 
 
 @pytest.mark.parametrize("size", [(161, 97), (1, 1), (1, 9), (9, 1), (64, 64), (300, 211)])
@@ -41,6 +41,23 @@ def test_uint8_and_strided_masks() -> None:
     mask = np.random.default_rng(2).integers(0, 3, (40, 30), dtype=np.uint8)
     assert np.array_equal(decode_rle(encode_rle(mask)), mask != 0)
     assert np.array_equal(decode_rle(encode_rle(mask[::2, ::-3])), mask[::2, ::-3] != 0)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+@settings(max_examples=300, deadline=None)
+def test_a_part_is_encoded_like_the_whole(seed: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(rng.integers(1, 12, 2), np.bool_)
+    top, left = (int(rng.integers(0, n)) for n in mask.shape)
+    part = mask[top : top + rng.integers(1, 12), left : left + rng.integers(1, 12)]
+    part[:] = rng.random(part.shape) < density
+    assert encode_rle_at(part, (left, top), (mask.shape[0], mask.shape[1])) == encode_rle(mask)
+
+
+def test_columns_that_touch_join_across_the_image() -> None:
+    mask = np.ones((70, 50), np.bool_)
+    mask[30, 20] = False
+    assert encode_rle_at(mask, (0, 0), (70, 50)) == encode_rle(mask)
 
 
 @given(st.binary(max_size=30) | st.text(alphabet=st.characters(min_codepoint=40, max_codepoint=120), max_size=30))
