@@ -226,7 +226,7 @@ def test_one_shot_needs_a_model_that_can(photo: Path, tmp_path: Path, opened: _O
         (("--like", "@photo", "--classes", "a,b"), "at most one --class"),
         (("--like", "@photo", "--like-box", "5,5,1,1"), "x1 > x0"),
         (("--like", "@photo", "--like-box", "5,5"), "takes x0,y0,x1,y1"),
-        (("--class", "cat", "--box-threshold", "1.5"), "1.5"),
+        (("--class", "cat", "--box-threshold", "1.5"), "--box-threshold"),
         (("--class", "cat", "--limit", "0"), "--limit"),
         (("--class", "cat", "-o", "@folder"), "must not be the folder"),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixano_edge.engine.bundle import MANIFEST_NAME, BundleStore, parse_manifest
+from pixano_edge.engine.bundle import DEMO_NAMES, MANIFEST_NAME, BundleStore, parse_manifest
 from pixano_edge.engine.contracts.sam2 import VIDEO, Sam2Constants, graphs
 from pixano_edge.engine.contracts.sam2_video import Sam2VideoConstants
 from pixano_edge.engine.contracts.sam2_video import graphs as video_graphs
@@ -321,10 +321,10 @@ def _graphs(names: list[str]) -> dict[str, Any]:
 
 
 class FolderStore(BundleStore):
-    """The local store without the demo bundle of the package."""
+    """The local store without the demo bundles of the package."""
 
     def list(self) -> list[str]:
-        return [name for name in super().list() if name != "sam2-demo"]
+        return [name for name in super().list() if name not in DEMO_NAMES]
 
 
 def make_provider(root: Path, opener: FakeOpener, **settings: Any) -> EdgeProvider:
