@@ -1,10 +1,11 @@
 """Image to model input, as the published processors of OWLv2 and OWL-ViT do it.
 
-OWLv2 (upstream ``scenic/projects/owl_vit``, transformers' ``image_processing_pil_owlv2.py``): black is added below or on
-the right until the picture is square, then it is smoothed by a Gaussian (sigma ``(scale - 1) / 2``, as scikit-image's
-``resize``) and sampled bilinearly, both in float with pixels mirrored at the border. Smoothing and sampling are linear
-and separable, so their product is one band of weights per axis, applied by `resampling`; rows and columns of the black
-part need not exist. (transformers before 5 added gray; upstream's OWLv2 adds black, see huggingface/transformers#41938.)
+OWLv2 (upstream ``scenic/projects/owl_vit``, transformers' ``image_processing_pil_owlv2.py``): black is added below or
+on the right until the picture is square, then it is smoothed by a Gaussian (sigma ``(scale - 1) / 2``, as
+scikit-image's ``resize``) and sampled bilinearly, both in float with pixels mirrored at the border. Smoothing and
+sampling are linear and separable, so their product is one band of weights per axis, applied by `resampling`; rows and
+columns of the black part need not exist. (transformers before 5 added gray; upstream's OWLv2 adds black, see
+huggingface/transformers#41938.)
 
 OWL-ViT: the picture is resized to a square with Pillow's bicubic filter, which rounds to 8 bits, whatever its shape.
 """
