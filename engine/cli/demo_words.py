@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ..models.detection.nms import box_iou
 from ..models.images import decode_image
 from .detect import named_boxes
 from .draw import overlay, write_png
@@ -94,17 +95,9 @@ def _timed(detector: Detector, image: npt.NDArray[np.uint8], words: Sequence[str
 def _hits(found: Detections, objects: Sequence[tuple[str, Box]]) -> int:
     """How many objects have a box of their name; each box and each object counts once, the best box first."""
     left = list(range(len(objects)))
-    for name, box in zip(found.names(), found.boxes.tolist()):
-        overlaps = {i: box_iou(box, objects[i][1]) for i in left if word_of(objects[i][0]) == name}
-        best = max(overlaps, key=lambda i: overlaps[i], default=None)
-        if best is not None and overlaps[best] >= IOU:
-            left.remove(best)
+    for name, box in zip(found.names(), found.boxes):
+        own = [i for i in left if word_of(objects[i][0]) == name]
+        overlaps = box_iou(np.array([objects[i][1] for i in own]).reshape(-1, 4), box)
+        if overlaps.max(initial=0.0) >= IOU:
+            left.remove(own[int(overlaps.argmax())])
     return len(objects) - len(left)
-
-
-def box_iou(a: Any, b: Any) -> float:
-    """Intersection over union of two boxes x0, y0, x1, y1."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(0.0, width) * max(0.0, height)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / union if union else 0.0

@@ -63,13 +63,13 @@ class Query:
 
     Attributes:
         classes: Their names; with an example the one name that its finds get.
-        box_threshold, text_threshold, nms, limit: See `Detector.detect`.
+        box_threshold, text_threshold, nms, limit: See `Detector.detect`; None takes the detector's own default.
         example: For one-shot detection.
     """
 
     classes: tuple[str, ...]
-    box_threshold: float
-    text_threshold: float
+    box_threshold: float | None = None
+    text_threshold: float | None = None
     nms: float | None = None
     limit: int | None = None
     example: Example | None = None
@@ -121,20 +121,15 @@ def find_boxes(detector: Detector, image: Rgb, query: Query) -> Detections:
     Raises:
         EdgeError: It cannot look for examples and was given one; or as `Detector.detect`.
     """
-    if query.example is None:
-        found = detector.detect(
-            image,
-            query.classes,
-            box_threshold=query.box_threshold,
-            text_threshold=query.text_threshold,
-            nms=query.nms,
-            limit=query.limit,
-        )
+    asked = {"box_threshold": query.box_threshold, "nms": query.nms, "limit": query.limit}
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if query.example is not None:
+        found = one_shot(detector)(image, query.example.image, query.example.box, **given)
     else:
-        found = one_shot(detector)(
-            image, query.example.image, query.example.box, box_threshold=query.box_threshold, nms=query.nms
-        )
-    kept = np.flatnonzero((found.boxes[:, 2:] > found.boxes[:, :2]).all(axis=1))[: query.limit]
+        if query.text_threshold is not None:
+            given["text_threshold"] = query.text_threshold
+        found = detector.detect(image, query.classes, **given)
+    kept = np.flatnonzero((found.boxes[:, 2:] > found.boxes[:, :2]).all(axis=1))
     return Detections(found.boxes[kept], found.scores[kept], found.labels[kept], query.classes)
 
 
@@ -273,7 +268,9 @@ def detect(
     box_threshold: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Least score of a box; default: 0.35 for Grounding DINO, 0.1 for OWLv2 and OWL-ViT."
+            min=0,
+            max=1,
+            help="Least score of a box; default: 0.35 for Grounding DINO, 0.1 for OWLv2 and OWL-ViT, 0 with --like.",
         ),
     ] = None,
     text_threshold: Annotated[
@@ -281,7 +278,12 @@ def detect(
         typer.Option(min=0, max=1, help="Grounding DINO: least probability of a class's words; default: 0.25."),
     ] = None,
     nms: Annotated[
-        float | None, typer.Option(min=0, max=1, help="IoU above which the lesser of two boxes of one class goes.")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="IoU above which the lesser of two boxes of one class goes; default: all stay, 0.3 with --like.",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most boxes per image, the best ones.")] = None,
     then_segment: Annotated[bool, typer.Option("--then-segment", help="Turn the boxes into masks, by SAM 2.")] = False,
@@ -312,16 +314,14 @@ def detect(
         raise typer.BadParameter(f"-o must not be the folder of the images ('{out}').")
     example = None if like is None else _read_example(like, like_box)
     opened = open_bundle(bundle)
-    defaults = THRESHOLDS.get(opened.manifest.family, DEFAULT_THRESHOLDS)
-    query = Query(
-        wanted or (like.stem if like is not None else "",),
-        defaults[0] if box_threshold is None else box_threshold,
-        defaults[1] if text_threshold is None else text_threshold,
-        nms,
-        limit,
-        example,
-    )
-    check_request(query.classes, query.box_threshold, query.text_threshold, nms, limit)
+    if like is None:
+        usual = THRESHOLDS.get(opened.manifest.family, DEFAULT_THRESHOLDS)
+        box_threshold = usual[0] if box_threshold is None else box_threshold
+        text_threshold = usual[1] if text_threshold is None else text_threshold
+    else:
+        wanted = wanted or (like.stem,)
+    query = Query(wanted, box_threshold, text_threshold, nms, limit, example)
+    check_request(wanted, box_threshold or 0.0, text_threshold or 0.0, nms, limit)
     segmenter = open_bundle(segment_bundle) if then_segment else None
 
     from ..models.detection.opening import open_detector

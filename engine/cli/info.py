@@ -74,7 +74,7 @@ def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> d
     return facts
 
 
-def _open(bundle: Bundle, can_track: bool, asked: dict[str, str]) -> Any:
+def _open(bundle: Bundle, can_track: bool, asked: dict[str, Any]) -> Any:
     """The model of the bundle's first task, or the one that tracks."""
     from ..models.detection.opening import open_detector
     from ..models.sam2.predictor import Sam2ImagePredictor

@@ -80,7 +80,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         backend: Default back end: ``auto``, ``onnxruntime`` or ``tensorrt``.
         precision: Default precision: ``auto``, ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
         threads: Threads of one inference; None lets the back end choose.
-        cache_mb: Budget of each model's cache in MiB: of embeddings, or of a detector's text features.
+        cache_mb: Budget of each model's cache in MiB: of embeddings, or of a detector's features.
         verify: Check the hashes of a bundle's files at loading.
         autoload: Offer every bundle of the store and load it on its first request. Without it, only models loaded
             by `instantiate_model` are offered.

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..contracts import sam2, sam2_video
+from ..contracts import owlv2, sam2, sam2_video
 from ..models.detection.base import Detector
+from ..models.detection.opening import GROUNDING_DINO
 from ..runtime.memory import MemoryUse
 from .convert import LogitsMemory
 from .errors import TaskNotSupportedError
@@ -124,9 +125,8 @@ DETECTION = InferenceTask.OBJECT_DETECTION.value
 
 FAMILIES: Mapping[str, Mapping[str, str]] = {
     sam2.FAMILY: {IMAGES: "Sam2ImagePredictor", VIDEOS: "Sam2VideoModel"},
-    "owlv2": {DETECTION: "Owlv2Detector"},
-    "owlvit": {DETECTION: "Owlv2Detector"},
-    "grounding-dino": {DETECTION: "GroundingDinoDetector"},
+    **{family: {DETECTION: "Owlv2Detector"} for family in owlv2.FAMILIES},
+    GROUNDING_DINO: {DETECTION: "GroundingDinoDetector"},
 }
 """Per family the name of the class that does each task, the one first that a bundle is listed with. A bundle may lack
 what tracking needs; see `check_task`."""
@@ -273,10 +273,11 @@ def _open_detector(bundle: Any, kind: str, options: LoadOptions, cleanup: Path |
         precision=options.precision,
         threads=options.threads,
         check=job.check,
+        cache_bytes=int(options.cache_mb * (1 << 20)),
     )
     loaded = _loaded(bundle, kind, options, cleanup, detector.info())
     loaded.task = InferenceTask.OBJECT_DETECTION
-    loaded.detector, loaded.shrink, loaded.use = detector, detector.text_cache.clear, detector.memory
+    loaded.detector, loaded.shrink, loaded.use = detector, detector.shrink, detector.memory
     return loaded
 
 

@@ -30,6 +30,8 @@ from ..bundle.manifest import MANIFEST_NAME, Manifest
 from ..contracts import sam2
 from ..contracts.base import GraphSpec, TensorSpec
 from ..errors import BundleError, ContractError
+from ..models.detection.opening import GROUNDING_DINO
+from ..models.detection.text_cache import TEXT_BYTES
 from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
 from ..runtime.memory import MemoryUse
 from .families import IMAGES
@@ -45,11 +47,8 @@ FULL = "fp32"
 """Variant that a CPU runs unasked."""
 
 SPARE_FEATURES = 3
-"""Sets of image features beside the cache: one being computed, and two that `BufferPool` keeps for the next."""
+"""Sets of SAM 2's image features beside the cache: one being computed, two that `BufferPool` keeps for the next."""
 
-
-TEXT_CACHE_BYTES = 64 << 20
-"""Most that a detector's text features take, whatever `LoadOptions.cache_mb` allows."""
 
 LOAD, ENGINE, MANIFEST, FILES, ESTIMATE = "load", "engine", "manifest", "files", "estimate"
 SOURCES = {
@@ -163,8 +162,10 @@ def manifest_needs(
     if unknown:
         own.append(ACTIVATION_FACTOR * max(unknown))
     caches, spare = int(options.cache_mb * (1 << 20)), SPARE_FEATURES * _nbytes(first.outputs, first)
-    if manifest.family != sam2.FAMILY:  # a detector keeps features of text, and none of images
-        caches, spare = min(caches, TEXT_CACHE_BYTES), 0
+    if manifest.family != sam2.FAMILY:
+        spare = 0
+    if manifest.family == GROUNDING_DINO:  # it keeps features of text alone
+        caches = min(caches, TEXT_BYTES)
     use = MemoryUse(
         weights=sum(g.weights for g in graphs.values()),
         activations=sum(own) if own else None,

@@ -98,6 +98,9 @@ class FakeDetector:
     def memory(self) -> MemoryUse:
         return self.use
 
+    def shrink(self) -> None:
+        self.text_cache.clear()
+
     def close(self) -> None:
         self.closed = True
 

@@ -37,7 +37,7 @@ def open_detector(
         threads: Threads of one call.
         check: Called between the steps.
         force: Use a combination although it failed its check here.
-        options: More arguments of the family's `open`, such as ``prove`` and ``warm_up``.
+        options: More arguments of the family's `open`, such as ``cache_bytes``, ``prove`` and ``warm_up``.
 
     Raises:
         BundleError: The bundle holds no detector; or as the family's `open`.

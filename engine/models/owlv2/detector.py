@@ -26,7 +26,7 @@ from ...runtime.base import Array, Session
 from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
-from ..detection.text_cache import FeatureCache, TextCache
+from ..detection.text_cache import TEXT_BYTES, FeatureCache, TextCache
 from ..resampling import Scratch
 from ..sam2.cache import pixel_digest
 from ..sam2.diagnosis import PREPROCESSING
@@ -114,6 +114,7 @@ class Owlv2Detector:
         threads: int | None = None,
         check: Callable[[], None] | None = None,
         force: bool = False,
+        cache_bytes: int = TEXT_BYTES + IMAGE_BYTES,
         prove: bool = True,
         warm_up: bool | None = None,
         capture: bool = True,
@@ -121,7 +122,11 @@ class Owlv2Detector:
     ) -> Owlv2Detector:
         """Opens both graphs of a bundle, in the asked combination or the fastest one that is proven here.
 
-        Args and errors as `Sam2ImagePredictor.open`.
+        Args and errors as `Sam2ImagePredictor.open`, and:
+
+        Args:
+            cache_bytes: Budget of the features kept, of text up to half of it and at most `TEXT_BYTES`, of images the
+                rest; 0 keeps none.
         """
         from ..opening import Asked, open_family, open_graphs
 
@@ -136,6 +141,7 @@ class Owlv2Detector:
             capture=capture,
             verdicts=verdicts,
         )
+        text_bytes = min(TEXT_BYTES, cache_bytes // 2)
         with contextlib.ExitStack() as failed:
             failed.callback(found.opened.close)
             detector = cls(
@@ -145,6 +151,8 @@ class Owlv2Detector:
                 tokenizer,
                 bundle_hash=bundle.hash,
                 variant=found.precision,
+                text_cache=TextCache(text_bytes),
+                image_bytes=cache_bytes - text_bytes,
                 description=found.description,
                 capture=capture,
             )
@@ -314,6 +322,11 @@ class Owlv2Detector:
         """Bytes that sessions and their buffers take now; cached features lie in host memory."""
         cached = self.text_cache.stats().bytes + self.image_cache.stats().bytes if self._device.kind == "cpu" else 0
         return model_memory((self._image_encoder, self._text_encoder), cached)
+
+    def shrink(self) -> None:
+        """Drops the features of texts and images."""
+        self.text_cache.clear()
+        self.image_cache.clear()
 
     @property
     def device(self) -> Any:

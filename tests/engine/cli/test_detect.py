@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 from pixano_edge.engine.cli import detect as command
 from pixano_edge.engine.cli.detect import find_boxes, parse_classes
 from pixano_edge.engine.cli.main import app
+from pixano_edge.engine.models.detection import opening
 from pixano_edge.engine.models.detection.base import MAX_CLASS_LENGTH, Detections
 from pixano_edge.engine.models.rle import decode_rle
 from tests.support.fake_detector import FakeDetector, FakeOneShotDetector
@@ -56,9 +56,7 @@ class _Opened:
 def opened(monkeypatch: pytest.MonkeyPatch) -> _Opened:
     """The bundle ``fake``."""
     found = _Opened()
-    module = ModuleType("opening")
-    module.open_detector = found  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pixano_edge.engine.models.detection.opening", module)
+    monkeypatch.setattr(opening, "open_detector", found)
     real = command.open_bundle
 
     def open_bundle(name: str) -> Any:

@@ -259,7 +259,7 @@ class FakeOpener:
             self.detectors.append(detector)
             return LoadedModel(
                 None, InferenceTask(task), kind, manifest.source.checkpoint, self.device, options,
-                use=detector.memory, shrink=detector.text_cache.clear, detector=detector,
+                use=detector.memory, shrink=detector.shrink, detector=detector,
             )  # fmt: skip
         predictor = FakePredictor()
         self.opened.append(predictor)
