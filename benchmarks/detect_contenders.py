@@ -140,7 +140,7 @@ class TorchDetections:
     def _dino_answer(self, output: Any, threshold: float) -> Detections:
         from pixano_edge.engine.models.grounding_dino.postprocess import find
 
-        # transformers names what it found by fragments of the text; which class they belong to, the engine's rule tells.
+        # transformers names what it found by fragments of the text; the engine's rule tells which class they mean.
         logits = output.logits[0, :, : len(self._caption)].numpy()
         found = find(
             logits, output.pred_boxes[0].numpy(), self._caption.labels, self._caption.edges, self._size, threshold, 0.0

@@ -36,12 +36,10 @@ OWL_SIZES: dict[str, tuple[dict[str, int], dict[str, int], int]] = {
         960,
     ),
 }
-"""Vision tower, text tower and image size in pixels; ``base`` is google/owlv2-base-patch16, ``demo`` that of the bundled
-detector."""
+"""Vision tower, text tower and image size in pixels; ``base`` is google/owlv2-base-patch16, ``demo`` the packaged."""
 
-_DEEP = {"encoder_layers": 6, "decoder_layers": 6}
 _SMALL_TEXT = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-DINO_SIZES: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, int], tuple[int, int]]] = {
+DINO_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[int, int]]] = {
     "demo": (
         {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 3, 6], "window_size": 7},
         {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
@@ -56,11 +54,11 @@ DINO_SIZES: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, int], tupl
         (480, 800),
     ),
     "tiny": (
-        {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}, {}, _DEEP, (800, 1333),
+        {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}, {}, {}, (800, 1333),
     ),
     "base": (
         {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12, "image_size": 384},
-        {}, _DEEP, (800, 1333),
+        {}, {}, (800, 1333),
     ),
 }  # fmt: skip
 """Backbone, text encoder, the rest, and shortest and longest edge; ``tiny`` and ``base`` are IDEA-Research's."""
@@ -183,9 +181,10 @@ def _save_dino(size: str, side: int, seed: int, folder: Path) -> None:
 
     logging.disable_progress_bar()
     backbone, text, rest, (shortest, longest) = DINO_SIZES[size]
+    bert = BertConfig(**text)
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(**backbone, out_features=["stage2", "stage3", "stage4"]),
-        text_config=BertConfig(**text),
+        text_config=bert,
         disable_custom_kernels=True,
         **rest,
     )
@@ -210,10 +209,10 @@ def _save_dino(size: str, side: int, seed: int, folder: Path) -> None:
     edges = {"shortest_edge": side, "longest_edge": side * longest // shortest}
     vocabulary = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
     letters = [chr(code) for code in (*range(ord("a"), ord("z") + 1), *range(ord("0"), ord("9") + 1))]
-    for index, token in enumerate([*letters, *(f"##{letter}" for letter in letters), ",", "-"], 2000):
-        vocabulary[token] = index
+    words = [*letters, *(f"##{letter}" for letter in letters), ",", "-"]
+    vocabulary |= {token: index for index, token in enumerate(words, 2000)}
     used = set(vocabulary.values())
-    vocabulary |= {f"[unused{i}]": i for i in range(int(config.text_config.vocab_size)) if i not in used}
+    vocabulary |= {f"[unused{i}]": i for i in range(int(bert.vocab_size)) if i not in used}
     GroundingDinoProcessor(GroundingDinoImageProcessorPil(size=edges), BertTokenizer(vocab=vocabulary)).save_pretrained(
         folder
     )
