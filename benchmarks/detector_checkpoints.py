@@ -2,7 +2,7 @@
 
 Plain start values of transformers saturate (OWLv2) or answer the same whatever they see (Grounding DINO), so matrices
 are drawn with a gain on 1 / sqrt(fan in) and everything that starts at zero gets values: an error shows in the boxes.
-Tokenisers are made here, with the size of the real vocabularies; they write words as letters.
+Tokenisers are made here, with the size of the real vocabularies; they know a few words and write others as letters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from pixano_edge.engine.errors import EdgeError
 from .checkpoints import cache_root
 
 OWLV2, GROUNDING_DINO = "owlv2", "grounding-dino"
+
+WORDS = (
+    "a an the of on in pair cat dog remote control coffee cup spoon wooden metal table person bed lamp whisker saucer "
+    "ear teaspoon nose green eyes foam car chair window door book phone bottle picture"
+)
 
 OWL_SIZES: dict[str, tuple[dict[str, int], dict[str, int], int]] = {
     "demo": (
@@ -149,14 +154,15 @@ def _save_owl(size: str, side: int, seed: int, folder: Path) -> None:
             part.bias.fill_(mean)
         model.box_head.dense2.bias.copy_(torch.tensor([0.0, 0.0, 1.2, 1.2]))  # boxes of a few patches
     model.save_pretrained(folder)
-    letters = _byte_letters()
+    letters, merges = _byte_pairs()
     letters.insert(0, letters.pop(letters.index("!")))  # id 0 is the padding
     start, end = "<|startoftext|>", "<|endoftext|>"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)]
+    tokens = list(dict.fromkeys(words))
     tokens += [f"<unused{i}>" for i in range(count - 2 - len(tokens))] + [start, end]
     CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
-        merges=[],
+        merges=merges,
         unk_token=end,
         bos_token=start,
         eos_token=end,
@@ -238,8 +244,14 @@ def _draw(model: Any, generator: Any) -> None:
             normal(module.weight, 0.7)
 
 
-def _byte_letters() -> list[str]:
-    """The printable letter of each byte in byte-level vocabularies."""
-    from tokenizers import pre_tokenizers
+def _byte_pairs() -> tuple[list[str], list[tuple[str, str]]]:
+    """The printable letter of each byte in byte-level vocabularies, and pairs that make `WORDS` one token each: OWLv2
+    takes 16 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    trained.train_from_iterator([WORDS], trainer)
+    found = [m.split(" ") if isinstance(m, str) else m for m in json.loads(trained.to_str())["model"]["merges"]]
+    return sorted(pre_tokenizers.ByteLevel.alphabet()), [(first, second) for first, second in found]
