@@ -146,7 +146,8 @@ def infer_shapes(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, in
     except ImportError as error:
         raise missing("onnxruntime", "Fitting graphs for TensorRT") from error
     skeleton = _without_weights(model)
-    inferred = SymbolicShapeInference.infer_shapes(skeleton, auto_merge=False).graph
+    # Merging: sympy does not see that floor(floor(H / 4) / 2) and floor(H / 8) are equal, which torch has proven.
+    inferred = SymbolicShapeInference.infer_shapes(skeleton, auto_merge=True).graph
     shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in model.graph.initializer}
     types: dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
