@@ -226,8 +226,14 @@ def _logit(x: Tensor) -> Tensor:
     return torch.log(x / (1 - x))
 
 
+def example_inputs(graph: str, constants: contract.GroundingDinoConstants) -> tuple[Tensor, ...]:
+    """Tensors to trace `graph` with: sizes that no two steps have in common, so that none is taken for a fixed one."""
+    side = constants.shortest_edge
+    return random_inputs(contract.graphs(constants)[graph], {"T": 9, "H": side, "W": min(side + 37, constants.longest_edge)})
+
+
 def random_inputs(spec: GraphSpec, sizes: dict[str, int], seed: int = 0) -> tuple[Tensor, ...]:
-    """Seeded inputs to trace a graph with."""
+    """Seeded inputs that mean something: token ids that exist, every token seeing itself."""
     generator = torch.Generator().manual_seed(seed)
     tensors = []
     for tensor in spec.inputs:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import nn
 from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
+
+from pixano_edge.engine.contracts import grounding_dino as contract
+from pixano_edge.engine.contracts.base import GraphSpec
+from pixano_edge.engine.contracts.grounding_dino import GroundingDinoConstants
+from pixano_edge.engine.models.grounding_dino.detector import GroundingDinoDetector
+from pixano_edge.engine.runtime import open_device, open_session
 
 
 def small_config(**changes: Any) -> GroundingDinoConfig:
@@ -72,6 +81,8 @@ def sharpened(config: GroundingDinoConfig, seed: int = 0) -> GroundingDinoForObj
                 parameter.mul_(1.5)
             if "bbox_embed" in name and name.endswith("layers.2.weight"):
                 parameter.mul_(0.5)
+        # Logits of a few units: probabilities that saturate at 1 would tie.
+        model.model.decoder.layer_norm.weight.mul_(0.25)
     return model
 
 
@@ -111,3 +122,50 @@ def tokenizer_json(processor: Any) -> str:
     text = processor.tokenizer.backend_tokenizer.to_str()
     assert isinstance(text, str)
     return text
+
+
+@dataclass
+class Exported:
+    """A model, its stock processor, and its graphs as files."""
+
+    model: GroundingDinoForObjectDetection
+    processor: Any
+    constants: GroundingDinoConstants
+    files: dict[str, Path]
+
+    @property
+    def specs(self) -> dict[str, GraphSpec]:
+        return contract.graphs(self.constants)
+
+    def open(self, files: dict[str, Path] | None = None) -> GroundingDinoDetector:
+        """A detector on the CPU."""
+        device = open_device("cpu")
+        sessions = {
+            name: open_session((files or self.files)[name], spec, device, backend="onnxruntime", threads=1)
+            for name, spec in self.specs.items()
+        }
+        return GroundingDinoDetector(
+            sessions[contract.TEXT_ENCODER],
+            sessions[contract.DETECTOR],
+            self.constants,
+            tokenizer_json(self.processor),
+            bundle_hash="test",
+            variant="fp32",
+        )
+
+
+def export_model(model: GroundingDinoForObjectDetection, folder: Path, **size: int) -> Exported:
+    """Exports a model's graphs into a folder, with the processor of `small_processor`."""
+    from pixano_edge.export.grounding_dino import graphs
+    from pixano_edge.export.grounding_dino.constants import read_constants
+    from pixano_edge.export.onnx_graph import export_graph
+
+    processor = small_processor(**size)
+    processor.save_pretrained(folder)
+    constants = read_constants(model, folder)
+    files = {}
+    modules = graphs.modules(model)
+    for name, spec in contract.graphs(constants).items():
+        files[name] = folder / f"{name}.onnx"
+        onnx.save(export_graph(modules[name], spec, graphs.example_inputs(name, constants)), files[name])
+    return Exported(model, processor, constants, files)

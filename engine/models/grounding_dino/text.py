@@ -111,19 +111,24 @@ class Captioner:
         return [self._caption(pack) for pack in packs]
 
     def _caption(self, pack: Sequence[tuple[int, tuple[int, ...]]]) -> Caption:
-        ids, edges = [self._constants.start_token], []
+        ids = [self._constants.start_token]
         for _, phrase in pack:
-            edges += [len(ids), len(ids) + len(phrase)]
             ids += [*phrase, self._constants.dot_token]
         ids.append(self._constants.end_token)
+        return self.from_ids(ids, [label for label, _ in pack])
+
+    def from_ids(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> Caption:
+        """The caption of token ids: start, phrases that a dot ends, end. `labels` numbers the phrases from 0 if None."""
+        dots = np.flatnonzero(np.array(ids) == self._constants.dot_token)
+        starts = np.concatenate([[1], dots[:-1] + 1])
         mask, positions = phrase_masks(ids, self._constants.special_tokens)
         return Caption(
-            tuple(ids),
+            tuple(int(i) for i in ids),
             np.array([ids], np.int32),
             positions[None],
             mask[None].astype(np.float32),
-            np.array([label for label, _ in pack], np.int64),
-            np.array(edges, np.int64),
+            np.array(range(len(dots)) if labels is None else labels, np.int64),
+            np.stack([starts, dots], axis=1).reshape(-1).astype(np.int64),
         )
 
 
