@@ -123,9 +123,8 @@ class GroundingDinoConstants:
         Raises:
             ContractError: Unknown or missing keys, wrong types or lengths, values out of range.
         """
-        kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
-            name: (_whole, "a whole number, 0 or more") for name in cls.__dataclass_fields__
-        }
+        whole = (_whole, "a whole number, 0 or more")
+        kinds: dict[str, tuple[Callable[[Any], bool], str]] = dict.fromkeys(cls.__dataclass_fields__, whole)
         kinds["mean"] = (_triple, "three finite numbers")
         kinds["std"] = (lambda v: _triple(v) and min(v) > 0, "three finite numbers above 0")
         missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())

@@ -1,4 +1,4 @@
-"""Grounding DINO's attention in plain operators: deformable sampling with GridSample, and both directions of the fusion.
+"""Grounding DINO's attention in plain operators: deformable sampling with GridSample, fusion of image and text.
 
 Sources: Zhu et al., "Deformable DETR" (2021); Liu et al., "Grounding DINO" (2023); weights and formulas as in
 transformers' ``models/grounding_dino/modeling_grounding_dino.py``. Batch 1 without padded pixels or tokens throughout,

@@ -77,7 +77,9 @@ def require_supported(config: Any) -> None:
         if not 3 < int(config.num_feature_levels) <= MAX_LEVELS:
             wrong.append(f"num_feature_levels is {config.num_feature_levels}, expected 4 or {MAX_LEVELS}")
         if int(config.max_text_len) > int(text.max_position_embeddings):
-            wrong.append(f"max_text_len {config.max_text_len} exceeds the text encoder's {text.max_position_embeddings}")
+            wrong.append(
+                f"max_text_len {config.max_text_len} exceeds the text encoder's {text.max_position_embeddings}"
+            )
     if wrong:
         raise ExportError(
             f"config.json describes a Grounding DINO that is not covered: {'; '.join(wrong)}.",

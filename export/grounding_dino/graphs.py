@@ -133,10 +133,10 @@ class Detector(nn.Module):
 
     def image_position(self, levels: Levels, level: int) -> Tensor:
         """(h * w, D) sine embedding of one level's places, its level's embedding added."""
-        parts = []
-        for numbers in (levels.rows[level], levels.columns[level]):
-            parts.append(_waves(numbers / (numbers[-1:] + 1e-6) * (2 * math.pi), self.wavelengths))
-        down, across = parts
+        down, across = (
+            _waves(numbers / (numbers[-1:] + 1e-6) * (2 * math.pi), self.wavelengths)
+            for numbers in (levels.rows[level], levels.columns[level])
+        )
         down, across = down[:, None] + 0.0 * across[None], across[None] + 0.0 * down[:, None]
         return torch.cat([down, across], dim=-1).flatten(0, 1) + self.level_embed[level]
 
@@ -147,9 +147,7 @@ class Detector(nn.Module):
 
     def propose(self, image: Tensor, text: Tensor, levels: Levels) -> Tensor:
         """The places that answer best to any token, as boxes (Q, 4) cx, cy, w, h in 0..1, the best first."""
-        sizes = torch.cat(
-            [0.0 * part + 0.05 * 2.0**level for level, part in enumerate(levels.split(levels.centres))]
-        )
+        sizes = torch.cat([0.0 * part + 0.05 * 2.0**level for level, part in enumerate(levels.split(levels.centres))])
         anchors = torch.cat([levels.centres, sizes], dim=1)
         # As a float minimum: TensorRT reduces no booleans.
         inside = ((anchors > 0.01) & (anchors < 0.99)).to(torch.float32).amin(-1, keepdim=True) > 0.5
@@ -229,7 +227,9 @@ def _logit(x: Tensor) -> Tensor:
 def example_inputs(graph: str, constants: contract.GroundingDinoConstants) -> tuple[Tensor, ...]:
     """Tensors to trace `graph` with: sizes that no two steps have in common, so that none is taken for a fixed one."""
     side = constants.shortest_edge
-    return random_inputs(contract.graphs(constants)[graph], {"T": 9, "H": side, "W": min(side + 37, constants.longest_edge)})
+    return random_inputs(
+        contract.graphs(constants)[graph], {"T": 9, "H": side, "W": min(side + 37, constants.longest_edge)}
+    )
 
 
 def random_inputs(spec: GraphSpec, sizes: dict[str, int], seed: int = 0) -> tuple[Tensor, ...]:

@@ -69,9 +69,7 @@ def sharpened(config: GroundingDinoConfig, seed: int = 0) -> GroundingDinoForObj
             if parameter.ndim > 1 and "embeddings" not in name and "level_embed" not in name:
                 fan_in = parameter[0].numel()
                 nn.init.normal_(parameter, std=1.0 / fan_in**0.5)
-            if "relative_position_bias_table" in name:
-                nn.init.normal_(parameter, std=1.0)
-            elif "embeddings" in name and parameter.ndim > 1:
+            if "relative_position_bias_table" in name or ("embeddings" in name and parameter.ndim > 1):
                 nn.init.normal_(parameter, std=1.0)
             elif name.endswith(("vision_param", "text_param")):
                 nn.init.uniform_(parameter, 0.5, 1.0)
@@ -86,17 +84,19 @@ def sharpened(config: GroundingDinoConfig, seed: int = 0) -> GroundingDinoForObj
     return model
 
 
-WORDS = """a an the red green blue cat dog remote control controller person bed lamp pillow chair table cup plate coffee
-spoon book picture window wall floor striped circle square triangle on of with st bernard very long name""".split()
+WORDS = (
+    "a an the red green blue cat dog remote control controller person bed lamp pillow chair table cup plate coffee "
+    "spoon book picture window wall floor striped circle square triangle on of with st bernard very long name "
+)
 
 
 def small_vocabulary() -> dict[str, int]:
     """A WordPiece vocabulary with BERT's ids for what the model knows by number; letters cover other words."""
     fixed = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
-    letters = [chr(c) for c in (*range(ord("a"), ord("z") + 1), *range(ord("а"), ord("я") + 1))]
+    letters = [chr(c) for c in (*range(ord("a"), ord("z") + 1), *range(0x430, 0x450))]
     digits = [str(d) for d in range(10)]
-    others = list("猫犬,-!()[]'") + ["ed", "ing"]
-    tokens = [*letters, *digits, *(f"##{t}" for t in (*letters, *digits, "ed", "ing")), *others, *WORDS]
+    others = [*"猫犬,-!()[]'", "ed", "ing"]
+    tokens = [*letters, *digits, *(f"##{t}" for t in (*letters, *digits, "ed", "ing")), *others, *WORDS.split()]
     vocabulary = dict(fixed)
     taken = set(fixed.values())
     free = (i for i in range(1030, 2000) if i not in taken)

@@ -1,9 +1,9 @@
 """Grounding DINO detector: captions of the asked classes are encoded once and kept, images run the detector graph.
 
-Reference: transformers' ``GroundingDinoForObjectDetection`` with its processor. Steps: `Captioner` makes captions of the
-classes, the text encoder's features of each are taken from the cache or computed, `preprocess` writes the detector's
-bound input, and `postprocess` turns logits and boxes into detections. A list of classes with more tokens than one
-caption holds runs the detector once per caption.
+Reference: transformers' ``GroundingDinoForObjectDetection`` with its processor. Steps: `Captioner` makes captions
+of the classes, the text encoder's features of each are taken from the cache or computed, `preprocess` writes the
+detector's bound input, and `postprocess` turns logits and boxes into detections. A list of classes with more tokens
+than one caption holds runs the detector once per caption.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ...runtime.base import Binding, Session
 from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
-from ..detection.nms import nms as suppress
-from ..detection.text_cache import TextCache
 from ..sam2.preprocess import check_image
 from ..verdicts import VerdictStore
+from .interim import TextCache
+from .interim import nms as suppress
 from .postprocess import find, merge
 from .preprocess import preprocess, resized_size
 from .text import Caption, Captioner
@@ -110,7 +110,7 @@ class GroundingDinoDetector:
 
         bundle = open_family(bundle, contract.FAMILY)
         constants = GroundingDinoConstants.from_dict(bundle.manifest.constants)
-        tokenizer = bundle.read_file(contract.TOKENIZER)
+        tokenizer = bundle.file(contract.TOKENIZER).read_bytes()
         found = open_graphs(
             bundle,
             Asked(device, backend, precision, threads, force, prove),
@@ -187,9 +187,7 @@ class GroundingDinoDetector:
         for caption in captions:
             with self.run(image, caption) as (logits, boxes):
                 size = (image.shape[0], image.shape[1])
-                parts.append(
-                    find(logits, boxes, caption.labels, caption.edges, size, box_threshold, text_threshold)
-                )
+                parts.append(find(logits, boxes, caption.labels, caption.edges, size, box_threshold, text_threshold))
         found = merge(parts)
         kept: Any = slice(None)
         if nms is not None:
@@ -279,9 +277,7 @@ class GroundingDinoDetector:
             return self._chain.fetch(binding, (contract.TEXT_FEATURES,))[contract.TEXT_FEATURES].copy()
 
     @contextlib.contextmanager
-    def _run(
-        self, image: npt.NDArray[np.uint8], caption: Caption, features: Floats
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def _run(self, image: npt.NDArray[np.uint8], caption: Caption, features: Floats) -> Iterator[tuple[Floats, Floats]]:
         """One run of the detector; under its lock."""
         height, width = resized_size(image.shape[0], image.shape[1], self.constants)
         with self._chain.lock:

@@ -1,8 +1,8 @@
-"""Image to model input: the shorter side to 800 pixels unless the longer one would exceed 1333, then mean and deviation.
+"""Image to model input: resized by its shorter side within a limit for the longer one, then mean and deviation.
 
-Reference: transformers' ``image_processing_pil_grounding_dino.py``, which follows the original's PIL transforms: Pillow's
-bilinear resize of 8-bit pixels (antialiased, rounded to 8 bits), then rescaling and normalising in float32. With 256
-values per channel the last two are a lookup table, so the tensor is equal to the reference bit by bit.
+Reference: transformers' ``image_processing_pil_grounding_dino.py``, which follows the original's PIL transforms:
+Pillow's bilinear resize of 8-bit pixels (antialiased, rounded to 8 bits), then rescaling and normalising in float32.
+With 256 values per channel the last two are a lookup table, so the tensor is equal to the reference bit by bit.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Captioner:
         return self.from_ids(ids, [label for label, _ in pack])
 
     def from_ids(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> Caption:
-        """The caption of token ids: start, phrases that a dot ends, end. `labels` numbers the phrases from 0 if None."""
+        """The caption of these tokens: start, phrases that a dot ends, end. `labels`: 0, 1, ... if None."""
         dots = np.flatnonzero(np.array(ids) == self._constants.dot_token)
         starts = np.concatenate([[1], dots[:-1] + 1])
         mask, positions = phrase_masks(ids, self._constants.special_tokens)

@@ -88,7 +88,14 @@ def same(found: Detections, wanted: Detections) -> bool:
 def pictures() -> list[np.ndarray]:
     """Photos at several aspect ratios, odd sizes among them."""
     coffee, cat = (photo.pixels for photo in default_photos())
-    return [coffee, cat, np.ascontiguousarray(coffee.transpose(1, 0, 2)), coffee[:, 100:301], coffee[100:260], cat[:97, :113]]
+    return [
+        coffee,
+        cat,
+        np.ascontiguousarray(coffee.transpose(1, 0, 2)),
+        coffee[:, 100:301],
+        coffee[100:260],
+        cat[:97, :113],
+    ]
 
 
 def test_detections_are_those_of_the_stock_model(small_dino: Exported, detector: GroundingDinoDetector) -> None:
@@ -107,9 +114,7 @@ def test_detections_are_those_of_the_stock_model(small_dino: Exported, detector:
 
 
 @pytest.mark.parametrize("mistake", ["mask", "positions", "normalisation", "swapped edges"])
-def test_mistakes_change_detections(
-    small_dino: Exported, mistake: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_change_detections(small_dino: Exported, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: each of these must be seen in the detections, not only in the raw outputs."""
     from pixano_edge.engine.models.grounding_dino import detector as module
     from pixano_edge.engine.models.grounding_dino import text
@@ -199,7 +204,12 @@ def test_unusual_names_have_defined_results(
 
 @pytest.mark.parametrize(
     ("classes", "problem"),
-    [([], "no classes"), (["cat", ""], "Class 1 is empty"), (["..."], "no word"), (["cat " * 240 + "."], "tokens|characters")],
+    [
+        ([], "no classes"),
+        (["cat", ""], "Class 1 is empty"),
+        (["..."], "no word"),
+        (["cat " * 240 + "."], "tokens|characters"),
+    ],
 )
 def test_impossible_classes_are_refused(detector: GroundingDinoDetector, classes: list[str], problem: str) -> None:
     if problem.startswith("tokens"):
@@ -217,7 +227,9 @@ def test_numbers_out_of_range_are_refused(detector: GroundingDinoDetector, name:
 
 def test_thresholds_at_the_ends(small_dino: Exported, detector: GroundingDinoDetector) -> None:
     image = pictures()[1]
-    assert len(detector.detect(image, ["cat"], box_threshold=0.0, text_threshold=0.0)) == small_dino.constants.num_queries
+    assert (
+        len(detector.detect(image, ["cat"], box_threshold=0.0, text_threshold=0.0)) == small_dino.constants.num_queries
+    )
     assert len(detector.detect(image, ["cat"], box_threshold=1.0, text_threshold=0.0)) == 0
     few = detector.detect(image, ["cat"], box_threshold=0.0, text_threshold=0.0, limit=3)
     assert len(few) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -106,7 +108,7 @@ def test_long_lists_are_split_in_order(captioner: Captioner) -> None:
     assert all(len(c) <= CONSTANTS.max_text_len for c in captions)
     assert [label for c in captions for label in c.labels] == list(range(300))
     # Filled up: the next phrase would not have fitted.
-    for caption, after in zip(captions, captions[1:]):
+    for caption, after in pairwise(captions):
         assert len(caption) + len(spans(after)[0]) + 1 > CONSTANTS.max_text_len
     assert [s for c in captions for s in spans(c)] == [captioner.phrase(name) for name in classes]
 
@@ -121,7 +123,7 @@ def test_a_caption_may_be_exactly_full(captioner: Captioner) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", "...", "?", "\u200b"])
 def test_a_name_without_a_word_is_refused(captioner: Captioner, name: str) -> None:
-    with pytest.raises(PromptError, match="Class 1 .* has no word"):
+    with pytest.raises(PromptError, match=r"Class 1 .* has no word"):
         captioner.captions(["cat", name])
 
 
