@@ -48,7 +48,8 @@ class Worst:
 def sizes_to_try(spec: GraphSpec) -> list[dict[str, int]]:
     """Sizes of the dynamic dimensions: smallest, typical, and two that differ in every dimension.
 
-    They stay small, since a graph is run in full on the CPU. A fixed graph gets two empty entries: two inputs.
+    They stay small, since a graph is run in full on the CPU. A fixed graph gets two empty entries: two inputs. Where
+    the contract lists profiles, sizes that fit none of them give way to the smallest of each profile.
     """
     if not spec.ranges:
         return [{}, {}]
@@ -60,7 +61,14 @@ def sizes_to_try(spec: GraphSpec) -> list[dict[str, int]]:
 
     typical = {name: middle for name, (_, middle, _) in spec.ranges.items()}
     tried = [within(lambda i: 0), typical, within(lambda i: 3 + 2 * i), within(lambda i: 5 if i == 0 else 1 + i)]
+    fitting = [s for s in tried if not spec.profiles or any(_fits(s, profile) for profile in spec.profiles)]
+    if len(fitting) < len(tried):
+        tried = fitting + [{name: low for name, (low, _, _) in profile.items()} for profile in spec.profiles]
     return [s for index, s in enumerate(tried) if s not in tried[:index]]
+
+
+def _fits(sizes: Mapping[str, int], profile: Mapping[str, tuple[int, int, int]]) -> bool:
+    return all(low <= sizes[name] <= high for name, (low, _, high) in profile.items())
 
 
 def measure(
