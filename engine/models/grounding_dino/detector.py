@@ -21,14 +21,15 @@ from ...bundle import Bundle
 from ...contracts import grounding_dino as contract
 from ...contracts.grounding_dino import GroundingDinoConstants
 from ...errors import DeviceError
-from ...runtime.base import Binding, Session
+from ...runtime.base import Array, Binding, Device, Session
 from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
+from ..detection.nms import nms as suppress
+from ..detection.text_cache import TextCache
+from ..sam2.diagnosis import PREPROCESSING
 from ..sam2.preprocess import check_image
 from ..verdicts import VerdictStore
-from .interim import TextCache
-from .interim import nms as suppress
 from .postprocess import find, merge
 from .preprocess import preprocess, resized_size
 from .text import Caption, Captioner
@@ -216,7 +217,6 @@ class GroundingDinoDetector:
 
     def info(self) -> dict[str, Any]:
         """Bundle, device, back end, precision and why, warnings, warm-up, counters; JSON-ready."""
-        stats = self.text_cache.stats()
         graphs = (self._text_encoder.info(), self._detector.info())
         told = (self._description, {"warnings": tuple(self._chain.warnings.values())}, *graphs)
         return {
@@ -232,13 +232,41 @@ class GroundingDinoDetector:
             "backend": self._detector.backend,
             contract.TEXT_ENCODER: graphs[0],
             contract.DETECTOR: graphs[1],
-            "text_cache": {"entries": stats.entries, "bytes": stats.bytes, "max_bytes": stats.max_bytes},
+            "text_cache": self.text_cache.stats().to_dict(),
         }
 
     def memory(self) -> MemoryUse:
         """Bytes that sessions and their buffers take now; cached text features lie in host memory."""
         on_device = self.text_cache.stats().bytes if self._device.kind == "cpu" else 0
         return model_memory((self._text_encoder, self._detector), on_device)
+
+    @property
+    def traced(self) -> dict[str, str]:
+        """Tensors of `trace` in pipeline order, and the graph that makes each.
+
+        None of the detector's: two of its queries may change ranks on another device, and then answer from other
+        places, without anybody being wrong. Its detections are what is checked.
+        """
+        names = (contract.PIXEL_VALUES, contract.INPUT_IDS, contract.POSITION_IDS, contract.TEXT_SELF_ATTENTION_MASK)
+        return {**dict.fromkeys(names, PREPROCESSING), contract.TEXT_FEATURES: contract.TEXT_ENCODER}
+
+    def trace(self, image: npt.NDArray[np.uint8], classes: Sequence[str]) -> dict[str, Array]:
+        """The tensors of `traced` for an image and class names; of several captions the first one's."""
+        caption = self.captioner.captions(classes)[0]
+        pixels = np.empty((1, 3, *resized_size(image.shape[0], image.shape[1], self.constants)), np.float32)
+        preprocess(image, self.constants, pixels)
+        return {
+            contract.PIXEL_VALUES: pixels,
+            contract.INPUT_IDS: caption.input_ids,
+            contract.POSITION_IDS: caption.position_ids,
+            contract.TEXT_SELF_ATTENTION_MASK: caption.mask,
+            contract.TEXT_FEATURES: self.text_features(caption),
+        }
+
+    @property
+    def device(self) -> Device:
+        """The device object, for facts about it."""
+        return self._device
 
     @property
     def runs(self) -> tuple[int, int]:
