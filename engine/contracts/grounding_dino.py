@@ -30,6 +30,7 @@ TEXT_FEATURES = "text_features"
 PIXEL_VALUES = "pixel_values"
 LOGITS = "logits"
 BOXES = "boxes"
+SELECTION_SCORES = "selection_scores"
 
 TOKENIZER = "tokenizer.json"
 """Name of the bundle's tokeniser file."""
@@ -178,7 +179,9 @@ def detector(c: GroundingDinoConstants) -> GraphSpec:
 
     `pixel_values` is any image of the family's resize, unpadded. `logits` covers the caption's own tokens: upstream's
     padding with minus infinity up to `max_text_len` is left out. `boxes` are centre x, centre y, width and height in
-    0..1 of the image. Queries are in the order of their selection score. Two profiles: wide and tall images.
+    0..1 of the image. Queries are in the order of their selection score, which `selection_scores` holds: where two of
+    them nearly tie, another runtime may swap the two queries, and then both answer from another place. Two profiles:
+    wide and tall images.
     """
     low, short, long = c.min_edge, c.shortest_edge, c.longest_edge
     usual = min(long, round(short * 4 / 3))
@@ -194,6 +197,7 @@ def detector(c: GroundingDinoConstants) -> GraphSpec:
         outputs=(
             TensorSpec(LOGITS, "float32", (1, c.num_queries, "T")),
             TensorSpec(BOXES, "float32", (1, c.num_queries, 4)),
+            TensorSpec(SELECTION_SCORES, "float32", (1, c.num_queries)),
         ),
         ranges={"H": (low, short, long), "W": (low, usual, long), "T": tokens},
         profiles=(

@@ -99,8 +99,8 @@ class Detector(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, text_features: Tensor, position_ids: Tensor, text_self_attention_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns `logits` (1, Q, T) and `boxes` (1, Q, 4)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns `logits` (1, Q, T), `boxes` (1, Q, 4) and `selection_scores` (1, Q)."""
         maps = self.feature_maps(pixel_values)
         levels = Levels(maps)
         image = torch.cat([m.flatten(1, 2) for m in maps], dim=1)
@@ -110,7 +110,7 @@ class Detector(nn.Module):
         text = text_features
         for layer in self.encoder:
             image, text = layer(image, text, image_position, text_position, mask, levels)
-        reference = self.propose(image, text, levels)
+        reference, scores = self.propose(image, text, levels)
         hidden = self.queries
         for index, layer in enumerate(self.decoder):
             hidden = layer(hidden, self.query_position(reference), reference, image, text, levels)
@@ -119,7 +119,7 @@ class Detector(nn.Module):
                 reference = (self.refine[index](hidden)[0] + _logit(reference)).sigmoid()
         final = self.decoder_norm(hidden)
         boxes = (self.bbox_embed[len(self.decoder) - 1](final) + _logit(reference)[None]).sigmoid()
-        return final @ text.transpose(1, 2), boxes
+        return final @ text.transpose(1, 2), boxes, scores[None]
 
     def feature_maps(self, pixels: Tensor) -> list[Tensor]:
         """(1, 3, H, W) to the maps (1, h, w, D) of all levels, the finest first."""
@@ -145,17 +145,19 @@ class Detector(nn.Module):
         swapped = torch.cat([reference[:, 1:2], reference[:, 0:1], reference[:, 2:]], dim=1)
         return self.reference_head(_waves(swapped * (2 * math.pi), self.query_wavelengths).flatten(1))[None]
 
-    def propose(self, image: Tensor, text: Tensor, levels: Levels) -> Tensor:
-        """The places that answer best to any token, as boxes (Q, 4) cx, cy, w, h in 0..1, the best first."""
+    def propose(self, image: Tensor, text: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        """The places that answer best to any token, as boxes (Q, 4) cx, cy, w, h in 0..1, the best first, and their
+        scores (Q,)."""
         sizes = torch.cat([0.0 * part + 0.05 * 2.0**level for level, part in enumerate(levels.split(levels.centres))])
         anchors = torch.cat([levels.centres, sizes], dim=1)
         # As a float minimum: TensorRT reduces no booleans.
         inside = ((anchors > 0.01) & (anchors < 0.99)).to(torch.float32).amin(-1, keepdim=True) > 0.5
         states = self.enc_output_norm(self.enc_output(torch.where(inside, image[0], 0.0)))
         scores = (states @ text[0].transpose(0, 1)).amax(-1)
-        best = torch.topk(scores, self.count)[1]
+        scores, best = torch.topk(scores, self.count)
         anchors = torch.where(inside, torch.log(anchors / (1 - anchors)), FAR)
-        return (self.enc_bbox(states.index_select(0, best)) + anchors.index_select(0, best)).sigmoid()
+        boxes = (self.enc_bbox(states.index_select(0, best)) + anchors.index_select(0, best)).sigmoid()
+        return boxes, scores
 
 
 class _EncoderLayer(nn.Module):

@@ -34,7 +34,7 @@ class Reference:
     Attributes:
         logits: (Q, T), the caption's own tokens.
         boxes: (Q, 4) cx, cy, w, h.
-        selection: (Q + 1,) selection scores by rank, the first that was not taken last.
+        selection: (Q,) selection scores by rank.
     """
 
     logits: Floats
@@ -79,22 +79,23 @@ def reference(model: Any, pixels: Floats, caption: Caption) -> Reference:
     with torch.no_grad():
         answer = model(pixel_values=torch.from_numpy(pixels), input_ids=torch.tensor([caption.ids]))
     count = len(caption)
-    scores = answer.enc_outputs_class[0, :, :count].amax(-1)
-    taken = min(len(scores), model.config.num_queries + 1)
-    selection = np.full(model.config.num_queries + 1, -np.inf, np.float32)
-    selection[:taken] = scores.topk(taken)[0].numpy()
+    selection = answer.enc_outputs_class[0, :, :count].amax(-1).topk(model.config.num_queries)[0].numpy()
     return Reference(answer.logits[0, :, :count].numpy(), answer.pred_boxes[0].numpy(), selection)
+
+
+def near_ties(selection: Floats) -> npt.NDArray[np.bool_]:
+    """Ranks (Q,) whose score is within `TIE` of a neighbour's; the last one may tie with one that was not taken."""
+    gaps = -np.diff(selection)
+    return np.minimum(np.append(gaps, 0.0), np.insert(gaps, 0, np.inf)) < TIE
 
 
 def compare(wanted: Reference, logits: Floats, boxes: Floats, limit: float = LIMIT) -> Agreement:
     """Compares one answer, (Q, T) and (Q, 4), with the reference; `limit` tells which queries count as different."""
     logit_errors = np.abs(logits - wanted.logits).max(axis=1) / np.abs(wanted.logits).max()
     box_errors = np.abs(boxes - wanted.boxes).max(axis=1) / np.abs(wanted.boxes).max()
-    gaps = -np.diff(wanted.selection)
-    near = np.minimum(gaps, np.insert(gaps[:-1], 0, np.inf)) < TIE
     # NaN must not pass as "not larger".
     different = ~((logit_errors <= limit) & (box_errors <= limit))
-    swapped = different & near
+    swapped = different & near_ties(wanted.selection)
     return Agreement(
         float(logit_errors[~swapped].max(initial=0.0)),
         float(box_errors[~swapped].max(initial=0.0)),

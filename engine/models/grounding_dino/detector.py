@@ -213,7 +213,9 @@ class GroundingDinoDetector:
 
     def text_features(self, caption: Caption) -> Floats:
         """(1, T, D) features of a caption, computed once and then taken from the cache; do not change them."""
-        return self.text_cache.get_or_create(caption.ids, lambda: self._first_features(caption))
+        return self.text_cache.get_or_create(
+            (self._bundle_hash, self._variant, caption.ids), lambda: self._first_features(caption)
+        )
 
     def info(self) -> dict[str, Any]:
         """Bundle, device, back end, precision and why, warnings, warm-up, counters; JSON-ready."""
@@ -302,7 +304,9 @@ class GroundingDinoDetector:
             self._chain.write(binding, contract.INPUT_IDS, caption.input_ids)
             self._write_caption(binding, caption)
             self._chain.launch(binding)
-            return self._chain.fetch(binding, (contract.TEXT_FEATURES,))[contract.TEXT_FEATURES].copy()
+            features = self._chain.fetch(binding, (contract.TEXT_FEATURES,))[contract.TEXT_FEATURES].copy()
+        features.flags.writeable = False
+        return features
 
     @contextlib.contextmanager
     def _run(self, image: npt.NDArray[np.uint8], caption: Caption, features: Floats) -> Iterator[tuple[Floats, Floats]]:
