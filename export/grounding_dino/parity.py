@@ -61,7 +61,7 @@ class Agreement:
     @property
     def allowed(self) -> int:
         """Most queries that may have changed ranks."""
-        return max(2, int(self.queries * SWAPS))
+        return allowed_swaps(self.queries)
 
     @property
     def passed(self) -> bool:
@@ -83,6 +83,26 @@ def reference(model: Any, pixels: Floats, caption: Caption) -> Reference:
     return Reference(answer.logits[0, :, :count].numpy(), answer.pred_boxes[0].numpy(), selection)
 
 
+def swapped_queries(wanted: Reference, logits: Floats, boxes: Floats, limit: float = LIMIT) -> npt.NDArray[np.bool_]:
+    """Queries (Q,) that differ from the reference and whose ranks were a near tie."""
+    logit_errors, box_errors = _errors(wanted, logits, boxes)
+    # NaN must not pass as "not larger".
+    return ~((logit_errors <= limit) & (box_errors <= limit)) & near_ties(wanted.selection)
+
+
+def allowed_swaps(queries: int) -> int:
+    """Most of so many queries that may have changed ranks; two make one swap."""
+    return max(2, int(queries * SWAPS))
+
+
+def _errors(wanted: Reference, logits: Floats, boxes: Floats) -> tuple[Floats, Floats]:
+    """Per query the largest difference of its logits and of its box, over the largest reference value."""
+    return (
+        np.abs(logits - wanted.logits).max(axis=1) / np.abs(wanted.logits).max(),
+        np.abs(boxes - wanted.boxes).max(axis=1) / np.abs(wanted.boxes).max(),
+    )
+
+
 def near_ties(selection: Floats) -> npt.NDArray[np.bool_]:
     """Ranks (Q,) whose score is within `TIE` of a neighbour's; the last one may tie with one that was not taken."""
     gaps = -np.diff(selection)
@@ -91,11 +111,8 @@ def near_ties(selection: Floats) -> npt.NDArray[np.bool_]:
 
 def compare(wanted: Reference, logits: Floats, boxes: Floats, limit: float = LIMIT) -> Agreement:
     """Compares one answer, (Q, T) and (Q, 4), with the reference; `limit` tells which queries count as different."""
-    logit_errors = np.abs(logits - wanted.logits).max(axis=1) / np.abs(wanted.logits).max()
-    box_errors = np.abs(boxes - wanted.boxes).max(axis=1) / np.abs(wanted.boxes).max()
-    # NaN must not pass as "not larger".
-    different = ~((logit_errors <= limit) & (box_errors <= limit))
-    swapped = different & near_ties(wanted.selection)
+    logit_errors, box_errors = _errors(wanted, logits, boxes)
+    swapped = swapped_queries(wanted, logits, boxes, limit)
     return Agreement(
         float(logit_errors[~swapped].max(initial=0.0)),
         float(box_errors[~swapped].max(initial=0.0)),
