@@ -212,5 +212,14 @@ def graphs(c: GroundingDinoConstants) -> dict[str, GraphSpec]:
     return {g.name: g for g in (text_encoder(c), detector(c))}
 
 
+def family_graphs(values: Mapping[str, Any]) -> dict[str, GraphSpec]:
+    """Every graph of a bundle, by name, from the manifest's constants.
+
+    Raises:
+        ContractError: See `GroundingDinoConstants.from_dict`.
+    """
+    return graphs(GroundingDinoConstants.from_dict(values))
+
+
 def _tokens(c: GroundingDinoConstants) -> tuple[int, int, int]:
     return MIN_TOKENS, min(TYPICAL_TOKENS, c.max_text_len), c.max_text_len

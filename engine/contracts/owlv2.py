@@ -189,3 +189,8 @@ def text_encoder(c: OwlConstants) -> GraphSpec:
 def graphs(c: OwlConstants) -> dict[str, GraphSpec]:
     """Every graph of the family, by name."""
     return {g.name: g for g in (image_encoder(c), text_encoder(c))}
+
+
+def family_graphs(constants: Mapping[str, Any]) -> dict[str, GraphSpec]:
+    """Every graph that a manifest's constants describe; raises ContractError when they do not fit."""
+    return graphs(OwlConstants.from_dict(constants))

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTokenizer, Owlv2ForObjectDetection, OwlViTForObjectDetection
+from transformers import (
+    CLIPTokenizer,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessorPil,
+    OwlViTForObjectDetection,
+    OwlViTImageProcessorPil,
+)
 
 from pixano_edge.engine.bundle.manifest import Licence, Source
 from pixano_edge.engine.contracts.owlv2 import OWLV2, OWLVIT, OwlConstants
@@ -34,6 +40,7 @@ from pixano_edge.export.checkpoint import (
 )
 
 MODELS = {OWLV2: Owlv2ForObjectDetection, OWLVIT: OwlViTForObjectDetection}
+PROCESSORS = {OWLV2: Owlv2ImageProcessorPil, OWLVIT: OwlViTImageProcessorPil}
 # Model cards of these hub ids say Apache-2.0, as does the licence file of google-research/scenic.
 OFFICIAL_LICENCES = dict.fromkeys(
     (
@@ -47,6 +54,7 @@ OFFICIAL_LICENCES = dict.fromkeys(
 _COUNTED = (".position_ids", "box_bias")
 # What the published processors do; OWL-ViT's does not know the first.
 _STEPS = ("do_pad", "do_resize", "do_rescale", "do_normalize")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
@@ -56,7 +64,9 @@ class OwlCheckpoint:
 
     Attributes:
         model: `Owlv2ForObjectDetection` or `OwlViTForObjectDetection`, float32, eval mode, on the CPU.
-        tokenizer: Content of ``tokenizer.json``.
+        text: transformers' `CLIPTokenizer`.
+        images: transformers' `Owlv2ImageProcessorPil` or `OwlViTImageProcessorPil`.
+        tokenizer: Content of ``tokenizer.json``, for the engine.
         constants: What the contract needs to know.
         source: Goes into the manifest.
         licence: Goes into the manifest.
@@ -64,6 +74,8 @@ class OwlCheckpoint:
     """
 
     model: Any
+    text: Any
+    images: Any
     tokenizer: bytes
     constants: OwlConstants
     source: Source
@@ -99,12 +111,14 @@ def load(source: str | Path, family: str, *, revision: str | None = None, licenc
     model = from_pretrained(MODELS[family], folder).eval().requires_grad_(False)
     _check_keys(tensor_names(weights), set(model.state_dict()), family)
     check_finite(model)
-    tokenizer, tokens = read_tokenizer(folder)
-    constants = read_constants(model.config, family, folder, tokens)
+    text = read_tokenizer(folder)
+    constants = read_constants(model.config, family, folder, text)
     made = Source(
         checkpoint=label, format="transformers", sha256=weights_sha256(weights), architecture=_architecture(constants)
     )
-    loaded = OwlCheckpoint(model, tokenizer, constants, made, found, stored_dtype_note(config))
+    tokenizer = text.backend_tokenizer.to_str().encode()
+    images = _image_processor(family, folder, constants)
+    loaded = OwlCheckpoint(model, text, images, tokenizer, constants, made, found, stored_dtype_note(config))
     try:
         Tokenizer(tokenizer, constants)
     except EdgeError as error:
@@ -112,55 +126,51 @@ def load(source: str | Path, family: str, *, revision: str | None = None, licenc
     return loaded
 
 
-def read_tokenizer(folder: Path) -> tuple[bytes, dict[str, int]]:
-    """The tokeniser of a folder as ``tokenizer.json``, and its facts.
-
-    Returns:
-        The file, and `pad_token`, `end_token` and the vocabulary's `largest` id.
-
-    Raises:
-        ExportError: There is none, or it is damaged.
-    """
+def read_tokenizer(folder: Path) -> Any:
+    """The `CLIPTokenizer` of a folder; raises ExportError where there is none, or it is damaged."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ExportError(
             f"'{folder}' has no tokeniser.", f"Get {' or '.join(_TOKENIZER_FILES)} (with merges.txt) of the checkpoint."
         )
     try:
         with quiet():
-            tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            text = tokenizer.backend_tokenizer.to_str()
+            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ExportError(f"The tokeniser in '{folder}' is damaged: {first_line(error)}", "Get it again.") from error
-    facts = {
-        "pad_token": tokenizer.pad_token_id,
-        "end_token": tokenizer.eos_token_id,
-        "largest": max(tokenizer.get_vocab().values()),
-    }
-    return text.encode(), {name: -1 if value is None else int(value) for name, value in facts.items()}
 
 
-def read_constants(config: Any, family: str, folder: Path, tokens: dict[str, int]) -> OwlConstants:
+def _image_processor(family: str, folder: Path, constants: OwlConstants) -> Any:
+    """transformers' own, from the checkpoint where it says anything."""
+    kind = PROCESSORS[family]
+    if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        with quiet():
+            return kind.from_pretrained(folder, local_files_only=True)
+    return kind(size={"height": constants.image_size, "width": constants.image_size})
+
+
+def read_constants(config: Any, family: str, folder: Path, text: Any) -> OwlConstants:
     """The contract's constants of a configuration, with what the processor's file says of the images.
 
     Args:
         config: Of the model.
         family: ``owlv2`` or ``owlvit``.
         folder: Of the checkpoint.
-        tokens: Of `read_tokenizer`.
+        text: Of `read_tokenizer`.
 
     Raises:
         ExportError: The architecture is outside the contract.
     """
-    vision, text = config.vision_config, config.text_config
+    vision, words = config.vision_config, config.text_config
+    largest, end, pad = max(text.get_vocab().values()), text.eos_token_id, text.pad_token_id
     size = square_side(vision.image_size)
     expected = {
-        "projection_dim": (int(config.projection_dim), int(text.hidden_size)),
+        "projection_dim": (int(config.projection_dim), int(words.hidden_size)),
         # transformers pools a text at its largest id.
-        "the tokeniser's end token": (tokens["end_token"], tokens["largest"]),
-        "the text's vocab_size": (int(text.vocab_size), tokens["largest"] + 1),
+        "the tokeniser's end token": (end, largest),
+        "the text's vocab_size": (int(words.vocab_size), largest + 1),
     }
     wrong = [f"{key} is {got}, expected {want}" for key, (got, want) in expected.items() if got != want]
-    if tokens["pad_token"] < 0:
+    if pad is None:
         wrong.append("the tokeniser has no padding")
     images = _processor_values(folder, size)
     if wrong:
@@ -173,10 +183,10 @@ def read_constants(config: Any, family: str, folder: Path, tokens: dict[str, int
             family=family,
             image_size=size,
             patch_size=square_side(vision.patch_size),
-            embed_dim=int(text.hidden_size),
-            max_tokens=int(text.max_position_embeddings),
-            pad_token=tokens["pad_token"],
-            end_token=tokens["end_token"],
+            embed_dim=int(words.hidden_size),
+            max_tokens=int(words.max_position_embeddings),
+            pad_token=int(pad),
+            end_token=int(end),
             **images,
         )
     except ContractError as error:
@@ -185,7 +195,7 @@ def read_constants(config: Any, family: str, folder: Path, tokens: dict[str, int
 
 def _processor_values(folder: Path, size: int) -> dict[str, Any]:
     """Mean and deviation from the processor's file; refuses one that prepares images otherwise than the engine."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in _PROCESSOR_FILES:
         if not (folder / name).is_file():
             continue
         settings = read_json(folder / name)
