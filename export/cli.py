@@ -131,6 +131,31 @@ def owlvit(
     _export_detector("owlvit", checkpoint, output, name, variants, photos, classes, licence, revision, force, as_json)
 
 
+@app.command("grounding-dino")
+def grounding_dino(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hub id (IDEA-Research/grounding-dino-tiny or -base) or transformers folder.")
+    ],
+    output: OutputOption,
+    name: NameOption = None,
+    variants: VariantsOption = "fp32,fp16",
+    photos: PhotosOption = None,
+    classes: ClassesOption = None,
+    licence: LicenceOption = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export Grounding DINO: zero-shot detection by names, at any image size.
+
+    Writes the graphs as ONNX, measures tensors and final detections against PyTorch on photos, and leaves no bundle
+    when they differ.
+    """
+    _export_detector(
+        "grounding-dino", checkpoint, output, name, variants, photos, classes, licence, revision, force, as_json
+    )
+
+
 def _export_detector(
     family: str,
     checkpoint: str,
@@ -147,6 +172,7 @@ def _export_detector(
     """The command of any detector; `family` chooses who loads the checkpoint."""
     _check_installed()
     from pixano_edge.export.detection.export import count_steps
+    from pixano_edge.export.grounding_dino import export_grounding_dino
     from pixano_edge.export.owlv2 import export_owl
 
     wanted = _variants(variants)
@@ -154,11 +180,13 @@ def _export_detector(
     asked = None if classes is None else [[c.strip() for c in classes.split(",") if c.strip()]]
     if asked == [[]]:
         raise typer.BadParameter("name at least one class", param_hint="--classes")
-    _run(
-        lambda step: export_owl(checkpoint, family=family, classes=asked, progress=step, **options),
-        count_steps(wanted),
-        as_json,
-    )
+
+    def export(step: Callable[[str, int, int], None]) -> Path:
+        if family == "grounding-dino":
+            return export_grounding_dino(checkpoint, classes=asked, progress=step, **options)
+        return export_owl(checkpoint, family=family, classes=asked, progress=step, **options)
+
+    _run(export, count_steps(wanted), as_json)
 
 
 def _check_installed() -> None:

@@ -22,7 +22,7 @@ from pixano_edge.engine.bundle.writer import BundleWriter
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
 from pixano_edge.engine.libraries import ORT_WHEELS, installed_version, module_version
-from pixano_edge.export.differences import Feeds
+from pixano_edge.export.differences import Feeds, Settle
 from pixano_edge.export.fp16 import rounded, to_fp16
 from pixano_edge.export.half_weights import narrow
 from pixano_edge.export.onnx_graph import count_parameters, export_graph, weight_bytes
@@ -76,6 +76,7 @@ class GraphExport:
         feeds: Makes inputs to compare TensorRT's variants with.
         keep: What stays in fp32 in the family's fp16 graphs, and why.
         lenders: Graphs whose weights another one has too: its name to theirs; lenders come first in `specs`.
+        settle: Differences that mean nothing between TensorRT's variants and the plain graphs.
 
     Attributes:
         entries: Manifest entries by graph and variant.
@@ -93,12 +94,13 @@ class GraphExport:
         feeds: Feeds,
         keep: Keep,
         lenders: Mapping[str, Collection[str]] | None = None,
+        settle: Settle | None = None,
     ) -> None:
         self.entries: dict[str, dict[str, GraphVariant]] = {graph: {} for graph in specs}
         self.notes: list[str] = []
         self._writer, self._specs, self._variants = writer, specs, variants
         self._step, self._threads = step, threads
-        self._feeds, self._keep, self._lenders = feeds, keep, lenders or {}
+        self._feeds, self._keep, self._lenders, self._settle = feeds, keep, lenders or {}, settle
         self._tensorrt: TensorrtVariants | None = None
 
     def export(self, modules: Mapping[str, nn.Module], example: Callable[[str], tuple[Tensor, ...]]) -> None:
@@ -124,7 +126,7 @@ class GraphExport:
 
     def fit_for_tensorrt(self) -> None:
         """Variants for TensorRT, and the report on them."""
-        self._tensorrt = TensorrtVariants(self._writer, self._feeds, self._threads, self._keep)
+        self._tensorrt = TensorrtVariants(self._writer, self._feeds, self._threads, self._keep, self._settle)
         for graph, spec in self._specs.items():
             self._step(f"Fitting {graph} for TensorRT")
             self.entries[graph] |= self._tensorrt.add(spec, dict(self.entries[graph]))

@@ -99,3 +99,13 @@ def tiny_graphs(tracking_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     from tests.support.tracking import unpack_graphs
 
     return unpack_graphs(tracking_bundle, tmp_path_factory.mktemp("video-graphs"))
+
+
+@pytest.fixture(scope="session")
+def small_dino(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small Grounding DINO with seeded, sharpened weights, and its exported graphs."""
+    pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
+    from tests.support.grounding_dino import export_model, sharpened, small_config
+
+    folder = tmp_path_factory.mktemp("grounding-dino")
+    return export_model(sharpened(small_config()), folder, shortest_edge=96, longest_edge=160)

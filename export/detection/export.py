@@ -9,7 +9,7 @@ from pixano_edge.engine.bundle.manifest import Postprocess
 from pixano_edge.engine.bundle.writer import BundleWriter
 from pixano_edge.engine.errors import BundleError, ExportError
 from pixano_edge.export.detection import parity
-from pixano_edge.export.detection.family import DetectorFamily
+from pixano_edge.export.detection.family import DetectorFamily, GraphRun
 from pixano_edge.export.detection.golden import add_golden
 from pixano_edge.export.photos import Photo, default_photos, load_photos
 from pixano_edge.export.pipeline import (
@@ -72,7 +72,16 @@ def export_detector(
             pictures = load_photos(photos) if photos else default_photos()
             for file, content in family.files.items():
                 writer.add_file(file, content)
-            graphs = GraphExport(writer, family.specs, ordered, step, threads, feeds=family.feeds, keep=family.keep)
+            graphs = GraphExport(
+                writer,
+                family.specs,
+                ordered,
+                step,
+                threads,
+                feeds=family.feeds,
+                keep=family.keep,
+                settle=lambda spec, want, got: family.settle(GraphRun(spec.name, {}, want), got),
+            )
             graphs.export(family.modules(), family.example)
             graphs.fit_for_tensorrt()
             step("Asking PyTorch")

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle
-from ...contracts import owlv2
+from ...contracts import grounding_dino, owlv2
 from ...errors import BundleError
 from .base import Detector
 
-GROUNDING_DINO = "grounding-dino"
-FAMILIES = (*owlv2.FAMILIES, GROUNDING_DINO)
+FAMILIES = (*owlv2.FAMILIES, grounding_dino.FAMILY)
 """What `open_detector` opens."""
 
 
@@ -64,6 +63,10 @@ def _model(bundle: Bundle) -> Any:
         from ..owlv2.detector import Owlv2Detector
 
         return Owlv2Detector
+    if family == grounding_dino.FAMILY:
+        from ..grounding_dino.detector import GroundingDinoDetector
+
+        return GroundingDinoDetector
     raise BundleError(
         f"Bundle '{bundle.manifest.name}' holds '{family}', which is no detector.",
         f"Detectors are {', '.join(FAMILIES)}.",
