@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.contracts import grounding_dino, owlv2
 from pixano_edge.engine.models.detection.base import Detections
-from pixano_edge.engine.models.detection.opening import GROUNDING_DINO, open_detector
+from pixano_edge.engine.models.detection.opening import open_detector
 
 Rgb = npt.NDArray[np.uint8]
 Call = Callable[[], object]
@@ -86,22 +87,23 @@ class TorchDetections:
         self._classes = tuple(classes)
         family = bundle.manifest.family
         load, self._process, self._answer = {
-            "owlv2": ("Owlv2", self._owl_inputs, self._owl_answer),
-            "owlvit": ("OwlViT", self._owl_inputs, self._owl_answer),
-            GROUNDING_DINO: ("GroundingDino", self._dino_inputs, self._dino_answer),
+            owlv2.OWLV2: ("Owlv2", self._owl_inputs, self._owl_answer),
+            owlv2.OWLVIT: ("OwlViT", self._owl_inputs, self._owl_answer),
+            grounding_dino.FAMILY: ("GroundingDino", self._dino_inputs, self._dino_answer),
         }[family]
         model = getattr(transformers, f"{load}ForObjectDetection")
         self._model = model.from_pretrained(checkpoint, dtype=self._kind, local_files_only=True).eval()
         # Not AutoProcessor, which takes the image processors that need torchvision.
         self._images = getattr(transformers, f"{load}ImageProcessorPil").from_pretrained(checkpoint)
-        if family == GROUNDING_DINO:
-            from pixano_edge.engine.contracts.grounding_dino import TOKENIZER, GroundingDinoConstants
+        if family == grounding_dino.FAMILY:
             from pixano_edge.engine.models.grounding_dino.text import Captioner
 
             tokenizer = transformers.BertTokenizer.from_pretrained(checkpoint)
             self._processor = transformers.GroundingDinoProcessor(self._images, tokenizer)
-            constants = GroundingDinoConstants.from_dict(bundle.manifest.constants)
-            (self._caption,) = Captioner(bundle.file(TOKENIZER).read_bytes(), constants).captions(self._classes)
+            constants = grounding_dino.GroundingDinoConstants.from_dict(bundle.manifest.constants)
+            (self._caption,) = Captioner(bundle.file(grounding_dino.TOKENIZER).read_bytes(), constants).captions(
+                self._classes
+            )
         else:
             self._tokenizer = transformers.CLIPTokenizer.from_pretrained(checkpoint)
         self.first = self.cached = self.same = self._call

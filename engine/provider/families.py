@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..contracts import owlv2, sam2, sam2_video
+from ..contracts import grounding_dino, owlv2, sam2, sam2_video
 from ..models.detection.base import Detector
-from ..models.detection.opening import GROUNDING_DINO
 from ..runtime.memory import MemoryUse
 from .convert import LogitsMemory
 from .errors import TaskNotSupportedError
@@ -126,7 +125,7 @@ DETECTION = InferenceTask.OBJECT_DETECTION.value
 FAMILIES: Mapping[str, Mapping[str, str]] = {
     sam2.FAMILY: {IMAGES: "Sam2ImagePredictor", VIDEOS: "Sam2VideoModel"},
     **{family: {DETECTION: "Owlv2Detector"} for family in owlv2.FAMILIES},
-    GROUNDING_DINO: {DETECTION: "GroundingDinoDetector"},
+    grounding_dino.FAMILY: {DETECTION: "GroundingDinoDetector"},
 }
 """Per family the name of the class that does each task, the one first that a bundle is listed with. A bundle may lack
 what tracking needs; see `check_task`."""

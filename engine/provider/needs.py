@@ -27,10 +27,9 @@ import numpy as np
 from ..bundle.bundle import MAX_MANIFEST_BYTES, check_manifest, parse_manifest
 from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, Manifest
-from ..contracts import sam2
+from ..contracts import grounding_dino, sam2
 from ..contracts.base import GraphSpec, TensorSpec
 from ..errors import BundleError, ContractError
-from ..models.detection.opening import GROUNDING_DINO
 from ..models.detection.text_cache import TEXT_BYTES
 from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
 from ..runtime.memory import MemoryUse
@@ -164,7 +163,7 @@ def manifest_needs(
     caches, spare = int(options.cache_mb * (1 << 20)), SPARE_FEATURES * _nbytes(first.outputs, first)
     if manifest.family != sam2.FAMILY:
         spare = 0
-    if manifest.family == GROUNDING_DINO:  # it keeps features of text alone
+    if manifest.family == grounding_dino.FAMILY:  # it keeps features of text alone
         caches = min(caches, TEXT_BYTES)
     use = MemoryUse(
         weights=sum(g.weights for g in graphs.values()),

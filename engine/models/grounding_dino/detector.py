@@ -26,7 +26,7 @@ from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
 from ..detection.nms import nms as suppress
-from ..detection.text_cache import TextCache
+from ..detection.text_cache import TEXT_BYTES, TextCache
 from ..sam2.diagnosis import PREPROCESSING
 from ..sam2.preprocess import check_image
 from ..verdicts import VerdictStore
@@ -98,6 +98,7 @@ class GroundingDinoDetector:
         threads: int | None = None,
         check: Callable[[], None] | None = None,
         force: bool = False,
+        cache_bytes: int = TEXT_BYTES,
         prove: bool = True,
         warm_up: bool | None = None,
         capture: bool = True,
@@ -105,7 +106,10 @@ class GroundingDinoDetector:
     ) -> GroundingDinoDetector:
         """Opens both graphs of a bundle, in the asked combination or the fastest one that is proven here.
 
-        Args and errors as `Sam2ImagePredictor.open`.
+        Args and errors as `Sam2ImagePredictor.open`, and:
+
+        Args:
+            cache_bytes: Budget of the text features kept, at most `TEXT_BYTES`; 0 keeps none.
         """
         from ..opening import Asked, open_family, open_graphs
 
@@ -129,6 +133,7 @@ class GroundingDinoDetector:
                 tokenizer,
                 bundle_hash=bundle.hash,
                 variant=found.precision,
+                text_cache=TextCache(min(TEXT_BYTES, cache_bytes)),
                 description=found.description,
                 capture=capture,
             )
@@ -236,6 +241,10 @@ class GroundingDinoDetector:
             contract.DETECTOR: graphs[1],
             "text_cache": self.text_cache.stats().to_dict(),
         }
+
+    def shrink(self) -> None:
+        """Drops the features of texts."""
+        self.text_cache.clear()
 
     def memory(self) -> MemoryUse:
         """Bytes that sessions and their buffers take now; cached text features lie in host memory."""
