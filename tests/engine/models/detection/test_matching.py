@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def some() -> Detections:
 
 def judge(got: Detections, want: Detections | None = None, **options: float) -> Agreement:
     agreement = Agreement()
-    agreement.add(got, want or some(), 0.3, **options)
+    agreement.add(got, some() if want is None else want, 0.3, **options)
     return agreement
 
 
@@ -30,9 +31,8 @@ def test_equal_detections_agree() -> None:
 
 def test_order_does_not_matter_and_small_differences_are_told() -> None:
     other, turn = some(), [3, 1, 2, 0]
-    moved = Detections(
-        other.boxes[turn] + np.float32(0.5), other.scores[turn] - np.float32(4e-4), other.labels[turn], other.classes
-    )
+    boxes, scores = other.boxes[turn] + np.float32(0.5), other.scores[turn] - np.float32(4e-4)
+    moved = Detections(boxes, scores, other.labels[turn], other.classes)
     agreement = judge(moved)
     assert agreement.problems() == []
     assert agreement.max_box == pytest.approx(0.5)
@@ -53,8 +53,6 @@ def test_order_does_not_matter_and_small_differences_are_told() -> None:
 def test_differences_are_found(change: dict[str, np.ndarray], problem: str) -> None:
     found = judge(dataclasses.replace(some(), **change)).problems()
     assert found
-    import re
-
     assert re.search(problem, "; ".join(found))
 
 
