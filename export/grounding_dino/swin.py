@@ -56,14 +56,16 @@ class SwinBackbone(nn.Module):
 class _Stage(nn.Module):
     def __init__(self, stage: Any) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block(block) for block in stage.blocks)
+        blocks = [_Block(block) for block in stage.blocks]
+        self.blocks = nn.ModuleList(blocks)
+        self.shapes = [(block.window, block.shift) for block in blocks]
         self.downsample = _PatchMerging(stage.downsample) if stage.downsample is not None else None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(1, h, w, C) to what the next stage reads, and to this stage's own result."""
-        grids = {(b.window, b.shift): _Windows(hidden, b.window, b.shift) for b in self.blocks}
-        for block in self.blocks:
-            hidden = block(hidden, grids[block.window, block.shift])
+        grids = {shape: _Windows(hidden, *shape) for shape in self.shapes}
+        for block, shape in zip(self.blocks, self.shapes):
+            hidden = block(hidden, grids[shape])
         return (hidden if self.downsample is None else self.downsample(hidden)), hidden
 
 

@@ -313,7 +313,7 @@ class GroundingDinoDetector:
             self._chain.write(binding, contract.INPUT_IDS, caption.input_ids)
             self._write_caption(binding, caption)
             self._chain.launch(binding)
-            features = self._chain.fetch(binding, (contract.TEXT_FEATURES,))[contract.TEXT_FEATURES].copy()
+            features: Floats = self._chain.fetch(binding, (contract.TEXT_FEATURES,))[contract.TEXT_FEATURES].copy()
         features.flags.writeable = False
         return features
 
