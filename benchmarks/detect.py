@@ -139,12 +139,12 @@ def measure(
                 continue
             step(case)
             before = engine.texts
-            calls = {name: call for name, one in contenders.items() if (call := pick(one)) is not None}
+            calls = {name: call for name, who in contenders.items() if (call := pick(who)) is not None}
             seconds = {name: latency(values) for name, values in interleave(calls, rounds).items()}
             reference = seconds.get(REFERENCE)
-            for name, one in contenders.items():
+            for name, who in contenders.items():
                 ratio = reference.p50 / seconds[name].p50 if reference else None
-                texts = one.texts - before if isinstance(one, EngineDetections) else None
+                texts = who.texts - before if isinstance(who, EngineDetections) else None
                 rows.append(Row(case, name, seconds[name], ratio, texts))
         return Figures(rows, compare(contenders), left_out)
 

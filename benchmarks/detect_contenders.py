@@ -101,9 +101,8 @@ class TorchDetections:
             tokenizer = transformers.BertTokenizer.from_pretrained(checkpoint)
             self._processor = transformers.GroundingDinoProcessor(self._images, tokenizer)
             constants = grounding_dino.GroundingDinoConstants.from_dict(bundle.manifest.constants)
-            (self._caption,) = Captioner(bundle.file(grounding_dino.TOKENIZER).read_bytes(), constants).captions(
-                self._classes
-            )
+            captioner = Captioner(bundle.file(grounding_dino.TOKENIZER).read_bytes(), constants)
+            (self._caption,) = captioner.captions(self._classes)
         else:
             self._tokenizer = transformers.CLIPTokenizer.from_pretrained(checkpoint)
         self.first = self.cached = self.same = self._call

@@ -160,7 +160,8 @@ def _save_owl(size: str, side: int, seed: int, folder: Path) -> None:
     words = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)]
     tokens = list(dict.fromkeys(words))
     tokens += [f"<unused{i}>" for i in range(count - 2 - len(tokens))] + [start, end]
-    CLIPTokenizer(
+    make: Any = CLIPTokenizer  # its annotations know pairs as text only
+    make(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
         unk_token=end,
@@ -187,9 +188,9 @@ def _save_dino(size: str, side: int, seed: int, folder: Path) -> None:
 
     logging.disable_progress_bar()
     backbone, text, rest, (shortest, longest) = DINO_SIZES[size]
-    bert = BertConfig(**text)
+    bert, swin = BertConfig(**text), {**backbone, "out_features": ["stage2", "stage3", "stage4"]}
     config = GroundingDinoConfig(
-        backbone_config=SwinConfig(**backbone, out_features=["stage2", "stage3", "stage4"]),
+        backbone_config=SwinConfig(**swin),
         text_config=bert,
         disable_custom_kernels=True,
         **rest,
