@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +128,18 @@ def random_checkpoint(size: str, image_size: int = 1024, seed: int = 0, *, video
     return folder
 
 
-def exported_bundle(checkpoint: Path) -> Path:
+def exported_bundle(checkpoint: Path, export: Callable[[Path, Path], Path] | None = None) -> Path:
     """Bundle of a checkpoint folder in the cache, exported once (fp32 only: the comparison is on equal weights).
 
     The cache key holds path, sizes and times of the checkpoint's files, so a changed checkpoint is exported again.
 
+    Args:
+        checkpoint: Folder in transformers' format.
+        export: Makes the bundle of a folder at a destination; None for SAM 2.
+
     Raises:
         EdgeError: No such folder, or the export failed.
     """
-    from pixano_edge.export.sam2 import export_sam2
-
     checkpoint = checkpoint.expanduser().resolve()
     if not checkpoint.is_dir():
         raise EdgeError(f"There is no checkpoint folder '{checkpoint}'.", "Give a folder in transformers' format.")
@@ -145,4 +148,10 @@ def exported_bundle(checkpoint: Path) -> Path:
     destination = cache_root() / f"{checkpoint.name}-{key}.bundle"
     if (destination / "manifest.json").is_file():
         return destination
+    return (export or _export_sam2)(checkpoint, destination)
+
+
+def _export_sam2(checkpoint: Path, destination: Path) -> Path:
+    from pixano_edge.export.sam2 import export_sam2
+
     return export_sam2(checkpoint, destination, variants=("fp32",))

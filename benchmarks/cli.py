@@ -168,6 +168,103 @@ def track(
 
 
 @app.command()
+def detect(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="OWLv2, OWL-ViT or Grounding DINO checkpoint folder in transformers' format.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option(help="Bundle of that checkpoint; without --checkpoint only the engine is timed.")
+    ] = None,
+    family: Annotated[
+        str, typer.Option(help="Random model without --checkpoint and --bundle: owlv2 or grounding-dino.")
+    ] = "owlv2",
+    size: Annotated[
+        str, typer.Option(help="Its size: demo, small, base (OWLv2); demo, small, tiny, base (Grounding DINO).")
+    ] = "demo",
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of its input, or shortest edge; default: that of the size.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="'A, B, ...'", help="What to look for; default: eight things.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Image to search; default: a photo of scikit-image.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls per contender and case.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 2,
+    precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Detection by name, from picture to boxes, next to transformers (fp32 and bf16), taken in turns.
+
+    The first call with a list of classes is timed apart from calls with its features kept. Final boxes are compared
+    with those of transformers in fp32. Without --checkpoint a model with seeded random weights is made and exported
+    once into the cache; speed does not depend on the weights.
+    """
+    from pixano_edge.engine.cli.detect import parse_classes
+    from pixano_edge.engine.models.images import decode_image
+
+    from .detect import ACCURACY_COLUMNS, CLASSES, COLUMNS, accuracy_rows, measure, table_rows
+
+    torch_here = all(importlib.util.find_spec(m) is not None for m in ("torch", "transformers"))
+    if not torch_here and bundle is None:
+        raise MissingDependencyError("torch", "export", "Making the bundle and the comparison with PyTorch")
+    if picture is None and importlib.util.find_spec("skimage") is None:
+        raise MissingDependencyError("skimage", "benchmarks", "The default picture")
+    facts = environment(threads)
+    with progress("Preparing", None, enabled=not as_json) as steps:
+        if bundle is None:
+            from .checkpoints import exported_bundle
+            from .detector_checkpoints import export_detector, random_detector
+
+            steps.label("making the random checkpoint")
+            checkpoint = checkpoint or random_detector(family, size, image_size)
+            steps.label("exporting the bundle")
+            opened = open_bundle(str(exported_bundle(checkpoint, export_detector)))
+        else:
+            opened = open_bundle(bundle)
+        if not torch_here:
+            note("PyTorch is not installed: no comparison. Install it with: pip install 'pixano-edge[export]'")
+            checkpoint = None
+        elif checkpoint is None:
+            note("Without --checkpoint there is nothing to compare --bundle with.")
+        if picture is None:
+            from skimage import data
+
+            image = data.coffee()
+        else:
+            image = decode_image(picture)
+        wanted = parse_classes(classes, []) or CLASSES
+        figures = measure(
+            opened,
+            checkpoint,
+            image,
+            wanted,
+            rounds=rounds,
+            threads=threads,
+            precision=precision,
+            step=steps.label,
+        )
+    if "-random" in opened.manifest.name:
+        note("The weights are random: speed is that of the real size, boxes are arbitrary and touchier than real ones.")
+    for name, why in figures.left_out.items():
+        note(f"Not measured: {name}: {why}")
+    side = opened.manifest.preprocess.image_size
+
+    def show() -> None:
+        title = (
+            f"{opened.manifest.name}, input {side} px, {len(wanted)} classes, picture {image.shape[1]}x{image.shape[0]}"
+        )
+        print_table(COLUMNS, table_rows(figures), title=title, right=COLUMNS[2:])
+        if figures.accuracy:
+            typer.echo()
+            title = f"Boxes next to PyTorch fp32, at threshold {figures.accuracy[0].threshold:.3f}"
+            print_table(ACCURACY_COLUMNS, accuracy_rows(figures), title=title, right=ACCURACY_COLUMNS[1:])
+
+    content = {"benchmark": "detect", "bundle": opened.manifest.name, "rounds": rounds, "classes": list(wanted)}
+    _report({**content, **figures.to_dict(), "environment": facts}, show, as_json, output)
+
+
+@app.command()
 def gpu(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
     device: Annotated[str, typer.Option(help="cuda:N.")] = "cuda:0",

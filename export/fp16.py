@@ -148,7 +148,11 @@ def _set_cast(node: NodeProto, kind: int) -> None:
 
 
 def fp32_nodes(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes that a `Sin` or `Cos` depends on, with the `Sin` and `Cos`."""
+    """Names of the nodes that a `Sin` or `Cos` depends on, with the `Sin` and `Cos`.
+
+    Not beyond a `Sigmoid`: a place that the network itself found is in 0..1, and all that it was found by would be
+    among those nodes.
+    """
     producer = {output: node for node in model.graph.node for output in node.output}
     pending = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
     keep: set[str] = set()
@@ -156,5 +160,5 @@ def fp32_nodes(model: onnx.ModelProto) -> set[str]:
         node = pending.pop()
         if node.name not in keep:
             keep.add(node.name)
-            pending += [producer[i] for i in node.input if i in producer]
+            pending += [producer[i] for i in node.input if i in producer and producer[i].op_type != "Sigmoid"]
     return keep

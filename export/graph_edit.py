@@ -1,7 +1,8 @@
 """Editing an ONNX graph with the symbolic shape of every tensor at hand.
 
 Shapes come from ONNX Runtime's symbolic inference, which keeps sums such as ``N + 6``; onnx's own inference gives
-them new names, so that two equal shapes no longer look equal.
+them new names, so that two equal shapes no longer look equal. It serves for graphs that ONNX Runtime's cannot follow,
+those with `Range`: there fewer places are found to be alike.
 """
 
 from __future__ import annotations
@@ -146,7 +147,12 @@ def infer_shapes(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, in
     except ImportError as error:
         raise missing("onnxruntime", "Fitting graphs for TensorRT") from error
     skeleton = _without_weights(model)
-    inferred = SymbolicShapeInference.infer_shapes(skeleton, auto_merge=False).graph
+    if any(node.op_type == "Range" for node in model.graph.node):
+        # Sizes computed from others: ONNX Runtime's inference stops where it cannot show that two expressions, such as
+        # floor(floor(H / 4) / 2) and floor(H / 8), are equal. onnx's own gives every such size a name of its own.
+        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+    else:
+        inferred = SymbolicShapeInference.infer_shapes(skeleton, auto_merge=False).graph
     shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in model.graph.initializer}
     types: dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):

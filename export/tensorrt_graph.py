@@ -45,7 +45,7 @@ from pixano_edge.engine.bundle.tensorrt_report import (
 from pixano_edge.engine.bundle.writer import BundleWriter
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
-from pixano_edge.export.differences import Feeds, Worst, measure, problems, sizes_to_try
+from pixano_edge.export.differences import Feeds, Settle, Worst, measure, problems, sizes_to_try
 from pixano_edge.export.fp16 import fp32_nodes, rounded, to_fp16
 from pixano_edge.export.grid_sample import SAMPLE
 from pixano_edge.export.half_weights import narrow, widen
@@ -59,12 +59,15 @@ SUFFIX = "-tensorrt"
 FP32_TOLERANCE = 1e-5
 """Relative; re-ordered fp32 arithmetic alone gives some 1e-6."""
 
-ANGLES, NORMALISATION, SAMPLING, MASK, CONVERTER = "angles", "normalisation", "sampling", "mask", "converter"
+ANGLES, NORMALISATION, SAMPLING, MASK = "angles", "normalisation", "sampling", "mask"
+HEAD, RANKING, CONVERTER = "head", "ranking", "converter"
 REASONS = {
     ANGLES: "Angles of Fourier features reach tens of radians, where fp16 has steps of 0.03.",
     NORMALISATION: "Mean and variance overflow or lose precision in fp16; TensorRT 11 computes in the inputs' type.",
     SAMPLING: "Coordinates in fp16 place a sample no better than 1/1000 of the picture.",
     MASK: "Logits of a mask are resized and compared with 0; rounded ones fall on the other side of it at the border.",
+    HEAD: "A box in fp16 is no better than 1/2000 of the picture; a score's scale acts on all of it; squares overflow.",
+    RANKING: "Queries are ranked by scores that nearly tie, and boxes refined layer by layer.",
     CONVERTER: "The fp16 conversion of ONNX Runtime leaves this operator in fp32.",
 }
 Keep = Callable[[str, onnx.ModelProto], dict[str, str]]
@@ -129,11 +132,18 @@ class TensorrtVariants:
         feeds: Makes inputs to compare with.
         threads: Threads of ONNX Runtime while comparing.
         keep: What stays in fp32 in the family's plain fp16 graphs, and why; it does here too.
+        settle: Differences that mean nothing; see `Settle`.
     """
 
     def __init__(
-        self, writer: BundleWriter, feeds: Feeds, threads: int | None = None, keep: Keep | None = None
+        self,
+        writer: BundleWriter,
+        feeds: Feeds,
+        threads: int | None = None,
+        keep: Keep | None = None,
+        settle: Settle | None = None,
     ) -> None:
+        self._settle = settle
         self._writer = writer
         self._feeds = feeds
         self._threads = threads
@@ -248,9 +258,9 @@ class TensorrtVariants:
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder) / "rounded.onnx"
                 onnx.save(rounded(graph), copy)
-                worst = measure(reference, copy, spec, self._feeds, self._threads)
+                worst = measure(reference, copy, spec, self._feeds, self._threads, self._settle)
         else:
-            worst = measure(reference, file, spec, self._feeds, self._threads)
+            worst = measure(reference, file, spec, self._feeds, self._threads, self._settle)
         # fp16 has no bound of its own here: the masks' IoU in the parity report is its bar. It must be finite.
         found = problems(worst, float("inf") if half else FP32_TOLERANCE)
         if found or any(w.absolute == float("inf") for w in worst.values()):

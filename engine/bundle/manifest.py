@@ -172,7 +172,7 @@ class Preprocess(_Model):
     resize: Literal["antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge"] = (
         "antialias-bilinear-square"
     )
-    """``padded-square``: gray below and on the right, then resized (OWLv2); ``bicubic-square``: OWL-ViT;
+    """``padded-square``: black below or on the right, then resized (OWLv2); ``bicubic-square``: OWL-ViT;
     ``shortest-edge``: aspect ratio kept (Grounding DINO)."""
     image_size: int
     """Side of the model input, or its shortest edge."""

@@ -1,4 +1,4 @@
-"""The local model store: bundles by name in one folder, and the demo bundle of the package."""
+"""The local model store: bundles by name in one folder, and the demo bundles of the package."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .files import Staging, os_errors
 from .manifest import MANIFEST_NAME, NAME_PATTERN
 
 DEMO_NAME = "sam2-demo"
+DEMO_NAMES = ("owlv2-demo", DEMO_NAME)
+"""Bundles of the package; the names are taken in every store."""
 
 _NAME = re.compile(NAME_PATTERN)
 
@@ -27,13 +29,13 @@ def default_root() -> Path:
     return Path(home).expanduser() / "bundles" if home else Path.home() / ".local/share/pixano-edge/bundles"
 
 
-def demo_path() -> Path:
-    """Where the demo bundle lies in the installed package (it may be absent in a source tree)."""
-    return Path(str(importlib.resources.files("pixano_edge.engine.assets"))) / DEMO_NAME
+def demo_path(name: str = DEMO_NAME) -> Path:
+    """Where a demo bundle lies in the installed package (it may be absent in a source tree)."""
+    return Path(str(importlib.resources.files("pixano_edge.engine.assets"))) / name
 
 
 class BundleStore:
-    """Bundles by name. The demo bundle is always there under its own name, read-only.
+    """Bundles by name. The demo bundles are always there under their own names, read-only.
 
     Args:
         root: Folder of the bundles; `default_root` if not given. Made when the first bundle is added.
@@ -44,13 +46,13 @@ class BundleStore:
 
     def list(self) -> builtins.list[str]:
         """Names of the bundles, sorted. They are not verified here; opening one does that."""
-        found = {DEMO_NAME} if (demo_path() / MANIFEST_NAME).is_file() else set()
+        found = {name for name in DEMO_NAMES if (demo_path(name) / MANIFEST_NAME).is_file()}
         if self.root.is_dir():
             with os_errors(f"reading '{self.root}'"):
                 found |= {
                     path.name
                     for path in self.root.iterdir()
-                    if _NAME.fullmatch(path.name) and path.name != DEMO_NAME and (path / MANIFEST_NAME).is_file()
+                    if _NAME.fullmatch(path.name) and path.name not in DEMO_NAMES and (path / MANIFEST_NAME).is_file()
                 }
         return sorted(found)
 
@@ -60,7 +62,7 @@ class BundleStore:
         Raises:
             BundleError: Not a valid name, or no such bundle; lists the known ones.
         """
-        folder = demo_path() if name == DEMO_NAME else self.root / _checked(name)
+        folder = demo_path(name) if name in DEMO_NAMES else self.root / _checked(name)
         if not (folder / MANIFEST_NAME).is_file():
             known = self.list()
             raise BundleError(
@@ -97,10 +99,10 @@ class BundleStore:
         """Deletes a bundle. One that is open elsewhere keeps working until it is closed.
 
         Raises:
-            BundleError: No such bundle, or the demo bundle, which belongs to the package.
+            BundleError: No such bundle, or a demo bundle, which belongs to the package.
         """
-        if name == DEMO_NAME:
-            raise BundleError(f"'{DEMO_NAME}' is part of the package.", "It cannot be removed.")
+        if name in DEMO_NAMES:
+            raise BundleError(f"'{name}' is part of the package.", "It cannot be removed.")
         folder = self.path(name)
         # Renamed first, so that nobody sees half a bundle; names with a dot in front are no bundles.
         hidden = self.root / f".{name[:100]}.old-{secrets.token_hex(4)}"
@@ -110,7 +112,7 @@ class BundleStore:
 
     def _free(self, name: str) -> Path:
         target = self.root / _checked(name)
-        if name == DEMO_NAME or target.exists():
+        if name in DEMO_NAMES or target.exists():
             raise BundleError(
                 f"The store has a bundle '{name}' already.", "Give another name (--name), or remove the old one first."
             )

@@ -1,7 +1,8 @@
-"""COCO JSON of masks: run-length encoded segmentations that pycocotools and Pixano read."""
+"""COCO JSON of masks and boxes: run-length encoded segmentations that pycocotools and Pixano read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,18 @@ AUTOMATIC_KEYS = ("predicted_iou", "stability_score", "point_coords", "crop_box"
 
 
 class CocoWriter:
-    """Collects images and masks; `write` stores them as one COCO file."""
+    """Collects images, masks and boxes; `write` stores them as one COCO file.
 
-    def __init__(self, description: str) -> None:
+    Args:
+        description: Who made it.
+        categories: Their names; the first has id 1. None for the one category of masks, ``object``.
+    """
+
+    def __init__(self, description: str, categories: Sequence[str] | None = None) -> None:
         self.description = description
+        self.categories = [CATEGORY]
+        if categories is not None:
+            self.categories = [{**CATEGORY, "id": i, "name": name} for i, name in enumerate(categories, 1)]
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
 
@@ -36,14 +45,32 @@ class CocoWriter:
 
     def add_mask(self, image_id: int, mask: npt.NDArray[np.bool_], score: float) -> dict[str, Any]:
         """Adds one mask (H, W) bool of an image; returns its annotation (``bbox`` is x, y, width, height)."""
-        rle = encode_rle(mask)
-        return self._add(
-            image_id,
-            {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")},
-            mask_bbox(mask),
-            int(np.count_nonzero(mask)),
-            score,
-        )
+        return self._add(image_id, _segmentation(encode_rle(mask)), mask_bbox(mask), int(np.count_nonzero(mask)), score)
+
+    def add_box(
+        self,
+        image_id: int,
+        box: Sequence[float],
+        score: float,
+        label: int,
+        rle: dict[str, Any] | None = None,
+        area: int | None = None,
+    ) -> dict[str, Any]:
+        """Adds one found object of an image; returns its annotation.
+
+        Args:
+            image_id: From `add_image`.
+            box: x1, y1, x2, y2 in pixels, kept to a hundredth.
+            score: The detector's.
+            label: Position of its category.
+            rle: Its mask, as `encode_rle` gives it. Without, ``segmentation`` is an empty list.
+            area: Pixels of that mask; without, that of the box.
+        """
+        x1, y1, x2, y2 = (round(float(v), 2) for v in box)
+        bbox = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
+        size = round(bbox[2] * bbox[3], 2) if area is None else area
+        segmentation: dict[str, Any] | list[Any] = [] if rle is None else _segmentation(rle)
+        return self._add(image_id, segmentation, bbox, size, score, label + 1)
 
     def add_automatic(self, image_id: int, mask: AutomaticMask) -> dict[str, Any]:
         """Adds a mask of automatic segmentation; its annotation also has the keys of `AUTOMATIC_KEYS`."""
@@ -53,12 +80,18 @@ class CocoWriter:
         return annotation
 
     def _add(
-        self, image_id: int, segmentation: dict[str, Any], bbox: list[int], area: int, score: float
+        self,
+        image_id: int,
+        segmentation: dict[str, Any] | list[Any],
+        bbox: Sequence[float],
+        area: float,
+        score: float,
+        category: int = 1,
     ) -> dict[str, Any]:
         annotation = {
             "id": len(self.annotations) + 1,
             "image_id": image_id,
-            "category_id": CATEGORY["id"],
+            "category_id": category,
             "segmentation": segmentation,
             "bbox": bbox,
             "area": area,
@@ -74,10 +107,14 @@ class CocoWriter:
             "info": {"description": self.description},
             "images": self.images,
             "annotations": self.annotations,
-            "categories": [CATEGORY],
+            "categories": self.categories,
         }
         with replacing(path) as partial:
             partial.write_text(to_json(content) + "\n", encoding="utf-8")
+
+
+def _segmentation(rle: dict[str, Any]) -> dict[str, Any]:
+    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def mask_bbox(mask: npt.NDArray[np.bool_]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pictures of results: masks over the image, prompt marks, mask files. OpenCV and Pillow only."""
+"""Pictures of results: masks over the image, prompt marks, named boxes, mask files. OpenCV and Pillow only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from .draw_text import COLOURS, NamedBox, colour_of, paint_boxes
 from .output import replacing
 
 if TYPE_CHECKING:
@@ -18,18 +19,6 @@ if TYPE_CHECKING:
 Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-# Bright and far apart in hue and lightness (Okabe-Ito without black and grey, then three more).
-COLOURS: tuple[tuple[int, int, int], ...] = (
-    (0, 158, 255),
-    (255, 159, 0),
-    (0, 200, 120),
-    (232, 62, 140),
-    (250, 230, 60),
-    (150, 90, 255),
-    (255, 94, 0),
-    (86, 220, 233),
-    (170, 210, 60),
-)
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _POSITIVE, _NEGATIVE = (30, 200, 60), (230, 40, 40)
 
@@ -39,11 +28,13 @@ def line_width(height: int, width: int) -> int:
     return max(1, round(max(height, width) / 500))
 
 
-def _paint_fill(image: Image, index: npt.NDArray[np.uint8 | np.uint16]) -> None:
+def _paint_fill(
+    image: Image, index: npt.NDArray[np.uint8 | np.uint16], colours: Sequence[tuple[int, int, int]]
+) -> None:
     """Tints every pixel once, however many masks cover it, so that the picture stays visible below."""
-    table = np.array([_BLACK, *COLOURS], np.float32)
+    table = np.array([_BLACK, *colours], np.float32)
     inside = index > 0
-    tint = table[1 + (index[inside].astype(np.int64) - 1) % len(COLOURS)]
+    tint = table[index[inside]]
     image[inside] = (image[inside].astype(np.float32) * 0.6 + tint * 0.4).astype(np.uint8)
 
 
@@ -79,13 +70,21 @@ def _paint_box(image: Image, box: npt.NDArray[np.floating[Any]], width: int) -> 
     cv2.rectangle(image, (x0, y0), (x1, y1), _WHITE, width, cv2.LINE_AA)
 
 
-def overlay(image: Image, masks: Sequence[Mask], prompts: Sequence[Prompt] = ()) -> Image:
-    """A copy of `image` with translucent masks, their contours and the marks of the prompts.
+def overlay(
+    image: Image,
+    masks: Sequence[Mask],
+    prompts: Sequence[Prompt] = (),
+    boxes: Sequence[NamedBox] = (),
+    kinds: Sequence[int] | None = None,
+) -> Image:
+    """A copy of `image` with translucent masks, their contours, the marks of the prompts and named boxes.
 
     Args:
         image: (H, W, 3) uint8 RGB; not changed.
         masks: (H, W) bool each; the smallest lies on top.
         prompts: What was asked; green plus = foreground point, red minus = background point, white line = box.
+        boxes: Drawn last, the first on top; one of kind k has the colour of the k-th mask.
+        kinds: Gives each mask the colour of such a kind; None takes the masks' own numbers.
 
     Returns:
         (H, W, 3) uint8 RGB, owned by the caller.
@@ -93,9 +92,10 @@ def overlay(image: Image, masks: Sequence[Mask], prompts: Sequence[Prompt] = ())
     picture: Image = np.ascontiguousarray(image).copy()
     height, width = image.shape[:2]
     thick = line_width(height, width)
-    _paint_fill(picture, mask_index(masks, (height, width)))
+    colours = [colour_of(k) for k in (range(len(masks)) if kinds is None else kinds)]
+    _paint_fill(picture, mask_index(masks, (height, width)), colours)
     for number in _large_to_small(masks):
-        _paint_contour(picture, np.ascontiguousarray(masks[number]), COLOURS[number % len(COLOURS)], thick)
+        _paint_contour(picture, np.ascontiguousarray(masks[number]), colours[number], thick)
     for prompt in prompts:
         if prompt.box is not None:
             _paint_box(picture, np.asarray(prompt.box, np.float64), thick)
@@ -104,7 +104,7 @@ def overlay(image: Image, masks: Sequence[Mask], prompts: Sequence[Prompt] = ())
             labels = np.ones(len(points)) if prompt.labels is None else np.asarray(prompt.labels, np.float64)
             for (x, y), label in zip(points.tolist(), labels.tolist()):
                 _paint_point(picture, x, y, label == 1, thick)
-    return picture
+    return paint_boxes(picture, boxes, thick) if boxes else picture
 
 
 def _large_to_small(masks: Sequence[Mask]) -> list[int]:

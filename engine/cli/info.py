@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from ..bundle import Bundle, BundleStore
+from ..contracts import sam2
 from ..errors import EdgeError
 from ..provider.needs import SOURCES, declared
 from ..provider.settings import LoadOptions
@@ -35,8 +37,6 @@ def machine_facts() -> dict[str, Any]:
 
 def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> dict[str, Any]:
     """What the manifest says, and what really runs when the bundle is opened here (``engine`` or ``engine_error``)."""
-    from ..models.sam2.predictor import Sam2ImagePredictor
-    from ..models.sam2_video.model import Sam2VideoModel
     from ..provider.families import tasks, tracks
 
     can_track = tracks(bundle.manifest.family, bundle.manifest.constants)
@@ -64,15 +64,25 @@ def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> d
         "engine_error": None,
     }
     try:
-        kind = Sam2VideoModel if can_track else Sam2ImagePredictor
-        with kind.open(bundle, device=device, backend=backend, precision=precision) as opened:
-            facts["engine"] = opened.info()
+        with closing(_open(bundle, can_track, {"device": device, "backend": backend, "precision": precision})) as model:
+            facts["engine"] = model.info()
     except EdgeError as error:
         facts["engine_error"] = str(error)
     ran = facts["engine"] or {"device": device, "backend": backend, "precision": precision}
     facts["memory"] = _memory(bundle, LoadOptions(**{key: ran[key] for key in ("device", "backend", "precision")}))
     facts["warnings"] = _warnings(facts)
     return facts
+
+
+def _open(bundle: Bundle, can_track: bool, asked: dict[str, Any]) -> Any:
+    """The model of the bundle's first task, or the one that tracks."""
+    from ..models.detection.opening import open_detector
+    from ..models.sam2.predictor import Sam2ImagePredictor
+    from ..models.sam2_video.model import Sam2VideoModel
+
+    if bundle.manifest.family != sam2.FAMILY:
+        return open_detector(bundle, **asked)
+    return (Sam2VideoModel if can_track else Sam2ImagePredictor).open(bundle, **asked)
 
 
 def _memory(bundle: Bundle, options: LoadOptions) -> dict[str, Any]:
@@ -136,7 +146,8 @@ def _print_bundle(facts: dict[str, Any]) -> None:
         "variants": ", ".join(facts["variants"]),
     }
     if engine:
-        providers = {session["provider"] for s in ("image_encoder", "mask_decoder") if (session := engine.get(s))}
+        sessions = [session for name in facts["graphs"] if (session := engine.get(name))]
+        providers = {session["provider"] for session in sessions}
         shown["runs here on"] = f"{engine['device']}, {engine['backend']} ({', '.join(sorted(providers))})"
         shown["precision"] = f"{engine['precision']} ({engine.get('precision_reason', '')})"
     shown["memory"] = _memory_text(facts["memory"])
@@ -152,26 +163,33 @@ def _print_bundle(facts: dict[str, Any]) -> None:
     parity = facts["parity"]
     if parity:
         typer.echo(f"\nParity with {parity['reference']} on {len(parity['inputs'])} inputs:")
-        tensors: dict[str, float] = {}
-        for t in parity["tensors"]:
-            tensors[t["variant"]] = max(tensors.get(t["variant"], 0.0), t["max_rel"])
-        masks = {m["variant"]: m for m in parity["masks"]}
-        cells = [
-            (
-                variant,
-                f"{error:.1e}",
-                f"{masks[variant]['mean_iou']:.4f}" if variant in masks else "-",
-                f"{masks[variant]['min_iou']:.4f}" if variant in masks else "-",
-            )
-            for variant, error in tensors.items()
-        ]
-        headings = ("variant", "worst relative error", "mean mask IoU", "worst mask IoU")
+        headings, cells = _parity_table(parity)
         print_table(headings, cells, right=headings[1:])
     for warning in facts["warnings"]:
         typer.secho("warning: ", fg=typer.colors.YELLOW, nl=False)
         typer.echo(warning)
     for text in facts["notes"]:
         typer.echo(f"note: {text}")
+
+
+def _parity_table(parity: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of each variant's figures: worst tensor, and masks or detections."""
+    tensors: dict[str, float] = {}
+    for t in parity["tensors"]:
+        tensors[t["variant"]] = max(tensors.get(t["variant"], 0.0), t["max_rel"])
+    found: dict[str, tuple[str, ...]]
+    if parity["detections"]:
+        headings: tuple[str, ...] = ("boxes", "without a partner", "worst corner", "worst score")
+        found = {
+            d["variant"]: (f"{d['boxes']}", f"{d['unmatched']}", f"{d['max_box']:.2f} px", f"{d['max_score']:.1e}")
+            for d in parity["detections"]
+        }
+    else:
+        headings = ("mean mask IoU", "worst mask IoU")
+        found = {m["variant"]: (f"{m['mean_iou']:.4f}", f"{m['min_iou']:.4f}") for m in parity["masks"]}
+    absent = ("-",) * len(headings)
+    cells = [(variant, f"{error:.1e}", *found.get(variant, absent)) for variant, error in tensors.items()]
+    return ("variant", "worst relative error", *headings), cells
 
 
 @app.command()

@@ -34,6 +34,7 @@ _KNOWN = {
     "build": _Known("Build TensorRT engines for this GPU, or ahead of time for others."),
     "bundle": _Known("Inspect, pack, unpack and store bundles."),
     "demo": _Known("Segment the bundled pictures and track the bundled clip with the bundled model."),
+    "detect": _Known("Find objects by name on an image or a folder of images."),
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),
     "info": _Known("Show this machine, or the facts of one bundle."),
@@ -186,7 +187,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Torch-free inference engine for Pixano: masks from SAM 2 on any box, exported from the original checkpoints."""
+    """Torch-free inference engine for Pixano: masks and boxes on any box, from bundles of the original checkpoints."""
 
 
 def main() -> None:

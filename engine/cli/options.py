@@ -37,7 +37,7 @@ ThreadsOption = Annotated[
 
 
 def resolve_bundle(name: str) -> Path:
-    """Folder of a bundle given by path, or by its name in the local store; ``sam2-demo`` ships with the package.
+    """Folder of a bundle given by path, or by its name in the local store; the demo bundles ship with the package.
 
     Raises:
         BundleError: Neither a folder with a manifest nor a known name; lists the known names.

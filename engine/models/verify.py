@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ..bundle import Bundle
 from ..contracts import sam2
 from ..errors import BundleError
+from .detection.opening import FAMILIES as DETECTORS
 from .verdicts import Verdict, VerdictKey, VerdictStore
 
 Progress = Callable[[int, int], None]
@@ -73,6 +74,10 @@ def verify_bundle(
         from .sam2 import verify as of_sam2
 
         return of_sam2.verify_bundle(bundle, device, backend, precision, threads=threads, progress=progress)
+    if bundle.manifest.family in DETECTORS:
+        from .detection import verify as of_detectors
+
+        return of_detectors.verify_bundle(bundle, device, backend, precision, threads=threads, progress=progress)
     raise BundleError(
         f"Bundle '{bundle.manifest.name}' is of a family that this version does not run: '{bundle.manifest.family}'.",
         "Update pixano-edge.",

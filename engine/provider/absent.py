@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from .errors import TaskNotSupportedError
-from .types import (
-    ImageZeroShotDetectionInput,
-    ImageZeroShotDetectionResult,
-    TextImageConditionalGenerationInput,
-    TextImageConditionalGenerationResult,
-)
+from .types import TextImageConditionalGenerationInput, TextImageConditionalGenerationResult
 
 
 def _absent(task: str, missing: str) -> NoReturn:
@@ -20,23 +15,13 @@ def _absent(task: str, missing: str) -> NoReturn:
 
 
 class AbsentTasks:
-    """Mixin of `EdgeProvider`. The last three methods have the names of Pixano 0.8's interface."""
-
-    async def image_zero_shot_detection(
-        self, input_data: ImageZeroShotDetectionInput, timeout: float = 60.0
-    ) -> ImageZeroShotDetectionResult:
-        """Raises `TaskNotSupportedError`."""
-        _absent("Detection from class names", "detector (Grounding DINO, OWLv2)")
+    """Mixin of `EdgeProvider`. The last two methods have the names of Pixano 0.8's interface."""
 
     async def text_image_conditional_generation(
         self, input_data: TextImageConditionalGenerationInput, timeout: float = 60.0
     ) -> TextImageConditionalGenerationResult:
         """Raises `TaskNotSupportedError`."""
         _absent("Text about images", "vision-language model (SmolVLM)")
-
-    async def detection(self, input_data: Any, timeout: float = 60.0) -> Any:
-        """Raises `TaskNotSupportedError`."""
-        _absent("Detection", "detector (Grounding DINO, OWLv2)")
 
     async def vlm(self, input_data: Any, timeout: float = 60.0) -> Any:
         """Raises `TaskNotSupportedError`."""

@@ -13,9 +13,10 @@ from typing import Protocol
 from ..bundle.bundle import parse_manifest
 from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, NAME_PATTERN
+from ..contracts import sam2
 from ..errors import BundleError, ContractError
 from .errors import InvalidRequestError, ModelNotFoundError
-from .families import tracks
+from .families import FAMILIES, tracks
 from .needs import read_manifest
 from .types import ModelConfig
 
@@ -207,12 +208,18 @@ def _hub_id(hub_id: str) -> InvalidRequestError:
         f"'{hub_id}' is not a bundle on this box: a hub id or a path that does not exist. Checkpoints cannot be "
         "converted here: there is no torch.",
         "Check the path, or export the checkpoint on another machine with "
-        f"'pixano-edge export sam2 {hub_id} -o {short}' and copy the bundle here.",
+        f"'pixano-edge export {_exporter(short)} {hub_id} -o {short}' and copy the bundle here.",
     )
 
 
 def _checkpoint(path: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"'{path[:200]}' is not a bundle (a folder with {MANIFEST_NAME}, or a .pxe file).",
-        "If it is a checkpoint, export it where torch is: 'pixano-edge export sam2 <checkpoint> -o <bundle>'.",
+        "If it is a checkpoint, export it where torch is: "
+        f"'pixano-edge export {_exporter(Path(path).name)} <checkpoint> -o <bundle>'.",
     )
+
+
+def _exporter(name: str) -> str:
+    """The exporter that a checkpoint called so is meant for."""
+    return next((family for family in FAMILIES if name.lower().startswith(family)), sam2.FAMILY)

@@ -12,17 +12,19 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from ..contracts import sam2
 from ..errors import BundleError, ContractError, EdgeError
 from .catalogue import Catalogue, Entry, FilesState, Source, files_state, refreshed, tracks_at, unknown_model
 from .errors import InferenceError, TaskNotSupportedError
-from .families import FAMILIES, IMAGES, VIDEOS, LoadedModel, check_task, does
+from .families import FAMILIES, IMAGES, VIDEOS, LoadedModel, check_task, does, tasks
 from .models import ModelTable, Slot, Unloaded
 from .settings import LoadOptions
 from .types import ModelInfo
 
 PROVIDER = "edge"
 
-_CLASSES = {task: kind for tasks in FAMILIES.values() for task, kind in tasks.items()}
+_CLASSES = FAMILIES[sam2.FAMILY]
+"""Of the family whose models have two names."""
 
 
 def other_name(name: str, task: str) -> str:
@@ -113,12 +115,14 @@ class Directory:
         own = cards[card.of] if card.of is not None else card
         if does(own.task, task):
             return self.loaded(own.name, task) or self._start(own.name, own, own.task, None)
-        second = other_name(own.name, own.task)
         if not own.tracks or task != VIDEOS:
+            again = (own.task, task) == (IMAGES, VIDEOS)
             raise TaskNotSupportedError(
                 f"Model '{name}' does {own.task}, not {task}.",
-                "Name another model. Where its checkpoint can track, export it again: that adds tracking.",
+                "Name another model."
+                + (" Where its checkpoint can track, export it again: that adds tracking." if again else ""),
             )
+        second = other_name(own.name, own.task)
         if cards[second].of != own.name:
             raise TaskNotSupportedError(
                 f"Model '{name}' does {own.task} only here: the name '{second}' of its tracking is another model's.",
@@ -187,15 +191,16 @@ class Directory:
         """Every name, with the second names of models that track."""
         cards: dict[str, Card] = {}
         for entry in entries.values():
-            if self._autoload and entry.name not in self._withdrawn and entry.family in FAMILIES:
+            can = tasks(entry.family, entry.tracks)
+            if self._autoload and entry.name not in self._withdrawn and can:
                 cards[entry.name] = Card(
                     entry.name,
-                    IMAGES,
+                    can[0],
                     entry.source,
                     self._options,
                     entry.tracks,
                     entry.checkpoint,
-                    _CLASSES[IMAGES],
+                    FAMILIES[entry.family][can[0]],
                     True,
                 )
         held: list[tuple[Slot | Unloaded, Card]] = [(u, self._card_of_unloaded(u)) for u in self._table.unloaded()]
@@ -209,7 +214,7 @@ class Directory:
                 # Of a model that is still loading only the store may tell more.
                 known = cards[card.name] if stored and card.model_class is None else None
                 cards[card.name] = replace(card, stored=stored) if known is None else replace(known, task=card.task)
-            elif not stored or card.task != IMAGES:
+            elif not stored or card.task != cards[card.name].task:
                 cards[card.name] = replace(card, stored=stored)
         for card in [c for c in cards.values() if c.tracks]:
             second = other_name(card.name, card.task)
@@ -221,7 +226,7 @@ class Directory:
     def _card_of_unloaded(gone: Unloaded) -> Card:
         if gone.base is not None:
             return Card(gone.base, IMAGES, gone.source, gone.options, True, gone.checkpoint, _CLASSES[IMAGES])
-        return Card(gone.name, gone.task, gone.source, gone.options, gone.tracks, gone.checkpoint, _CLASSES[gone.task])
+        return Card(gone.name, gone.task, gone.source, gone.options, gone.tracks, gone.checkpoint, gone.model_class)
 
     @staticmethod
     def _card_of_slot(slot: Slot) -> Card:

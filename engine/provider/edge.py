@@ -21,6 +21,7 @@ from .absent import AbsentTasks
 from .base import InferenceProvider
 from .budget import MemoryBudget, read_devices
 from .catalogue import Catalogue, Store
+from .detection import detect
 from .directory import Directory
 from .errors import InferenceError, InvalidRequestError, ModelNotFoundError, ProviderNotFoundError, provider_errors
 from .families import TASKS, LoadedModel, Opener, open_model
@@ -42,9 +43,10 @@ from .settings import (
     read_limits,
 )
 from .types import (
-    EdgeMaskGenerationOutput,
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
+    ImageZeroShotDetectionInput,
+    ImageZeroShotDetectionResult,
     InferenceTask,
     ModelConfig,
     ModelInfo,
@@ -55,7 +57,7 @@ from .types import (
 )
 from .video import VideoService
 from .video_types import TrackedFrame, VideoMaskGenerationJobStatus
-from .worker import QUEUE_DEPTH, Deadline, wait_for
+from .worker import QUEUE_DEPTH, Deadline, Job, wait_for
 
 T = TypeVar("T")
 
@@ -78,7 +80,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         backend: Default back end: ``auto``, ``onnxruntime`` or ``tensorrt``.
         precision: Default precision: ``auto``, ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
         threads: Threads of one inference; None lets the back end choose.
-        cache_mb: Budget of each model's embedding cache in MiB.
+        cache_mb: Budget of each model's cache in MiB: of embeddings, or of a detector's features.
         verify: Check the hashes of a bundle's files at loading.
         autoload: Offer every bundle of the store and load it on its first request. Without it, only models loaded
             by `instantiate_model` are offered.
@@ -173,9 +175,10 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """Loads a bundle under the name `config.name`.
 
         ``config.task`` decides what is loaded and what the name is listed for: with ``image_mask_generation`` the two
-        graphs for images, with ``video_mask_generation`` all five, which answer images as well. A bundle that can
-        track is offered for the other task, too, under a second name: see `Directory`. Loaded for images, it is
-        loaded anew with all graphs when the first request to track comes or when this asks for it.
+        graphs for images, with ``video_mask_generation`` all five, which answer images as well, with
+        ``image_zero_shot_detection`` a detector. A bundle that can track is offered for the other task, too, under a
+        second name: see `Directory`. Loaded for images, it is loaded anew with all graphs when the first request to
+        track comes or when this asks for it.
 
         ``config.path`` is None for the store's bundle of that name, else a bundle folder, a ``.pxe`` file or the
         name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb and
@@ -266,7 +269,9 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         started = time.perf_counter()
         deadline = Deadline(timeout)
         with provider_errors():
-            output, model = await self._segmented(input_data, deadline)
+            output, model = await self._answered(
+                input_data, InferenceTask.MASK_GENERATION, "Segmentation", segment, deadline
+            )
         return ImageMaskGenerationResult(
             data=output,
             timestamp=datetime.now(timezone.utc),
@@ -274,6 +279,43 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             metadata=_facts(input_data, model),
             id=uuid.uuid4().hex,
         )
+
+    async def image_zero_shot_detection(
+        self, input_data: ImageZeroShotDetectionInput, timeout: float = 60.0
+    ) -> ImageZeroShotDetectionResult:
+        """Boxes of the named classes on one image, best score first.
+
+        Boxes are whole pixels ``[x1, y1, x2, y2]`` within the image; ``classes`` has for each the name as it was asked
+        for. What the thresholds mean differs by family: see ``docs/detection.md``. The features of a list of classes
+        are kept, so asking for the same ones on the next image costs less.
+
+        Args:
+            input_data: Any object with the attributes of `ImageZeroShotDetectionInput`. ``classes`` is a list, or a
+                text that is split as `read_classes` says.
+            timeout: As for `image_mask_generation`.
+
+        Raises:
+            InvalidRequestError: The image, the classes or a threshold is malformed, or not allowed.
+            ModelNotFoundError, TaskNotSupportedError, ModelBusyError, InferenceTimeoutError: As
+                `image_mask_generation`.
+        """
+        started = time.perf_counter()
+        deadline = Deadline(timeout)
+        with provider_errors():
+            output, model = await self._answered(
+                input_data, InferenceTask.OBJECT_DETECTION, "Detection", detect, deadline
+            )
+        return ImageZeroShotDetectionResult(
+            data=output,
+            timestamp=datetime.now(timezone.utc),
+            processing_time=time.perf_counter() - started,
+            metadata=_facts(input_data, model),
+            id=uuid.uuid4().hex,
+        )
+
+    async def detection(self, input_data: Any, timeout: float = 60.0) -> ImageZeroShotDetectionResult:
+        """`image_zero_shot_detection` by the name of Pixano 0.8, whose request has the same fields."""
+        return await self.image_zero_shot_detection(input_data, timeout)
 
     async def video_mask_generation(
         self, input_data: VideoMaskGenerationInput, timeout: float = 120.0
@@ -380,14 +422,21 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         await self._video.close()
         self._files.shutdown(wait=False)
 
-    async def _segmented(self, input_data: Any, deadline: Deadline) -> tuple[EdgeMaskGenerationOutput, LoadedModel]:
-        """The answer to an image request, and which model gave it."""
+    async def _answered(
+        self,
+        input_data: Any,
+        task: InferenceTask,
+        what: str,
+        work: Callable[[LoadedModel, Any, MediaPolicy, Job], T],
+        deadline: Deadline,
+    ) -> tuple[T, LoadedModel]:
+        """The answer to an image request, computed by `work` on the model's thread, and which model gave it."""
         while True:
-            slot = await self._held(getattr(input_data, "model", None), InferenceTask.MASK_GENERATION, deadline)
+            slot = await self._held(getattr(input_data, "model", None), task, deadline)
             try:
                 model = await wait_for(slot.ready, deadline, f"Loading model '{slot.name}'")
-                job, future = self._table.submit(slot, lambda m, job: segment(m, input_data, self._media, job))
-                output = await wait_for(future, deadline, f"Segmentation with model '{slot.name}'", job)
+                job, future = self._table.submit(slot, lambda m, job: work(m, input_data, self._media, job))
+                output = await wait_for(future, deadline, f"{what} with model '{slot.name}'", job)
                 return output, model
             except EdgeError as error:
                 # Another slot answers where one that tracks, too, has taken over, or where that did not load.

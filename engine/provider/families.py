@@ -1,4 +1,4 @@
-"""Model families the provider can serve: which task each does and how its predictor is opened from a bundle."""
+"""Model families the provider can serve: which tasks each does and how its model is opened from a bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..contracts import sam2, sam2_video
+from ..contracts import grounding_dino, owlv2, sam2, sam2_video
+from ..models.detection.base import Detector
 from ..runtime.memory import MemoryUse
 from .convert import LogitsMemory
 from .errors import TaskNotSupportedError
@@ -67,9 +68,9 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-        predictor: Answers image requests; used on the model's own thread only.
+        predictor: Answers requests for masks; used on the model's own thread only. None for a detector.
         task: What it was loaded for. A model that tracks answers images, too.
-        model_class: Name of the predictor's class.
+        model_class: Name of the class that does the task.
         checkpoint: Where the weights came from.
         device: Name of the device it sits on.
         options: How it was loaded.
@@ -83,9 +84,10 @@ class LoadedModel:
         video: Tracks, where it was loaded for that; used on the model's own thread only.
         tracks: Whether its bundle has what tracking needs.
         trackers: Open trackers of `video`, whose memories count as this model's.
+        detector: Answers requests for boxes, where it was loaded for that; used on the model's own thread only.
     """
 
-    predictor: MaskPredictor
+    predictor: MaskPredictor | None
     task: InferenceTask
     model_class: str
     checkpoint: str
@@ -101,10 +103,13 @@ class LoadedModel:
     video: VideoModel | None = None
     tracks: bool = False
     trackers: set[Tracker] = field(default_factory=set)
+    detector: Detector | None = None
 
     def close(self) -> None:
         """Frees the sessions, their memory and temporary files."""
-        (self.predictor if self.video is None else self.video).close()
+        model = self.video or self.detector or self.predictor
+        assert model is not None
+        model.close()
         if self.cleanup is not None:
             shutil.rmtree(self.cleanup, ignore_errors=True)
 
@@ -115,9 +120,15 @@ Opener = Callable[[Path, str, LoadOptions, Job], LoadedModel]
 
 IMAGES = InferenceTask.MASK_GENERATION.value
 VIDEOS = InferenceTask.VIDEO_MASK_GENERATION.value
+DETECTION = InferenceTask.OBJECT_DETECTION.value
 
-FAMILIES: Mapping[str, Mapping[str, str]] = {sam2.FAMILY: {IMAGES: "Sam2ImagePredictor", VIDEOS: "Sam2VideoModel"}}
-"""Per family the name of the class that does each task. A bundle may lack what tracking needs; see `check_task`."""
+FAMILIES: Mapping[str, Mapping[str, str]] = {
+    sam2.FAMILY: {IMAGES: "Sam2ImagePredictor", VIDEOS: "Sam2VideoModel"},
+    **{family: {DETECTION: "Owlv2Detector"} for family in owlv2.FAMILIES},
+    grounding_dino.FAMILY: {DETECTION: "GroundingDinoDetector"},
+}
+"""Per family the name of the class that does each task, the one first that a bundle is listed with. A bundle may lack
+what tracking needs; see `check_task`."""
 
 MAX_UNPACKED_BYTES = 4 << 30
 """Most that a ``.pxe`` file may unpack to when a request names it; the largest SAM 2.1 has 1.4 GB in two precisions."""
@@ -197,7 +208,7 @@ def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedM
         manifest = bundle.manifest
         tracking = tracks(manifest.family, manifest.constants)
         kind = check_task(manifest.family, task, manifest.name, tracking)
-        loaded = (_open_video if task == VIDEOS else _open_images)(bundle, kind, options, temporary, job)
+        loaded = _OPENERS[task](bundle, kind, options, temporary, job)
         loaded.tracks = tracking
         done = True
         return loaded
@@ -219,8 +230,8 @@ def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | N
         cache=EmbeddingCache(int(options.cache_mb * (1 << 20))),
         check=job.check,
     )
-    loaded = _loaded(bundle, kind, options, cleanup, predictor, predictor.info())
-    loaded.use = predictor.memory
+    loaded = _loaded(bundle, kind, options, cleanup, predictor.info())
+    loaded.predictor, loaded.shrink, loaded.use = predictor, predictor.cache.clear, predictor.memory
     return loaded
 
 
@@ -238,9 +249,9 @@ def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | No
         cache=EmbeddingCache(int(options.cache_mb * (1 << 20))),
         check=job.check,
     )
-    loaded = _loaded(bundle, kind, options, cleanup, video.predictor, video.info())
+    loaded = _loaded(bundle, kind, options, cleanup, video.info())
     loaded.task = InferenceTask.VIDEO_MASK_GENERATION
-    loaded.video = video
+    loaded.predictor, loaded.shrink, loaded.video = video.predictor, video.predictor.cache.clear, video
     one = map_bytes(video.predictor.constants, video.video)
 
     def use() -> MemoryUse:
@@ -251,11 +262,34 @@ def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | No
     return loaded
 
 
-def _loaded(
-    bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, predictor: Any, info: Mapping[str, Any]
-) -> LoadedModel:
+def _open_detector(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
+    from ..models.detection.opening import open_detector
+
+    detector = open_detector(
+        bundle,
+        device=options.device,
+        backend=options.backend,
+        precision=options.precision,
+        threads=options.threads,
+        check=job.check,
+        cache_bytes=int(options.cache_mb * (1 << 20)),
+    )
+    loaded = _loaded(bundle, kind, options, cleanup, detector.info())
+    loaded.task = InferenceTask.OBJECT_DETECTION
+    loaded.detector, loaded.shrink, loaded.use = detector, detector.shrink, detector.memory
+    return loaded
+
+
+_OPENERS: Mapping[str, Callable[[Any, str, LoadOptions, Path | None, Job], LoadedModel]] = {
+    IMAGES: _open_images,
+    VIDEOS: _open_video,
+    DETECTION: _open_detector,
+}
+
+
+def _loaded(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, info: Mapping[str, Any]) -> LoadedModel:
     return LoadedModel(
-        predictor=predictor,
+        predictor=None,
         task=InferenceTask.MASK_GENERATION,
         model_class=kind,
         checkpoint=bundle.manifest.source.checkpoint,
@@ -265,5 +299,4 @@ def _loaded(
         warnings=tuple(info["warnings"]),
         cleanup=cleanup,
         warm=bool(info.get("warm_up")),
-        shrink=predictor.cache.clear,
     )

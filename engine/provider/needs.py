@@ -27,8 +27,10 @@ import numpy as np
 from ..bundle.bundle import MAX_MANIFEST_BYTES, check_manifest, parse_manifest
 from ..bundle.files import ZIP_ERRORS
 from ..bundle.manifest import MANIFEST_NAME, Manifest
+from ..contracts import grounding_dino, sam2
 from ..contracts.base import GraphSpec, TensorSpec
 from ..errors import BundleError, ContractError
+from ..models.detection.text_cache import TEXT_BYTES
 from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
 from ..runtime.memory import MemoryUse
 from .families import IMAGES
@@ -44,7 +46,7 @@ FULL = "fp32"
 """Variant that a CPU runs unasked."""
 
 SPARE_FEATURES = 3
-"""Sets of image features beside the cache: one being computed, and two that `BufferPool` keeps for the next."""
+"""Sets of SAM 2's image features beside the cache: one being computed, two that `BufferPool` keeps for the next."""
 
 
 LOAD, ENGINE, MANIFEST, FILES, ESTIMATE = "load", "engine", "manifest", "files", "estimate"
@@ -158,12 +160,17 @@ def manifest_needs(
     unknown = [tensors[name] for name, g in graphs.items() if g.work_from == ESTIMATE]
     if unknown:
         own.append(ACTIVATION_FACTOR * max(unknown))
+    caches, spare = int(options.cache_mb * (1 << 20)), SPARE_FEATURES * _nbytes(first.outputs, first)
+    if manifest.family != sam2.FAMILY:
+        spare = 0
+    if manifest.family == grounding_dino.FAMILY:  # it keeps features of text alone
+        caches = min(caches, TEXT_BYTES)
     use = MemoryUse(
         weights=sum(g.weights for g in graphs.values()),
         activations=sum(own) if own else None,
         shared=max(scratch, default=None),
-        bindings=sum(tensors.values()) + SPARE_FEATURES * _nbytes(first.outputs, first),
-        caches=int(options.cache_mb * (1 << 20)),
+        bindings=sum(tensors.values()) + spare,
+        caches=caches,
     )
     return Declared(
         use, _weakest(g.weights_from for g in graphs.values()), _weakest(g.work_from for g in graphs.values())

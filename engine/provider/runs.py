@@ -151,6 +151,7 @@ class Run:
     def _open(self) -> None:
         """On a thread for clips."""
         assert self.model is not None
+        assert self.model.predictor is not None
         clip, self._clip = self._clip, None
         if clip is None or self.state != RUNNING:
             return

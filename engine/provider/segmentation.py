@@ -27,6 +27,7 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
         CancelledError: The request was abandoned.
     """
     predictor, options = model.predictor, model.options
+    assert predictor is not None
     multimask = read_multimask(request)
     prompts = read_prompts(request, predictor.constants.mask_size, model.memory)
     features = read_features(request)

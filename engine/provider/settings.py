@@ -30,7 +30,8 @@ class LoadOptions:
         backend: ``auto``, ``onnxruntime`` or ``tensorrt``.
         precision: ``auto`` or one of the manifest's `PRECISIONS`.
         threads: Threads of one inference; None lets the back end choose.
-        cache_mb: Budget of the model's embedding cache in MiB; 0 turns it off.
+        cache_mb: Budget of the model's cache in MiB, of embeddings or of a detector's features of text and images; 0
+            turns it off.
         verify: Check every file of the bundle against its SHA-256 at opening.
         max_image_pixels: Images with more pixels are refused before they are decoded.
         max_image_bytes: Larger encoded images are refused.

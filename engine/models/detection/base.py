@@ -95,6 +95,10 @@ class Detector(Protocol):
 
     def memory(self) -> MemoryUse: ...
 
+    def shrink(self) -> None:
+        """Drops what is kept between requests and can be computed again."""
+        ...
+
     def close(self) -> None: ...
 
 

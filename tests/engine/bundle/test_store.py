@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pixano_edge.engine.bundle import DEMO_NAME, Bundle, BundleStore, pack
+from pixano_edge.engine.bundle import DEMO_NAMES, Bundle, BundleStore, pack
 from pixano_edge.engine.bundle import store as store_module
 from pixano_edge.engine.errors import BundleError
 
 
 @pytest.fixture
 def no_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(store_module, "demo_path", lambda: tmp_path / "no-demo")
+    monkeypatch.setattr(store_module, "demo_path", lambda name: tmp_path / "no-demo" / name)
 
 
 @pytest.fixture
@@ -75,16 +75,18 @@ def test_damaged_source_changes_nothing(store: BundleStore, bundle_dir: Path) ->
 
 
 def test_demo_is_always_there_and_read_only(tmp_path: Path, bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "demo_path", lambda: bundle_dir)
+    monkeypatch.setattr(store_module, "demo_path", lambda name: bundle_dir)
     store = BundleStore(tmp_path / "store")
-    assert store.list() == [DEMO_NAME]
-    assert store.path(DEMO_NAME) == bundle_dir
-    with pytest.raises(BundleError, match="part of the package"):
-        store.remove(DEMO_NAME)
-    with pytest.raises(BundleError, match="already"):
-        store.add(bundle_dir, DEMO_NAME)
+    assert store.list() == sorted(DEMO_NAMES)
+    for name in DEMO_NAMES:
+        assert store.path(name) == bundle_dir
+        with pytest.raises(BundleError, match=f"'{name}' is part of the package"):
+            store.remove(name)
+        with pytest.raises(BundleError, match="already"):
+            store.add(bundle_dir, name)
     Bundle.open(bundle_dir)
 
 
-def test_demo_path_is_in_the_package() -> None:
-    assert store_module.demo_path().parts[-2:] == ("assets", "sam2-demo")
+@pytest.mark.parametrize("name", DEMO_NAMES)
+def test_demo_path_is_in_the_package(name: str) -> None:
+    assert store_module.demo_path(name).parts[-2:] == ("assets", name)

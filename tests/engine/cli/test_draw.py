@@ -10,6 +10,7 @@ from PIL import Image
 
 from pixano_edge.engine.cli.coco import CocoWriter, mask_bbox
 from pixano_edge.engine.cli.draw import COLOURS, mask_index, overlay, write_masks
+from pixano_edge.engine.cli.draw_text import NamedBox, drawable
 from pixano_edge.engine.models.rle import decode_rle
 from pixano_edge.engine.models.sam2.prompts import Prompt
 
@@ -104,3 +105,61 @@ def test_coco_round_trip(tmp_path: Path):
     coco = COCO(str(tmp_path / "annotations.json"))  # the reference reader takes it
     assert (coco.annToMask(coco.loadAnns([1])[0]) == mask).all()
     assert mask_bbox(np.zeros(SIZE, bool)) == [0, 0, 0, 0]
+
+
+def _labelled(*boxes: NamedBox, size: tuple[int, int] = (200, 300), value: int = 128) -> np.ndarray:
+    return overlay(np.full((*size, 3), value, np.uint8), [], boxes=boxes)
+
+
+def test_a_label_is_readable_on_its_colour():
+    for kind in range(len(COLOURS)):
+        picture = _labelled(NamedBox((50, 60, 250, 150), kind, "remote control", 0.5))
+        inside = picture[40:60, 50:100].reshape(-1, 3)
+        filled = (inside == COLOURS[kind]).all(axis=1)
+        text = np.array([255, 255, 255]) if (inside == 255).all(axis=1).any() else np.zeros(3)
+        assert filled.sum() > 100
+        assert (inside == text).all(axis=1).sum() > 20
+        lights = [
+            0.2126 * r + 0.7152 * g + 0.0722 * b
+            for r, g, b in ((np.array(COLOURS[kind]) / 255) ** 2.2, (text / 255) ** 2.2)
+        ]
+        assert (max(lights) + 0.05) / (min(lights) + 0.05) >= 4.5  # WCAG's bar for text
+
+
+def test_boxes_show_their_outline_and_leave_the_inside():
+    picture = _labelled(NamedBox((50, 60, 250, 150), 1, "a", 0.5))
+    assert (picture[60, 150] == COLOURS[1]).all()
+    assert (picture[100, 100:200] == 128).all()
+
+
+def test_labels_keep_clear_of_each_other_and_of_the_border():
+    one = NamedBox((0, 0, 300, 200), 0, "whole picture", 0.9)
+    alone = _labelled(one)
+    assert (alone[2:12, 2:60] == COLOURS[0]).all(axis=2).any()  # no room above: inside the box
+    both = _labelled(one, NamedBox((0, 0, 299, 199), 1, "whole picture", 0.8))
+    first, second = ((both[:40, :150] == COLOURS[k]).all(axis=2).sum() for k in (0, 1))
+    assert first > 300  # the better one keeps its place
+    assert (both[160:] == COLOURS[1]).all(axis=2).sum() + second > 300  # the other one is somewhere else
+
+
+def test_names_in_letters_that_can_be_drawn():
+    assert [drawable(name, 6) for name in ("cat", "naïve  café", "猫", "Жук", "cat 🐈", "")] == [
+        "cat", "naive cafe", "#7", "#7", "#7", "#7",
+    ]  # fmt: skip
+    assert drawable("x" * 100, 0) == "x" * 37 + "..."
+    assert drawable("a\nb", 0) == "a b"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (12, 12)])
+def test_labels_on_tiny_pictures(size: tuple[int, int]):
+    picture = _labelled(NamedBox((0, 0, size[1], size[0]), 0, "a long name", 0.5), size=size)
+    assert picture.shape == (*size, 3)
+
+
+def test_masks_of_one_kind_have_one_colour():
+    masks = [np.zeros((60, 60), np.bool_) for _ in range(2)]
+    masks[0][5:20, 5:20] = masks[1][30:50, 30:50] = True
+    picture = overlay(np.zeros((60, 60, 3), np.uint8), masks, kinds=[4, 4])
+    assert (picture[12, 12] == picture[40, 40]).all()
+    own = overlay(np.zeros((60, 60, 3), np.uint8), masks)
+    assert (own[12, 12] != own[40, 40]).any()

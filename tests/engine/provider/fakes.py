@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixano_edge.engine.bundle import MANIFEST_NAME, BundleStore, parse_manifest
+from pixano_edge.engine.bundle import DEMO_NAMES, MANIFEST_NAME, BundleStore, parse_manifest
 from pixano_edge.engine.contracts.sam2 import VIDEO, Sam2Constants, graphs
 from pixano_edge.engine.contracts.sam2_video import Sam2VideoConstants
 from pixano_edge.engine.contracts.sam2_video import graphs as video_graphs
@@ -22,10 +22,11 @@ from pixano_edge.engine.errors import PromptError
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.frames import Frames
 from pixano_edge.engine.provider import EdgeProvider
-from pixano_edge.engine.provider.families import VIDEOS, LoadedModel, check_task, tracks
+from pixano_edge.engine.provider.families import DETECTION, VIDEOS, LoadedModel, check_task, tracks
 from pixano_edge.engine.provider.settings import LoadOptions
 from pixano_edge.engine.provider.types import InferenceTask
 from pixano_edge.engine.provider.worker import Job
+from tests.support.fake_detector import FakeDetector
 
 CONSTANTS = Sam2Constants(image_size=128, hidden_dim=32)
 SIDE = CONSTANTS.mask_size
@@ -238,6 +239,7 @@ class FakeOpener:
         self.entered = threading.Event()
         self.opened: list[FakePredictor] = []
         self.videos: list[FakeVideoModel] = []
+        self.detectors: list[FakeDetector] = []
         self.tasks: list[str] = []
         self.device = device
         self.error: Exception | None = None
@@ -251,9 +253,16 @@ class FakeOpener:
         manifest = parse_manifest((path / MANIFEST_NAME).read_bytes())
         tracking = tracks(manifest.family, manifest.constants)
         kind = check_task(manifest.family, task, manifest.name, tracking)
+        self.tasks.append(task)
+        if task == DETECTION:
+            detector = FakeDetector()
+            self.detectors.append(detector)
+            return LoadedModel(
+                None, InferenceTask(task), kind, manifest.source.checkpoint, self.device, options,
+                use=detector.memory, shrink=detector.shrink, detector=detector,
+            )  # fmt: skip
         predictor = FakePredictor()
         self.opened.append(predictor)
-        self.tasks.append(task)
         video = FakeVideoModel(predictor) if task == VIDEOS else None
         if video is not None:
             self.videos.append(video)
@@ -312,10 +321,10 @@ def _graphs(names: list[str]) -> dict[str, Any]:
 
 
 class FolderStore(BundleStore):
-    """The local store without the demo bundle of the package."""
+    """The local store without the demo bundles of the package."""
 
     def list(self) -> list[str]:
-        return [name for name in super().list() if name != "sam2-demo"]
+        return [name for name in super().list() if name not in DEMO_NAMES]
 
 
 def make_provider(root: Path, opener: FakeOpener, **settings: Any) -> EdgeProvider:

@@ -141,12 +141,12 @@ async def test_refused_configurations(
 
 
 async def test_unknown_family(provider: EdgeProvider, root: Path) -> None:
-    add_bundle(root, "owl", family="owlv2")
+    add_bundle(root, "later", family="later-family")
     for load in (
-        provider.instantiate_model("edge", _config("owl")),
-        provider.image_mask_generation(_request("owl")),
+        provider.instantiate_model("edge", _config("later")),
+        provider.image_mask_generation(_request("later")),
     ):
-        with pytest.raises(TaskNotSupportedError, match="owlv2"):
+        with pytest.raises(TaskNotSupportedError, match="later-family"):
             await load
 
 
@@ -382,7 +382,6 @@ class _Foreign:
 async def test_absent_tasks_say_what_is_missing(provider: EdgeProvider) -> None:
     request: Any = _Foreign()
     calls = {
-        "etection": [provider.image_zero_shot_detection(request), provider.detection(request)],
         "Text": [provider.text_image_conditional_generation(request), provider.vlm(request)],
         "Embedding": [provider.embedding(request)],
     }

@@ -1,0 +1,1 @@
+"""Grounding DINO: boxes for class names, with text features kept per list of classes."""
