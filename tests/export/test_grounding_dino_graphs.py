@@ -78,15 +78,32 @@ def answer(exported: Exported, pixels: np.ndarray, caption: Caption, **changes: 
     return parity.Reference(*(binding.read(spec.name)[0] for spec in images.spec.outputs))
 
 
+def clearly_ranked(
+    exported: Exported, size: tuple[int, int], caption: Caption, seed: int
+) -> tuple[np.ndarray, parity.Reference]:
+    """A picture whose selection scores do not tie, and the stock model's answer.
+
+    With 60 queries one swap is seen in all of them, through their attention to each other; places outside the picture
+    have equal scores, but they are also the same in every other way.
+    """
+    for number in range(seed, seed + 1000, 100):
+        pixels = pixels_of(size, number)
+        wanted = parity.reference(exported.model, pixels, caption)
+        gaps = -np.diff(wanted.selection)
+        if not ((gaps > 1e-7) & (gaps < 5e-5)).any():
+            return pixels, wanted
+    raise AssertionError("every picture has ties")
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_size_and_length(small_dino: Exported, length: int) -> None:
     caption = caption_of(small_dino, length)
     for number, size in enumerate(SIZES):
-        pixels = pixels_of(size, number)
-        wanted = parity.reference(small_dino.model, pixels, caption)
+        pixels, wanted = clearly_ranked(small_dino, size, caption, number)
         found = answer(small_dino, pixels, caption)
         agreement = parity.compare(wanted, found.logits, found.boxes)
         assert agreement.passed, (size, length, agreement)
+        assert agreement.swapped == 0
         np.testing.assert_allclose(found.selection, wanted.selection, rtol=1e-4, atol=1e-4)
         assert wanted.boxes.std(axis=0).min() > 0.005, "all boxes are alike: the comparison says nothing"
 
@@ -123,7 +140,8 @@ def test_wrong_pictures_are_caught(small_dino: Exported) -> None:
     caption = caption_of(small_dino, 9)
     pixels = pixels_of((96, 133))
     wanted = parity.reference(small_dino.model, pixels, caption)
-    padded = np.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, 3)))
+    # Three columns would not do: the backbone itself fills up the last patch with zeros.
+    padded = np.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, 12)))
     for wrong in (padded, pixels * 1.01, pixels[:, ::-1].copy()):
         found = answer(small_dino, wrong, caption)
         assert not parity.compare(wanted, found.logits, found.boxes).passed

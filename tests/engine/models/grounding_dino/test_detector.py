@@ -269,7 +269,7 @@ def test_info_memory_and_closing(small_dino: Exported) -> None:
     detector.warm_up()
     told = detector.info()
     assert told["family"] == "grounding-dino"
-    assert told["warm_up"]["shapes"] == ["H=96, W=128, T=4"]
+    assert told["warm_up"]["shapes"] == ["H=96, W=128, T=9"]
     assert told["text_cache"]["entries"] == 0
     detector.detect(pictures()[1], ["cat"])
     assert detector.info()["text_cache"]["entries"] == 1

@@ -31,7 +31,8 @@ def model_input(image: np.ndarray, constants: GroundingDinoConstants) -> np.ndar
 def reference(image: np.ndarray, constants: GroundingDinoConstants) -> np.ndarray:
     size = {"shortest_edge": constants.shortest_edge, "longest_edge": constants.longest_edge}
     processor = GroundingDinoImageProcessorPil(size=size)
-    return processor(image, return_tensors="np")["pixel_values"]
+    # A picture: of an array of one row the processor cannot tell rows from channels.
+    return processor(Image.fromarray(np.ascontiguousarray(image)), return_tensors="np")["pixel_values"]
 
 
 def test_sizes_are_those_of_the_reference() -> None:
