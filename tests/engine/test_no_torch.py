@@ -1,4 +1,4 @@
-"""The engine imports and segments where torch, transformers, optimum and the export tools cannot be imported."""
+"""The engine imports, segments and detects where torch, transformers and the export tools cannot be imported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.support.make_preprocess_reference import procedural_image
@@ -57,6 +58,22 @@ assert verify_bundle(Path(sys.argv[2]), threads=1).passed
 assert not {n.partition(".")[0] for n in sys.modules} & Blocked.names
 """
 
+DETECT = """
+import numpy as np
+from pathlib import Path
+from pixano_edge.engine.models.detection.opening import open_detector
+from pixano_edge.engine.models.images import decode_image
+from pixano_edge.engine.models.verify import verify_bundle
+
+with open_detector(Path(sys.argv[2]), threads=1) as detector:
+    image = decode_image(Path(sys.argv[3]))
+    found = detector.detect(image, ["cat", "coffee cup"], box_threshold=0.05)
+    like = detector.detect_like(image, image)
+np.savez(sys.argv[4], boxes=found.boxes, scores=found.scores, like=like.boxes)
+assert verify_bundle(Path(sys.argv[2]), threads=1).passed
+assert not {n.partition(".")[0] for n in sys.modules} & Blocked.names
+"""
+
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -75,8 +92,8 @@ def test_imports_without_the_training_stack_and_loads_no_back_end() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_imports_without_onnxruntime() -> None:
-    result = run(IMPORT_ALL, TRAINING_STACK + ",onnxruntime")
+def test_imports_without_onnxruntime_and_tokenizers() -> None:
+    result = run(IMPORT_ALL, TRAINING_STACK + ",onnxruntime,tokenizers")
     assert result.returncode == 0, result.stderr
 
 
@@ -99,3 +116,23 @@ def test_segments_without_the_training_stack(tiny_bundle: Path, tmp_path: Path) 
     with Sam2ImagePredictor.open(tiny_bundle, threads=1) as predictor:
         expected = predictor.predict(image, [Prompt(points=[[40, 60]])]).masks
     assert np.array_equal(np.load(masks), expected)
+
+
+@pytest.mark.parametrize("bundle", ["owl_bundle", "owlvit_bundle"])
+def test_detects_without_the_training_stack(bundle: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder: Path = request.getfixturevalue(bundle)
+    image = procedural_image(161, 97)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    answer = tmp_path / "answer.npz"
+    result = run(DETECT, TRAINING_STACK, str(folder), str(tmp_path / "image.png"), str(answer))
+    assert result.returncode == 0, result.stderr
+
+    from pixano_edge.engine.models.owlv2.detector import Owlv2Detector
+
+    with Owlv2Detector.open(folder, threads=1) as detector:
+        expected = detector.detect(image, ["cat", "coffee cup"], box_threshold=0.05)
+        like = detector.detect_like(image, image)
+    with np.load(answer) as stored:
+        assert len(stored["scores"]) > 0
+        assert np.array_equal(stored["boxes"], expected.boxes)
+        assert np.array_equal(stored["like"], like.boxes)

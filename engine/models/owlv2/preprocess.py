@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,7 @@ class SmoothedTaps:
             index = np.concatenate([mirror(mirror(np.array([low + i]), self.side) + around, self.side) for i in (0, 1)])
             weight = np.concatenate([(1 - part) * kernel, part * kernel])
             first = int(index.min())
-            dense: npt.NDArray[np.float64] = np.bincount(index - first, weight)[: max(in_size - first, 0)]
+            dense: npt.NDArray[Any] = np.bincount(index - first, weight)[: max(in_size - first, 0)]
             taps.append((first, dense) if len(dense) else (in_size - 1, np.zeros(1)))
         return taps
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
 from ...contracts.owlv2 import OwlConstants
-from ...errors import BundleError, PromptError
+from ...errors import BundleError, MissingDependencyError, PromptError
 
 
 class Tokenizer:
@@ -20,10 +19,15 @@ class Tokenizer:
         constants: Of the checkpoint.
 
     Raises:
+        MissingDependencyError: The library `tokenizers` is not installed.
         BundleError: The content is no tokeniser, or does not end texts with the end token of `constants`.
     """
 
     def __init__(self, content: str | bytes, constants: OwlConstants) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise MissingDependencyError("tokenizers", "detection", "Detecting objects by their names") from error
         text = content.decode() if isinstance(content, bytes) else content
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)

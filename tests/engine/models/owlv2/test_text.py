@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pixano_edge.engine.contracts.owlv2 import OwlConstants
-from pixano_edge.engine.errors import BundleError, PromptError
+from pixano_edge.engine.errors import BundleError, MissingDependencyError, PromptError
 from pixano_edge.engine.models.owlv2.text import Tokenizer
 
 NAMES = [
@@ -64,3 +65,10 @@ def test_another_tokenizer_is_refused(stock: Any) -> None:
         Tokenizer(text, OwlConstants(end_token=5))
     with pytest.raises(BundleError, match="cannot be read"):
         Tokenizer(text[:100], OwlConstants())
+
+
+def test_without_the_library(stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = stock.backend_tokenizer.to_str()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingDependencyError, match=r"pixano-edge\[detection\]"):
+        Tokenizer(text, OwlConstants(end_token=stock.eos_token_id))
