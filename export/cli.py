@@ -308,15 +308,15 @@ def print_parity(report: ParityReport) -> None:
             right=columns[1:],
         )
     if report.detections:
-        columns = ("variant", "pictures", "classes", "boxes", "unmatched", "max box error", "max score error")
+        found = ("variant", "pictures", "classes", "boxes", "unmatched", "max box error", "max score error")
         print_table(
-            columns,
+            found,
             [
                 (d.variant, d.images, d.classes, d.boxes, d.unmatched, f"{d.max_box:.3f} px", f"{d.max_score:.1e}")
                 for d in report.detections
             ],
             title=f"Detections on {', '.join(report.inputs)}",
-            right=columns[1:],
+            right=found[1:],
         )
     if report.clips:
         print_table(

@@ -157,7 +157,7 @@ def image_encoder(c: OwlConstants) -> GraphSpec:
     are logits, of OWLv2 alone.
     """
     q = c.queries
-    outputs = (
+    outputs: tuple[TensorSpec, ...] = (
         TensorSpec(BOXES, "float32", (1, q, 4)),
         TensorSpec(CLASS_EMBEDS, "float32", (1, q, c.embed_dim)),
         TensorSpec(LOGIT_SHIFT, "float32", (1, q, 1)),

@@ -40,8 +40,8 @@ class OwlFamily:
         self.source, self.licence, self.notes = loaded.source, loaded.licence, loaded.notes
         self.constants = c.to_dict()
         self.preprocess = Preprocess(resize=c.resize, image_size=c.image_size, mean=c.mean, std=c.std)  # type: ignore[arg-type]
-        self.files = {contract.TOKENIZER: loaded.tokenizer}
-        self.specs = contract.graphs(c)
+        self.files: Mapping[str, bytes] = {contract.TOKENIZER: loaded.tokenizer}
+        self.specs: Mapping[str, GraphSpec] = contract.graphs(c)
         kind = type(loaded.model).__name__
         self.reference = f"transformers {transformers.__version__} {kind}, torch {torch.__version__}, fp32, cpu"
 

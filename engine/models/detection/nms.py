@@ -56,4 +56,6 @@ def box_iou(boxes: npt.NDArray[Any], box: npt.NDArray[Any]) -> npt.NDArray[np.fl
     shared = np.prod(np.maximum(corner, 0.0), axis=1)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     union = areas + (box[2] - box[0]) * (box[3] - box[1]) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    iou = np.zeros(len(boxes))
+    np.divide(shared, union, out=iou, where=union > 0)
+    return iou

@@ -361,7 +361,8 @@ class Owlv2Detector:
             binding = self._text_encoder.prepare({"C": len(ids)})
             chain.write(binding, contract.INPUT_IDS, ids)
             chain.launch(binding)
-            return chain.fetch(binding, (contract.TEXT_EMBEDS,))[contract.TEXT_EMBEDS].copy()
+            embeds: Floats = chain.fetch(binding, (contract.TEXT_EMBEDS,))[contract.TEXT_EMBEDS].copy()
+            return embeds
 
     def _encode_image(self, image: npt.NDArray[np.uint8]) -> ImageFeatures:
         with self._image_encoder.lock:

@@ -95,7 +95,7 @@ class SmoothedTaps:
             index = np.concatenate([mirror(mirror(np.array([low + i]), self.side) + around, self.side) for i in (0, 1)])
             weight = np.concatenate([(1 - part) * kernel, part * kernel])
             first = int(index.min())
-            dense = np.bincount(index - first, weight)[: max(in_size - first, 0)]
+            dense: npt.NDArray[np.float64] = np.bincount(index - first, weight)[: max(in_size - first, 0)]
             taps.append((first, dense) if len(dense) else (in_size - 1, np.zeros(1)))
         return taps
 
@@ -105,8 +105,9 @@ def gaussian(sigma: float) -> npt.NDArray[np.float64]:
     if sigma <= 1e-15:
         return np.ones(1)
     reach = int(_TRUNCATE * sigma + 0.5)
-    weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-reach, reach + 1) ** 2)
-    return weights / weights.sum()
+    weights: npt.NDArray[np.float64] = np.exp(-0.5 / (sigma * sigma) * np.arange(-reach, reach + 1) ** 2)
+    weights /= weights.sum()
+    return weights
 
 
 def mirror(index: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:

@@ -230,4 +230,5 @@ def _generalised_iou(boxes: npt.NDArray[np.float64], box: npt.NDArray[np.float64
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) + np.prod(box[2:] - box[:2])
     iou = box_iou(boxes, box)
     union = areas / (1 + iou)  # of areas a + b with overlap i: iou = i / (a + b - i)
-    return iou - (hull - union) / hull
+    found: npt.NDArray[np.float64] = iou - (hull - union) / hull
+    return found
