@@ -118,7 +118,8 @@ def _load_model(folder: Path) -> Any:
     """
     try:
         with quiet():
-            model, info = GroundingDinoForObjectDetection.from_pretrained(
+            kind: Any = GroundingDinoForObjectDetection  # its annotations know one return value only
+            model, info = kind.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -12,7 +12,7 @@ from pixano_edge.engine.errors import ContractError, ExportError
 MAX_LEVELS = 5
 """Proposals of a sixth level would be larger than the picture and never be inside it."""
 _BILINEAR = 2
-_SIZES = {(96, (2, 2, 6, 2)): "tiny", (128, (2, 2, 18, 2)): "base"}
+_SIZES: dict[tuple[int, tuple[int, ...]], str] = {(96, (2, 2, 6, 2)): "tiny", (128, (2, 2, 18, 2)): "base"}
 
 
 def architecture_name(config: Any) -> str:

@@ -37,7 +37,7 @@ class GroundingDinoFamily:
         self.preprocess = Preprocess(
             resize="shortest-edge", image_size=c.shortest_edge, longest_edge=c.longest_edge, mean=c.mean, std=c.std
         )
-        self.files = {contract.TOKENIZER: loaded.tokenizer}
+        self.files: Mapping[str, bytes] = {contract.TOKENIZER: loaded.tokenizer}
         self.specs: Mapping[str, GraphSpec] = contract.graphs(c)
         self.reference = (
             f"transformers {transformers.__version__} GroundingDinoForObjectDetection, torch {torch.__version__}, "

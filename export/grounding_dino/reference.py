@@ -70,7 +70,8 @@ def ask(model: Any, processor: Any, photo: Photo, classes: Sequence[str]) -> Sto
             "Classes to measure parity on must differ and hold no dot or question mark.", "Give other --classes."
         )
     inputs = processor(images=Image.fromarray(photo.pixels), text=list(classes), return_tensors="pt")
-    ids: list[int] = inputs["input_ids"][0].tolist()
+    tokens: Any = inputs["input_ids"]
+    ids: list[int] = tokens[0].tolist()
     if len(ids) > model.config.max_text_len:
         raise ExportError(f"The classes have {len(ids)} tokens, too many for one caption.", "Give fewer --classes.")
     features: list[torch.Tensor] = []
@@ -90,9 +91,8 @@ def ask(model: Any, processor: Any, photo: Photo, classes: Sequence[str]) -> Sto
     probabilities = logits[0].sigmoid().numpy()
     per_class = np.stack([probabilities[:, owner == k].max(axis=1) for k in range(len(names))], axis=1)
     labels = per_class.argmax(axis=1)
-    mask, positions = generate_masks_with_special_tokens_and_transfer_map(
-        inputs["input_ids"], torch.tensor(SPECIAL_TOKENS)
-    )
+    special_tokens: Any = torch.tensor(SPECIAL_TOKENS)
+    mask, positions = generate_masks_with_special_tokens_and_transfer_map(tokens, special_tokens)
     selection = outputs.enc_outputs_class[:, :, : len(ids)].amax(-1).topk(model.config.num_queries, dim=1)[0]
     return Stock(
         size=photo.size,
