@@ -121,7 +121,7 @@ def track(
     """Tracking, per frame, next to PyTorch's video predictor (transformers, fp32 and bf16), taken in turns.
 
     Every contender has a full memory bank and tracks 1, 2, 4 and 8 objects; a line fitted through its times tells what
-    a frame costs and what each object adds. Masks are compared on the last frame. The demo model tracks the demo's clip,
+    a frame costs and what each object adds. Masks are compared on the last frame. The demo model gets the demo's clip,
     others blobs of colour. Without --checkpoint a model with seeded random weights is made and exported once into the
     cache.
     """
