@@ -57,7 +57,7 @@ _EXTRA_OF_MODULE = {
     "transformers": "export",
 }
 
-_BASE_MODULES = frozenset(("PIL", "cv2", "numpy", "pycocotools", "pydantic", "rich"))
+_BASE_MODULES = frozenset(("PIL", "cv2", "numpy", "pycocotools", "pydantic", "rich", "tokenizers"))
 
 
 def command_entry_points() -> dict[str, importlib.metadata.EntryPoint]:

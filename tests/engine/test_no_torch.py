@@ -1,4 +1,4 @@
-"""The engine imports and segments where torch, transformers, optimum and the export tools cannot be imported."""
+"""The engine runs where torch, transformers, optimum and the export tools cannot be imported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.support.make_preprocess_reference import procedural_image
@@ -57,6 +58,22 @@ assert verify_bundle(Path(sys.argv[2]), threads=1).passed
 assert not {n.partition(".")[0] for n in sys.modules} & Blocked.names
 """
 
+DETECT = """
+import numpy as np
+from pathlib import Path
+from pixano_edge.engine.models.detection.opening import open_detector
+from pixano_edge.engine.models.images import decode_image
+from pixano_edge.engine.models.verify import verify_bundle
+
+detector = open_detector(Path(sys.argv[2]), threads=1)
+found = detector.detect(
+    decode_image(Path(sys.argv[3])), ["cat", "remote control"], box_threshold=0.0, text_threshold=0.0
+)
+np.savez(sys.argv[4], boxes=found.boxes, scores=found.scores, labels=found.labels)
+assert verify_bundle(Path(sys.argv[2]), threads=1).passed
+assert not {n.partition(".")[0] for n in sys.modules} & Blocked.names
+"""
+
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -99,3 +116,22 @@ def test_segments_without_the_training_stack(tiny_bundle: Path, tmp_path: Path) 
     with Sam2ImagePredictor.open(tiny_bundle, threads=1) as predictor:
         expected = predictor.predict(image, [Prompt(points=[[40, 60]])]).masks
     assert np.array_equal(np.load(masks), expected)
+
+
+@pytest.mark.parametrize("name", ["owl_bundle", "dino_bundle"])
+def test_detects_without_the_training_stack(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bundle: Path = request.getfixturevalue(name)
+    image = procedural_image(161, 97)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    answers = tmp_path / "answers.npz"
+    result = run(DETECT, TRAINING_STACK, str(bundle), str(tmp_path / "image.png"), str(answers))
+    assert result.returncode == 0, result.stderr
+
+    from pixano_edge.engine.models.detection.opening import open_detector
+
+    detector = open_detector(bundle, threads=1)
+    found = detector.detect(image, ["cat", "remote control"], box_threshold=0.0, text_threshold=0.0)
+    detector.close()
+    with np.load(answers) as stored:
+        for key in ("boxes", "scores", "labels"):
+            assert np.array_equal(stored[key], getattr(found, key)), key
