@@ -53,6 +53,7 @@ _EXTRA_OF_MODULE = {
     "safetensors": "export",
     "skimage": "benchmarks",
     "tensorrt_rtx_bindings": "tensorrt-rtx",
+    "tokenizers": "detection",
     "torch": "export",
     "transformers": "export",
 }

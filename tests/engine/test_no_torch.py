@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,9 +68,11 @@ from pixano_edge.engine.models.verify import verify_bundle
 
 with open_detector(Path(sys.argv[2]), threads=1) as detector:
     image = decode_image(Path(sys.argv[3]))
-    found = detector.detect(image, ["cat", "coffee cup"], box_threshold=0.05)
-    like = detector.detect_like(image, image)
-np.savez(sys.argv[4], boxes=found.boxes, scores=found.scores, like=like.boxes)
+    found = detector.detect(image, ["cat", "coffee cup"], box_threshold=0.0, text_threshold=0.0)
+    answers = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+    if hasattr(detector, "detect_like"):
+        answers["like"] = detector.detect_like(image, image).boxes
+np.savez(sys.argv[4], **answers)
 assert verify_bundle(Path(sys.argv[2]), threads=1).passed
 assert not {n.partition(".")[0] for n in sys.modules} & Blocked.names
 """
@@ -118,21 +121,23 @@ def test_segments_without_the_training_stack(tiny_bundle: Path, tmp_path: Path) 
     assert np.array_equal(np.load(masks), expected)
 
 
-@pytest.mark.parametrize("bundle", ["owl_bundle", "owlvit_bundle"])
-def test_detects_without_the_training_stack(bundle: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folder: Path = request.getfixturevalue(bundle)
+@pytest.mark.parametrize("name", ["owl_bundle", "owlvit_bundle", "dino_bundle"])
+def test_detects_without_the_training_stack(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bundle: Path = request.getfixturevalue(name)
     image = procedural_image(161, 97)
     Image.fromarray(image).save(tmp_path / "image.png")
-    answer = tmp_path / "answer.npz"
-    result = run(DETECT, TRAINING_STACK, str(folder), str(tmp_path / "image.png"), str(answer))
+    answers = tmp_path / "answers.npz"
+    result = run(DETECT, TRAINING_STACK, str(bundle), str(tmp_path / "image.png"), str(answers))
     assert result.returncode == 0, result.stderr
 
-    from pixano_edge.engine.models.owlv2.detector import Owlv2Detector
+    from pixano_edge.engine.models.detection.opening import open_detector
 
-    with Owlv2Detector.open(folder, threads=1) as detector:
-        expected = detector.detect(image, ["cat", "coffee cup"], box_threshold=0.05)
-        like = detector.detect_like(image, image)
-    with np.load(answer) as stored:
-        assert len(stored["scores"]) > 0
-        assert np.array_equal(stored["boxes"], expected.boxes)
-        assert np.array_equal(stored["like"], like.boxes)
+    detector: Any = open_detector(bundle, threads=1)
+    with detector, np.load(answers) as stored:
+        found = detector.detect(image, ["cat", "coffee cup"], box_threshold=0.0, text_threshold=0.0)
+        assert len(found) > 0
+        for key in ("boxes", "scores", "labels"):
+            assert np.array_equal(stored[key], getattr(found, key)), key
+        assert ("like" in stored) == hasattr(detector, "detect_like")
+        if "like" in stored:
+            assert np.array_equal(stored["like"], detector.detect_like(image, image).boxes)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from ...contracts.grounding_dino import GroundingDinoConstants
 from ...errors import BundleError, PromptError
+from ..detection.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +58,7 @@ class Captioner:
     """
 
     def __init__(self, tokenizer: str | bytes, constants: GroundingDinoConstants) -> None:
-        text = tokenizer.decode() if isinstance(tokenizer, bytes) else tokenizer
-        try:
-            self._tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise BundleError(f"The tokeniser cannot be read: {error}.", "Export the bundle again.") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = read_tokenizer(tokenizer)
         # A class called "[SEP]" is text like any other.
         self._tokenizer.encode_special_tokens = True
         self._constants = constants

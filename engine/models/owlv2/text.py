@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...contracts.owlv2 import OwlConstants
-from ...errors import BundleError, MissingDependencyError, PromptError
+from ...errors import BundleError, PromptError
+from ..detection.tokenizer import read_tokenizer
 
 
 class Tokenizer:
@@ -24,17 +25,7 @@ class Tokenizer:
     """
 
     def __init__(self, content: str | bytes, constants: OwlConstants) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise MissingDependencyError("tokenizers", "detection", "Detecting objects by their names") from error
-        text = content.decode() if isinstance(content, bytes) else content
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library, written in Rust, raises no narrower type
-            raise BundleError(f"The tokeniser cannot be read: {error}", "Copy or export the bundle again.") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = read_tokenizer(content)
         self._constants = constants
         ids = self._tokenizer.encode("a").ids
         if len(ids) < 3 or ids[-1] != constants.end_token:
