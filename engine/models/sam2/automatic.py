@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import CancelledError, DeviceMemoryError, PromptError
+from ..detection.nms import non_maximum_suppression
 from ..masks import box_xywh, mask_box
 from ..rle import decode_rle, encode_rle, encode_rle_at
 from .automatic_options import AutomaticOptions
@@ -27,7 +28,7 @@ from .preprocess import Scratch, check_image
 from .prompts import Prompt, PromptBatch, build_prompts
 from .regions import remove_small_regions
 
-__all__ = ["AutomaticMask", "AutomaticOptions", "generate_masks", "non_maximum_suppression"]
+__all__ = ["AutomaticMask", "AutomaticOptions", "generate_masks"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -132,27 +133,6 @@ def generate_masks(
     if len(crops) > 1:
         found = _suppress(found, preference, options.crop_nms_thresh)
     return _clean(found, options, clicks.check) if options.min_mask_region_area else found
-
-
-def non_maximum_suppression(
-    boxes: npt.NDArray[np.float64], scores: npt.NDArray[np.float64], threshold: float
-) -> list[int]:
-    """Indices of the boxes kept, best score first: a box goes when its IoU with a better one exceeds `threshold`.
-
-    Boxes are x1, y1, x2, y2 with area (x2 - x1) * (y2 - y1), as in torchvision's ``nms``; boxes without area
-    overlap nothing. Of equal scores the first one counts as better.
-    """
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    order = np.argsort(-scores, kind="stable")
-    kept: list[int] = []
-    while order.size:
-        best, rest = order[0], order[1:]
-        kept.append(int(best))
-        corner = np.minimum(boxes[rest, 2:], boxes[best, 2:]) - np.maximum(boxes[rest, :2], boxes[best, :2])
-        shared = np.prod(np.maximum(corner, 0.0), axis=1)
-        union = areas[rest] + areas[best] - shared
-        order = rest[shared <= threshold * union]
-    return kept
 
 
 def _suppress(found: Sequence[AutomaticMask], scores: Sequence[float], threshold: float) -> list[AutomaticMask]:

@@ -13,10 +13,11 @@ import pytest
 from pycocotools import mask as coco
 
 from pixano_edge.engine.errors import CancelledError, DeviceMemoryError, PromptError
+from pixano_edge.engine.models.detection.nms import non_maximum_suppression
 from pixano_edge.engine.models.images import decode_image
 from pixano_edge.engine.models.masks import mask_box
 from pixano_edge.engine.models.rle import decode_rle
-from pixano_edge.engine.models.sam2.automatic import AutomaticOptions, generate_masks, non_maximum_suppression
+from pixano_edge.engine.models.sam2.automatic import AutomaticOptions, generate_masks
 from pixano_edge.engine.models.sam2.cache import EmbeddingCache
 from pixano_edge.engine.models.sam2.crops import crop_image, point_grid
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
