@@ -163,4 +163,4 @@ async def test_refusals(provider: EdgeProvider, name: str, picture: Path, tiny_b
     with pytest.raises(TaskNotSupportedError, match="does image_mask_generation"):
         await provider.instantiate_model("edge", ModelConfig("sam", TASK, tiny_bundle))
     with pytest.raises(InvalidRequestError, match="token"):  # more than the text encoder takes
-        await provider.image_zero_shot_detection(_request(name, picture, 0.5, ["qx" * 400]))
+        await provider.image_zero_shot_detection(_request(name, picture, 0.5, ["q x " * 240]))
