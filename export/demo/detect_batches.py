@@ -18,7 +18,7 @@ SLOTS = 8
 BLOCK = 8
 """Batches that are made together: of half as many scenes, each shown twice."""
 HINT_PIXELS = 25
-"""An object that shows less than this, and is not asked for, is no object; one that shows more is left out of account."""
+"""An object that is not asked for, and shows at least this, is left out of account; one that shows less is nothing."""
 
 NOTHING, ASKED, UNSURE = 0, 1, 2
 

@@ -26,7 +26,7 @@ Detect = Callable[[NDArray[np.uint8], Sequence[str], float], tuple[Boxes, NDArra
 IOU = 0.5
 LOWEST_SCORE = 0.02
 """Boxes below are not asked for: the tail of the curve."""
-SHOWN_SCORE = 0.3
+SHOWN_SCORE = 0.5
 """Where a false alarm is counted: a box of at least this score for a phrase that is true of nothing."""
 
 
@@ -88,9 +88,21 @@ class Tally:
 Tallies = dict[str, Tally]
 
 
-def judge(
-    boxes: Boxes, scores: NDArray[np.float32], targets: Boxes, doubtful: Boxes
-) -> tuple[list[float], list[bool]]:
+def merge(parts: Iterable[Tallies]) -> Tallies:
+    """The tallies of several runs as one; the parts are not changed."""
+    total: Tallies = {}
+    for part in parts:
+        for text, tally in part.items():
+            own = total.setdefault(text, Tally(tally.kind))
+            own.scores += tally.scores
+            own.hits += tally.hits
+            own.objects += tally.objects
+            own.vain += tally.vain
+            own.alarms += tally.alarms
+    return total
+
+
+def judge(boxes: Boxes, scores: NDArray[np.float32], targets: Boxes, doubtful: Boxes) -> tuple[list[float], list[bool]]:
     """Scores and hits of the boxes of one phrase in one scene, best first.
 
     A box hits the free target that it overlaps most, by at least :data:`IOU`. A box that hits none but a ``doubtful``
