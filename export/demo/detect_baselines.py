@@ -187,6 +187,12 @@ class ContourDetector:
 
     def __init__(self, settings: Settings = SWEPT) -> None:
         self.settings = settings
+        self._last: tuple[Image, list[Region]] | None = None  # the image asked about last, by identity
+
+    def _regions(self, image: Image) -> list[Region]:
+        if self._last is None or self._last[0] is not image:
+            self._last = image, regions(image, self.settings)
+        return self._last[1]
 
     def __call__(
         self, image: Image, classes: Sequence[str], threshold: float
@@ -194,7 +200,7 @@ class ContourDetector:
         """Boxes (N, 4) xyxy pixels, scores (N,) best first, labels (N,): one answer per region, its best class."""
         phrases = [_known()[text] for text in classes]
         boxes, scores, labels = [], [], []
-        for region in regions(image, self.settings):
+        for region in self._regions(image):
             likeness = [self._score(region, phrase) for phrase in phrases]
             best = int(np.argmax(likeness))
             if likeness[best] > threshold:

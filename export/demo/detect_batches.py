@@ -9,18 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pixano_edge.export.demo.prompts import crowd_at, prepared
-from pixano_edge.export.demo.scenes import SHAPES, Scene, generate_scene, is_evaluated
+from pixano_edge.export.demo.prompts import prepared
+from pixano_edge.export.demo.scenes import SHAPES, USUAL, Crowd, Scene, generate_scene, is_evaluated
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
 
 SLOTS = 8
 """Most objects of a scene."""
-BLOCK = 8
-"""Batches that are made together: of half as many scenes, each shown twice."""
+BLOCK, USES = 9, 3
+"""Batches that are made together, and how often each of their scenes is shown, in other positions: drawing scenes costs
+as much as learning from them."""
 HINT_PIXELS = 25
 """An object that is not asked for, and shows at least this, is left out of account; one that shows less is nothing."""
 
 NOTHING, ASKED, UNSURE = 0, 1, 2
+EASY_STEPS, EASY = 700, Crowd(near=0.4, small=0.04, camouflage=0.4)
+"""The scenes of the first steps: shapes that are large and stand free show soonest what the words mean."""
 
 
 @dataclass
@@ -29,15 +32,15 @@ class DetectBatch:
 
     ``images`` (B, S, S, 3) uint8 RGB; ``boxes`` (B, 8, 4) float32 xyxy pixels around what shows; ``words`` (B, 8, 3)
     int64 indices into ``SHAPES``, ``COLORS`` and ``PATTERNS``; ``state`` (B, 8) int64: ``NOTHING``, ``ASKED`` (enough
-    shows, it is to be found) or ``UNSURE``; ``owner`` (B, S/16, S/16) int64 index of the object that shows at each
-    cell's centre, -1 for none.
+    shows, it is to be found) or ``UNSURE``; ``owner`` (B, S/4, S/4) int8 index of the object that shows at each place,
+    -1 for none.
     """
 
     images: NDArray[np.uint8]
     boxes: NDArray[np.float32]
     words: NDArray[np.int64]
     state: NDArray[np.int64]
-    owner: NDArray[np.int64]
+    owner: NDArray[np.int8]
 
 
 def _empty(batch: int, size: int) -> DetectBatch:
@@ -46,7 +49,7 @@ def _empty(batch: int, size: int) -> DetectBatch:
         np.zeros((batch, SLOTS, 4), np.float32),
         np.zeros((batch, SLOTS, 3), np.int64),
         np.zeros((batch, SLOTS), np.int64),
-        np.full((batch, size // 16, size // 16), -1, np.int64),
+        np.full((batch, size // 4, size // 4), -1, np.int8),
     )
 
 
@@ -65,7 +68,7 @@ def fill(out: DetectBatch, row: int, scene: Scene, turn: int) -> None:
         out.words[row, i] = SHAPES.index(obj.shape), names.index(obj.color), PATTERNS.index(obj.pattern)
         if shows:
             out.boxes[row, i] = turned_box(obj.box, size, turn)
-            out.owner[row][turned(obj.visible, turn)[8::16, 8::16]] = i
+            out.owner[row][turned(obj.visible, turn)[2::4, 2::4]] = i
 
 
 def turned(picture: NDArray[np.generic], turn: int) -> NDArray[np.generic]:
@@ -84,18 +87,16 @@ def turned_box(box: tuple[int, int, int, int], size: int, turn: int) -> tuple[in
 
 
 def make_block(block: int, seed: int, batch: int, size: int) -> list[DetectBatch]:
-    """``BLOCK`` training batches from half as many scenes, each shown twice, turned differently; a pure function."""
+    """``BLOCK`` training batches, each scene shown ``USES`` times in different positions; a pure function."""
     rng = np.random.default_rng([11, seed, block])
-    rows = BLOCK * batch
     outs = [_empty(batch, size) for _ in range(BLOCK)]
-    order = np.concatenate([rng.permutation(rows // 2), rows // 2 + rng.permutation(rows // 2)])
-    for k in range(rows // 2):
-        scene_seed = (seed * 10**7 + block) * rows + k
-        scene = generate_scene(scene_seed, "train", size, crowd_at(block * BLOCK))
-        first = int(rng.integers(8))
-        turns = (first, (first + int(rng.integers(1, 8))) % 8)
-        for place, turn in zip((order[k], order[rows // 2 + k]), turns, strict=True):
-            fill(outs[place // batch], int(place % batch), scene, turn)
+    scenes = BLOCK * batch // USES
+    crowd = EASY if block * BLOCK < EASY_STEPS else USUAL
+    order = [use * scenes + rng.permutation(scenes) for use in range(USES)]
+    for k in range(scenes):
+        scene = generate_scene((seed * 10**7 + block) * scenes + k, "train", size, crowd)
+        for places, turn in zip(order, rng.permutation(8), strict=False):
+            fill(outs[places[k] // batch], int(places[k] % batch), scene, int(turn))
     return outs
 
 

@@ -29,7 +29,7 @@ NEIGHBOUR = 0.2
 class Targets:
     """Objects of B images in M slots: ``boxes`` (B, M, 4) float32 cx, cy, w, h in sides of the image; ``state``
     (B, M) int64 as in a batch; ``match`` (B, M, K) bool, which of the K texts is true of the object; ``words`` (B, M,
-    3) int64; ``owner`` (B, GRID, GRID) int64."""
+    3) int64; ``owner`` (B, 4 GRID, 4 GRID) int64, the index of the object that shows there, -1 for none."""
 
     boxes: Tensor
     state: Tensor
@@ -139,27 +139,30 @@ class WhatIsHere(nn.Module):
     """A second task in training: one linear layer tells of every token what lies there; dropped afterwards.
 
     Few tokens answer for objects, and early in training their answers say little about the rest. So every token also
-    has to name the shape, colour and pattern of the object it lies on, whether there is one, and its box's sides.
+    has to name the shape, colour and pattern of the object at its centre, whether there is one, its box's sides, and
+    which of the 16 parts of the token's patch belong to the same object, or background, as the centre.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.sizes = (len(SHAPES), len(COLORS), len(PATTERNS), 1, 4)
+        self.sizes = (len(SHAPES), len(COLORS), len(PATTERNS), 1, 4, 16)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, sum(self.sizes))
 
     def loss(self, features: Tensor, targets: Targets) -> Tensor:
-        """Mean over tokens of the five losses; ``features`` (B, N, C)."""
-        *names, here, sides = self.head(self.norm(features)).float().split(self.sizes, -1)
-        owner = targets.owner.flatten(1)
+        """Sum of the losses of the six answers, each the mean over tokens; ``features`` (B, N, C)."""
+        *names, here, sides, parts = self.head(self.norm(features)).float().split(self.sizes, -1)
+        fine = targets.owner.unflatten(1, (GRID, 4)).unflatten(3, (GRID, 4)).transpose(2, 3).flatten(3).flatten(1, 2)
+        owner = fine[..., 10]  # of (B, N, 16): row 2, column 2
         own = owner.clamp(min=0)
         sure = (owner >= 0) & (targets.state.gather(1, own) == ASKED)
         words = targets.words.gather(1, own[..., None].expand(-1, -1, 3))[sure]
         total = F.binary_cross_entropy_with_logits(here[..., 0], (owner >= 0).float())
+        total = total + 2 * F.binary_cross_entropy_with_logits(parts, (fine == owner[..., None]).float())
         for kind, logits in enumerate(names):
             total = total + 0.5 * F.cross_entropy(logits[sure], words[:, kind])
         cx, cy, w, h = targets.boxes.gather(1, own[..., None].expand(-1, -1, 4)).unbind(-1)
         axis = (torch.arange(GRID) + 0.5) * PATCH / IMAGE_SIZE
         x, y = axis.repeat(GRID), axis.repeat_interleave(GRID)
         goal = 4 * torch.stack([x - cx + w / 2, y - cy + h / 2, cx + w / 2 - x, cy + h / 2 - y], -1)
-        return total + 2 * F.smooth_l1_loss(sides[sure], goal[sure], beta=0.1)
+        return total + 3 * F.smooth_l1_loss(sides[sure], goal[sure], beta=0.1)

@@ -108,7 +108,7 @@ def initialise(model: Owlv2ForObjectDetection) -> None:
     text.embeddings.position_embedding.weight.normal_(std=0.1)
     # The start of the scores: few objects. Of the boxes: four cells wide, not one.
     head = model.class_head
-    for module, bias in ((head.logit_scale, 15.0), (head.logit_shift, -0.3), (model.objectness_head.dense2, -4.0)):
+    for module, bias in ((head.logit_scale, 15.0), (head.logit_shift, -0.5), (model.objectness_head.dense2, -4.0)):
         module.weight.normal_(std=0.02)
         module.bias.fill_(bias)
     model.box_head.dense2.weight.mul_(0.3)
@@ -147,12 +147,13 @@ def predict(model: Owlv2ForObjectDetection, pixels: Tensor, texts: Tensor) -> Pr
         texts: (K, TEXT_WIDTH) of :func:`encode_texts`; asked of every image.
     """
     grid, _ = model.image_embedder(pixels)
-    features = grid.flatten(1, 2)
-    logits, _ = model.class_predictor(features, texts.expand(len(pixels), -1, -1))
-    objectness = model.objectness_predictor(features)
-    with torch.autocast("cpu", enabled=False):  # the bias of the last cell is large: bfloat16 would round it
-        boxes = model.box_predictor(features.float(), grid.float())
-    return Predictions(boxes.float(), logits.float(), objectness.float(), features.float())
+    with torch.autocast("cpu", enabled=False):  # the heads are small, and bfloat16 would round cosines and cells
+        grid = grid.float()
+        features = grid.flatten(1, 2)
+        logits, _ = model.class_predictor(features, texts.float().expand(len(pixels), -1, -1))
+        objectness = model.objectness_predictor(features)
+        boxes = model.box_predictor(features, grid)
+    return Predictions(boxes, logits, objectness, features)
 
 
 class TorchDetector:

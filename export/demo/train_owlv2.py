@@ -106,7 +106,7 @@ def step_loss(
         state=state,
         match=matches(words, phrases, STRANGE_TEXTS),
         words=words,
-        owner=torch.from_numpy(batch.owner),
+        owner=torch.from_numpy(batch.owner).long(),
     )
     with torch.autocast("cpu", torch.bfloat16):
         out = predict(model, normalise(torch.from_numpy(batch.images)), encode_texts(model, tokenizer, texts))
@@ -247,7 +247,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--batch", type=int, default=16, help="scenes in a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of AdamW")
-    parser.add_argument("--muon-lr", type=float, default=1.5e-3, help="peak rate of Muon")
+    parser.add_argument("--muon-lr", type=float, default=2e-3, help="peak rate of Muon")
     parser.add_argument("--clip", type=float, default=5.0, help="largest norm of a gradient")
     parser.add_argument("--decay-from", type=float, default=0.3, help="fraction of the run where the rate descends")
     parser.add_argument("--save-every", type=float, default=6.0, help="minutes between checkpoints")
