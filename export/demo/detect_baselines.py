@@ -148,9 +148,10 @@ def regions(image: Image, settings: Settings = SWEPT) -> list[Region]:
     lab = _lab(smooth)
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     distance = np.linalg.norm(lab[:, :, None] - _palette(), axis=-1)
+    nearest = distance.argmin(-1)
     found = []
     for k, color in enumerate(COLORS):
-        near = (distance[..., k] < settings.tolerance) & (distance.argmin(-1) == k)
+        near = (distance[..., k] < settings.tolerance) & (nearest == k)
         mask = near.astype(np.uint8)
         if settings.opening:
             mask = np.asarray(cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((settings.opening,) * 2, np.uint8)))

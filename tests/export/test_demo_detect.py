@@ -289,6 +289,7 @@ class TestModel:
         with torch.no_grad():
             here.head.weight.zero_()
             here.head.bias[-16:] = 20.0  # every part is like the centre
+        here.requires_grad_(False)
         targets.owner[0, :16, :16] = 0
         aligned = float(here.loss(features, targets))
         # Two more columns reach into the left half of four tokens, not to their centres: 32 parts are unlike.
