@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pixano_edge.export.demo.scenes import Scene, is_evaluated
+from pixano_edge.export.demo.scenes import Scene, generate_scene, is_evaluated
 from pixano_edge.export.demo.words import KINDS, Phrase, all_phrases, phrases_of
 
 Boxes = NDArray[np.float32]
@@ -143,6 +143,20 @@ def ask(detect: Detect, scene: Scene, tallies: Tallies) -> None:
 
 def _boxes(boxes: Iterable[tuple[int, int, int, int]]) -> Boxes:
     return np.array(list(boxes), np.float32).reshape(-1, 4)
+
+
+def measure(detect: Detect, seeds: Iterable[int]) -> dict[str, Summary]:
+    """Asks a detector about held-out scenes and sums up, see :func:`summarise`."""
+    tallies: Tallies = {}
+    for seed in seeds:
+        ask(detect, generate_scene(seed, "heldout"), tallies)
+    return summarise(tallies)
+
+
+def line(found: dict[str, Summary]) -> str:
+    """Summaries in one line."""
+    parts = [f"{kind} {s.ap50:.3f} (pooled {s.pooled:.3f})" for kind, s in found.items()]
+    return f"AP50 {', '.join(parts)}, false alarms {found['all'].alarm:.3f}"
 
 
 def average_precision(scores: Sequence[float], hits: Sequence[bool], objects: int) -> float:

@@ -30,7 +30,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import Owlv2ForObjectDetection, Owlv2ImageProcessorPil
 
 from pixano_edge.export.demo.detect_batches import ASKED, DetectBatch, detect_batches
-from pixano_edge.export.demo.detect_eval import Summary, Tallies, ask, summarise
+from pixano_edge.export.demo.detect_eval import line, measure
 from pixano_edge.export.demo.detect_loss import Targets, WhatIsHere, assign, centred, detection_loss
 from pixano_edge.export.demo.owlv2_model import (
     IMAGE_SIZE,
@@ -41,7 +41,7 @@ from pixano_edge.export.demo.owlv2_model import (
     predict,
     tiny_config,
 )
-from pixano_edge.export.demo.scenes import SHAPES, generate_scene
+from pixano_edge.export.demo.scenes import SHAPES
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
 from pixano_edge.export.demo.train_sam2 import average, rate, share_gradients
 from pixano_edge.export.demo.words import NAMED_PATTERNS, Phrase, all_phrases, build_tokenizer, spoken, stranger
@@ -137,20 +137,6 @@ def build_optimizers(
     return [muon, adamw]
 
 
-def held_out_ap(model: Owlv2ForObjectDetection, tokenizer: Any, scenes: int) -> dict[str, Summary]:
-    """Average precision on the first held-out scenes, see :mod:`.detect_eval`."""
-    detector, tallies = TorchDetector(model, tokenizer), Tallies()
-    for seed in range(scenes):
-        ask(detector, generate_scene(seed, "heldout", IMAGE_SIZE), tallies)
-    return summarise(tallies)
-
-
-def line(found: dict[str, Summary]) -> str:
-    """A summary in one line."""
-    parts = [f"{kind} {s.ap50:.3f} (pooled {s.pooled:.3f})" for kind, s in found.items()]
-    return f"AP50 {', '.join(parts)}, false alarms {found['all'].alarm:.3f}"
-
-
 def write_folder(model: Owlv2ForObjectDetection, tokenizer: Any, folder: Path) -> None:
     """Writes what ``Owlv2ForObjectDetection`` and ``Owlv2Processor`` load: weights, tokenizer, pre-processing."""
     model.save_pretrained(folder)
@@ -231,11 +217,16 @@ def train(rank: int, args: argparse.Namespace) -> None:
         if rank == 0 and spent - saved_at > args.save_every * 60:
             saved_at = spent
             save()
-            log.info("step %d, held-out %s", step, line(held_out_ap(ema, tokenizer, 60)))
+            log.info("step %d, held-out %s", step, line(measure(TorchDetector(ema, tokenizer), range(60))))
     if rank != 0:
         return
     save()
-    log.info("finished after %.1f min, %d steps; %s", spent / 60, step, line(held_out_ap(ema, tokenizer, 200)))
+    log.info(
+        "finished after %.1f min, %d steps; %s",
+        spent / 60,
+        step,
+        line(measure(TorchDetector(ema, tokenizer), range(200))),
+    )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
