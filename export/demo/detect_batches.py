@@ -23,7 +23,7 @@ HINT_PIXELS = 25
 """An object that is not asked for, and shows at least this, is left out of account; one that shows less is nothing."""
 
 NOTHING, ASKED, UNSURE = 0, 1, 2
-EASY_STEPS, EASY = 500, Crowd(near=0.4, small=0.04, camouflage=0.4)
+EASY_STEPS, EASY = 700, Crowd(near=0.4, small=0.04, camouflage=0.4)
 """The scenes of the first steps: shapes that are large and stand free show soonest what the words mean."""
 
 

@@ -50,11 +50,6 @@ from pixano_edge.export.demo.words import NAMED_PATTERNS, Phrase, all_phrases, b
 log = logging.getLogger("train_owlv2")
 COLOR_NAMES = tuple(COLORS)
 RANDOM_PHRASES, STRANGE_TEXTS = 16, 4
-FIXED = (
-    "owlv2.visual_projection.weight",
-    "owlv2.logit_scale",
-    "owlv2.vision_model.embeddings.patch_embedding.weight",
-)
 
 
 def ask_phrases(words: Tensor, rng: np.random.Generator) -> list[Phrase]:
@@ -160,17 +155,12 @@ class Trained:
 def trained_parts(
     model: Owlv2ForObjectDetection, here: WhatIsHere, lr: float, muon_lr: float, rank: int = 0, workers: int = 1
 ) -> Trained:
-    """Muon for the matrices of both towers' layers, AdamW for the rest.
-
-    The patches' filters stay as they start: neighbouring pixels are alike, so one step of Adam moves what a filter
-    answers by as much as it is, and mean colours soon drown everything else (Chen et al. 2021, "An Empirical Study of
-    Training Self-Supervised Vision Transformers", freeze them too). Parts of CLIP that detection never uses, its image
-    projection and its scale, stay as well.
-    """
+    """Muon for the matrices of both towers' layers, AdamW for the rest; parts of CLIP that detection never uses (its
+    image projection and its scale) stay as they are."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = [*here.parameters()]
     for name, parameter in model.named_parameters():
-        if name in FIXED:
+        if name in ("owlv2.visual_projection.weight", "owlv2.logit_scale"):
             parameter.requires_grad_(False)
             continue
         (matrices if ".encoder.layers." in name and parameter.ndim == 2 else rest).append(parameter)
@@ -280,12 +270,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the demo's small OWLv2 on synthetic scenes.")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
-    parser.add_argument("--steps", type=int, default=4000, help="length of the run in steps")
+    parser.add_argument("--steps", type=int, default=7400, help="length of the run in steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
-    parser.add_argument("--batch", type=int, default=12, help="scenes in a step")
+    parser.add_argument("--batch", type=int, default=8, help="scenes in a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of AdamW")
-    parser.add_argument("--muon-lr", type=float, default=1.2e-3, help="peak rate of Muon")
+    parser.add_argument("--muon-lr", type=float, default=2e-3, help="peak rate of Muon")
     parser.add_argument("--clip", type=float, default=5.0, help="largest norm of a gradient")
     parser.add_argument("--decay-from", type=float, default=0.3, help="fraction of the run where the rate descends")
     parser.add_argument("--save-every", type=int, default=800, help="steps between checkpoints")
