@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,8 +13,8 @@ from pixano_edge.export.demo.prompts import prepared
 from pixano_edge.export.demo.scenes import SHAPES, USUAL, Crowd, Scene, generate_scene, is_evaluated
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
 
-SLOTS, MASK = 8, 12
-"""Most objects of a scene; side of the small masks."""
+SLOTS = 8
+"""Most objects of a scene."""
 BLOCK, USES = 9, 3
 """Batches that are made together, and how often each of their scenes is shown, in other positions: drawing scenes costs
 as much as learning from them."""
@@ -34,7 +33,7 @@ class DetectBatch:
     ``images`` (B, S, S, 3) uint8 RGB; ``boxes`` (B, 8, 4) float32 xyxy pixels around what shows; ``words`` (B, 8, 3)
     int64 indices into ``SHAPES``, ``COLORS`` and ``PATTERNS``; ``state`` (B, 8) int64: ``NOTHING``, ``ASKED`` (enough
     shows, it is to be found) or ``UNSURE``; ``owner`` (B, S/4, S/4) int8 index of the object that shows at each place,
-    -1 for none; ``masks`` (B, 8, 12, 12) uint8, 255 x what shows of each object, its box cut into 12 x 12.
+    -1 for none.
     """
 
     images: NDArray[np.uint8]
@@ -42,7 +41,6 @@ class DetectBatch:
     words: NDArray[np.int64]
     state: NDArray[np.int64]
     owner: NDArray[np.int8]
-    masks: NDArray[np.uint8]
 
 
 def _empty(batch: int, size: int) -> DetectBatch:
@@ -52,7 +50,6 @@ def _empty(batch: int, size: int) -> DetectBatch:
         np.zeros((batch, SLOTS, 3), np.int64),
         np.zeros((batch, SLOTS), np.int64),
         np.full((batch, size // 4, size // 4), -1, np.int8),
-        np.zeros((batch, SLOTS, MASK, MASK), np.uint8),
     )
 
 
@@ -71,11 +68,7 @@ def fill(out: DetectBatch, row: int, scene: Scene, turn: int) -> None:
         out.words[row, i] = SHAPES.index(obj.shape), names.index(obj.color), PATTERNS.index(obj.pattern)
         if shows:
             out.boxes[row, i] = turned_box(obj.box, size, turn)
-            visible = turned(obj.visible, turn)
-            out.owner[row][visible[2::4, 2::4]] = i
-            x0, y0, x1, y1 = (int(v) for v in out.boxes[row, i])
-            part = visible[y0:y1, x0:x1].astype(np.uint8) * np.uint8(255)
-            out.masks[row, i] = cv2.resize(part, (MASK, MASK), interpolation=cv2.INTER_AREA)
+            out.owner[row][turned(obj.visible, turn)[2::4, 2::4]] = i
 
 
 def turned(picture: NDArray[np.generic], turn: int) -> NDArray[np.generic]:

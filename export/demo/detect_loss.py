@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from pixano_edge.export.demo.detect_batches import ASKED, MASK, UNSURE
-from pixano_edge.export.demo.owlv2_model import GRID, IMAGE_SIZE, Predictions
+from pixano_edge.export.demo.detect_batches import ASKED, UNSURE
+from pixano_edge.export.demo.owlv2_model import GRID, IMAGE_SIZE, PATCH, Predictions
 from pixano_edge.export.demo.scenes import SHAPES
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
 
@@ -29,15 +29,13 @@ NEIGHBOUR = 0.2
 class Targets:
     """Objects of B images in M slots: ``boxes`` (B, M, 4) float32 cx, cy, w, h in sides of the image; ``state``
     (B, M) int64 as in a batch; ``match`` (B, M, K) bool, which of the K texts is true of the object; ``words`` (B, M,
-    3) int64; ``owner`` (B, 4 GRID, 4 GRID) int64, the index of the object that shows there, -1 for none;
-    ``masks`` (B, M, MASK * MASK) float32 in 0..1, what shows of each object in its box."""
+    3) int64; ``owner`` (B, 4 GRID, 4 GRID) int64, the index of the object that shows there, -1 for none."""
 
     boxes: Tensor
     state: Tensor
     match: Tensor
     words: Tensor
     owner: Tensor
-    masks: Tensor
 
 
 def centred(boxes: Tensor) -> Tensor:
@@ -140,49 +138,31 @@ def detection_loss(out: Predictions, targets: Targets, tokens: Tensor) -> dict[s
 class WhatIsHere(nn.Module):
     """A second task in training: one linear layer tells of every token what lies there; dropped afterwards.
 
-    Few tokens answer for objects, and a shape's name alone says little about how to tell it from others. So every token
-    on an object, and each one that answers for an object, also has to name its shape, colour and pattern and to draw
-    it: its mask in its box, which is what shapes are learned from. All tokens tell whether there is an object at their
-    centre, and which of the 16 parts of their patch belong to the same object, or background, as the centre.
+    Few tokens answer for objects, and early in training their answers say little about the rest. So every token also
+    has to name the shape, colour and pattern of the object at its centre, whether there is one, its box's sides, and
+    which of the 16 parts of the token's patch belong to the same object, or background, as the centre.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.sizes = (len(SHAPES), len(COLORS), len(PATTERNS), 4, MASK * MASK, 1, 16)
+        self.sizes = (len(SHAPES), len(COLORS), len(PATTERNS), 1, 4, 16)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, sum(self.sizes))
 
-    def loss(self, features: Tensor, targets: Targets, tokens: Tensor) -> Tensor:
-        """Sum of the losses of all answers, each the mean over tokens.
-
-        Args:
-            features: (B, N, C).
-            targets: the objects.
-            tokens: (B, M), the token that answers for each object, -1 for none.
-        """
-        out = self.head(self.norm(features)).float()
-        here, parts = out[..., -17], out[..., -16:]
+    def loss(self, features: Tensor, targets: Targets) -> Tensor:
+        """Sum of the losses of the six answers, each the mean over tokens; ``features`` (B, N, C)."""
+        *names, here, sides, parts = self.head(self.norm(features)).float().split(self.sizes, -1)
         fine = targets.owner.unflatten(1, (GRID, 4)).unflatten(3, (GRID, 4)).transpose(2, 3).flatten(3).flatten(1, 2)
         owner = fine[..., 10]  # of (B, N, 16): row 2, column 2
-        total = F.binary_cross_entropy_with_logits(here, (owner >= 0).float())
+        own = owner.clamp(min=0)
+        sure = (owner >= 0) & (targets.state.gather(1, own) == ASKED)
+        words = targets.words.gather(1, own[..., None].expand(-1, -1, 3))[sure]
+        total = F.binary_cross_entropy_with_logits(here[..., 0], (owner >= 0).float())
         total = total + 2 * F.binary_cross_entropy_with_logits(parts, (fine == owner[..., None]).float())
-        sure = (owner >= 0) & (targets.state.gather(1, owner.clamp(min=0)) == ASKED)
-        images, places = torch.nonzero(sure, as_tuple=True)
-        total = total + self._objects(out, targets, images, places, owner[images, places])
-        images, objects = torch.nonzero(tokens >= 0, as_tuple=True)
-        return total + self._objects(out, targets, images, tokens[images, objects], objects)
-
-    def _objects(self, out: Tensor, targets: Targets, images: Tensor, places: Tensor, objects: Tensor) -> Tensor:
-        """What the tokens ``places`` of ``images`` say about ``objects`` (n,) of theirs."""
-        if len(images) == 0:
-            return torch.zeros(())
-        *names, sides, mask, _, _ = out[images, places].split(self.sizes, -1)
-        words = targets.words[images, objects]
-        total = torch.zeros(())
         for kind, logits in enumerate(names):
-            total = total + 0.5 * F.cross_entropy(logits, words[:, kind])
-        cx, cy, w, h = targets.boxes[images, objects].unbind(-1)
-        x, y = (places % GRID + 0.5) / GRID, (places // GRID + 0.5) / GRID
+            total = total + 0.5 * F.cross_entropy(logits[sure], words[:, kind])
+        cx, cy, w, h = targets.boxes.gather(1, own[..., None].expand(-1, -1, 4)).unbind(-1)
+        axis = (torch.arange(GRID) + 0.5) * PATCH / IMAGE_SIZE
+        x, y = axis.repeat(GRID), axis.repeat_interleave(GRID)
         goal = 4 * torch.stack([x - cx + w / 2, y - cy + h / 2, cx + w / 2 - x, cy + h / 2 - y], -1)
-        total = total + 2 * F.smooth_l1_loss(sides, goal, beta=0.1)
-        return total + 3 * F.binary_cross_entropy_with_logits(mask, targets.masks[images, objects])
+        return total + 3 * F.smooth_l1_loss(sides[sure], goal[sure], beta=0.1)

@@ -20,14 +20,12 @@ IMAGE_SIZE = 256
 PATCH = 16
 GRID = IMAGE_SIZE // PATCH
 TEXT_WIDTH = 128
-REACHES = (1, 1, 1, 2, 2, 3)
-"""How far the attention of each layer looks at first, in cells."""
 # OWLv2's own mean and deviation of an image, those of CLIP.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def tiny_config(vocabulary: int, width: int = 192, layers: int = 6, heads: int = 6) -> Owlv2Config:
+def tiny_config(vocabulary: int, width: int = 192, layers: int = 6, heads: int = 4) -> Owlv2Config:
     """The configuration for a tokenizer of ``vocabulary`` tokens whose last two are start and end of a text."""
     text = {
         "vocab_size": vocabulary,
@@ -51,68 +49,37 @@ def tiny_config(vocabulary: int, width: int = 192, layers: int = 6, heads: int =
     return Owlv2Config(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH)
 
 
-def cosine_patches(count: int, patch: int = PATCH) -> NDArray[np.float32]:
-    """``count`` orthogonal filters (count, 3, patch, patch): the cosine transform of a patch, low frequencies first.
+def cosine_patches(width: int, patch: int = PATCH) -> NDArray[np.float32]:
+    """``width`` orthonormal filters (width, 3, patch, patch): the cosine transform of a patch, low frequencies first.
 
-    Three filters in five see the brightness, one the difference of red and blue, one that of green and the others. The
-    content of the scenes falls with frequency f about as (1 + f) ** -1.85, and filters are scaled by the inverse, so
-    that all of a token's values start with about one size.
+    Three filters in five see the brightness, one the difference of red and blue, one that of green and the others. A
+    picture's content falls with frequency about as 1/f, so each filter is scaled by its frequency: tokens then start
+    with values of about one size.
     """
     k, n = np.mgrid[0:patch, 0:patch]
     basis = np.cos(np.pi * k * (2 * n + 1) / (2 * patch)) * np.where(k == 0, 1 / patch, 2 / patch) ** 0.5
     order = sorted((i * i + j * j, i, j) for i in range(patch) for j in range(patch))
     axes = np.array([[1, 1, 1], [1, 0, -1], [-0.5, 1, -0.5]]) / np.sqrt([[3], [2], [1.5]])
-    counts = [count - 2 * (count // 5), count // 5, count // 5]
+    counts = [width - 2 * (width // 5), width // 5, width // 5]
     filters = []
-    for axis, part, gain in zip(axes, counts, (0.75, 2.2, 2.4), strict=True):
-        for _, i, j in order[:part]:
-            scale = gain * (1 + np.hypot(i, j)) ** 1.85 / patch
-            filters.append(scale * axis[:, None, None] * np.outer(basis[i], basis[j]))
+    for axis, count, gain in zip(axes, counts, (1.0, 2.0, 2.0), strict=True):
+        for _, i, j in order[:count]:
+            plane = np.outer(basis[i], basis[j])
+            scale = gain * (1 + np.hypot(i, j)) / patch
+            filters.append(scale * axis[:, None, None] * plane)
     return np.array(filters, np.float32)
 
 
-WAVES = np.pi * 2.0 ** np.linspace(-4, 0, 8)
-"""Angular frequencies of the code of places, in cells; the slowest goes round once on 32 cells."""
-CODE = 4 * len(WAVES)
+def grid_code(width: int, grid: int = GRID) -> NDArray[np.float32]:
+    """A code of each cell's place (grid * grid, width): sines and cosines of x and of y at rising frequencies.
 
-
-def grid_code(grid: int = GRID) -> NDArray[np.float32]:
-    """A code of each cell's place (grid * grid, CODE): sin x, cos x, sin y, cos y at the frequencies ``WAVES``."""
-    y, x = np.mgrid[0:grid, 0:grid].reshape(2, -1, 1)
-    parts = [np.sin(x * WAVES), np.cos(x * WAVES), np.sin(y * WAVES), np.cos(y * WAVES)]
-    return np.concatenate(parts, 1).astype(np.float32)
-
-
-def shifted_code(dx: float, dy: float) -> NDArray[np.float32]:
-    """The matrix (CODE, CODE) that takes the code of (x, y) to the one of (x + dx, y + dy)."""
-    out = np.zeros((4, len(WAVES), 4, len(WAVES)), np.float32)
-    waves = range(len(WAVES))
-    for first, step in ((0, dx), (2, dy)):
-        c, s = np.cos(step * WAVES), np.sin(step * WAVES)
-        for row, column, value in ((0, 0, c), (0, 1, s), (1, 0, -s), (1, 1, c)):
-            out[first + row, waves, first + column, waves] = value
-    return out.reshape(CODE, CODE)
-
-
-SIDES = ((-1, 0), (1, 0), (0, -1), (0, 1))
-
-
-def start_attention(attention: nn.Module, reach: float) -> None:
-    """Lets four heads look ``reach`` cells left, right, up and down, and the others at what is like the place itself.
-
-    The last ``CODE`` channels of a token start as the code of its place. A query that is this code, shifted, is most
-    like the key of the place it is shifted to: the layer starts as a convolution (as in ConViT, d'Ascoli et al. 2021),
-    which finds shapes from far fewer pictures than attention that starts anywhere.
+    Codes of near places are alike, so attention whose queries equal its keys starts out local.
     """
-    query, key = attention.q_proj.weight, attention.k_proj.weight
-    key.mul_(0.8)
-    query.copy_(key)
-    size = attention.head_dim
-    for head, (dx, dy) in enumerate(SIDES):
-        rows = slice(head * size, head * size + CODE)
-        for weight, shift in ((query, (dx * reach, dy * reach)), (key, (0.0, 0.0))):
-            weight[rows].mul_(0.1)
-            weight[rows, -CODE:] = 1.5 * torch.from_numpy(shifted_code(*shift))
+    waves = np.pi * 2.0 ** np.linspace(-4.5, 0, width // 4)
+    y, x = np.mgrid[0:grid, 0:grid].reshape(2, -1, 1)
+    return np.concatenate([np.sin(x * waves), np.cos(x * waves), np.sin(y * waves), np.cos(y * waves)], 1).astype(
+        np.float32
+    )
 
 
 @torch.no_grad()
@@ -120,22 +87,20 @@ def initialise(model: Owlv2ForObjectDetection) -> None:
     """Start values suited to a narrow network trained from scratch, drawn from torch's global generator."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            gain = 0.4 if name.endswith(("out_proj", "fc2")) else 1.0
+            gain = 0.3 if name.endswith(("out_proj", "fc2")) else 1.0
             module.weight.normal_(std=gain * module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):  # each place first looks at what is like it
+            module.k_proj.weight.mul_(0.8)
+            module.q_proj.weight.copy_(module.k_proj.weight)
     vision, text = model.owlv2.vision_model, model.owlv2.text_model
-    for reach, layer in zip(REACHES, vision.encoder.layers, strict=False):
-        start_attention(layer.self_attn, reach)
-    for layer in text.encoder.layers:
-        layer.self_attn.q_proj.weight.copy_(layer.self_attn.k_proj.weight)
     width = model.config.vision_config.hidden_size
-    embeddings = vision.embeddings
-    embeddings.patch_embedding.weight.zero_()
-    embeddings.patch_embedding.weight[:-CODE].copy_(torch.from_numpy(cosine_patches(width - CODE)))
-    embeddings.class_embedding.normal_(std=0.5)
-    embeddings.position_embedding.weight.normal_(std=0.02)
-    embeddings.position_embedding.weight[1:, -CODE:] = 1.4 * torch.from_numpy(grid_code())
+    vision.embeddings.patch_embedding.weight.copy_(torch.from_numpy(cosine_patches(width)))
+    vision.embeddings.class_embedding.normal_(std=0.5)
+    code = torch.from_numpy(grid_code(width))
+    vision.embeddings.position_embedding.weight.copy_(0.7 * torch.cat([torch.zeros(1, width), code]))
     # Every token is multiplied with the class token: with both near one, the product starts as their sum.
     vision.post_layernorm.weight.fill_(0.5)
     vision.post_layernorm.bias.fill_(1.0)
@@ -143,7 +108,7 @@ def initialise(model: Owlv2ForObjectDetection) -> None:
     text.embeddings.position_embedding.weight.normal_(std=0.1)
     # The start of the scores: few objects. Of the boxes: four cells wide, not one.
     head = model.class_head
-    for module, bias in ((head.logit_scale, 15.0), (head.logit_shift, -0.7), (model.objectness_head.dense2, -4.0)):
+    for module, bias in ((head.logit_scale, 15.0), (head.logit_shift, -0.5), (model.objectness_head.dense2, -4.0)):
         module.weight.normal_(std=0.02)
         module.bias.fill_(bias)
     model.box_head.dense2.weight.mul_(0.3)

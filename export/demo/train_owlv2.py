@@ -19,7 +19,6 @@ import copy
 import logging
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,53 +107,19 @@ def step_loss(
         match=matches(words, phrases, STRANGE_TEXTS),
         words=words,
         owner=torch.from_numpy(batch.owner).long(),
-        masks=torch.from_numpy(batch.masks).float().flatten(2) / 255,
     )
     with torch.autocast("cpu", torch.bfloat16):
         out = predict(model, normalise(torch.from_numpy(batch.images)), encode_texts(model, tokenizer, texts))
+        dense = here.loss(out.features, targets)
     tokens = assign(out, targets, choice=min(1.0, max(0.0, (progress - 0.05) / 0.15)))
     losses = detection_loss(out, targets, tokens)
-    losses["here"] = (1 - 0.7 * progress) * here.loss(out.features, targets, tokens)
+    losses["here"] = (1 - 0.7 * progress) * dense
     return losses
 
 
-@dataclass
-class Trained:
-    """What is trained: ``matrices`` with Muon, ``rest`` with AdamW, and this process's optimisers for them.
-
-    Muon costs as much as a picture's whole gradient, so each process steps only every n-th matrix, and they are
-    exchanged afterwards.
-    """
-
-    matrices: list[nn.Parameter]
-    rest: list[nn.Parameter]
-    optimizers: list[torch.optim.Optimizer]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.matrices, *self.rest]
-
-    @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak rates; all processes then hold the same parameters."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.step()
-        workers = dist.get_world_size()
-        for rank in range(workers if workers > 1 else 0):
-            own = self.matrices[rank::workers]
-            flat = torch.cat([p.flatten() for p in own])
-            dist.broadcast(flat, rank)
-            for parameter, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
-                parameter.copy_(part.view_as(parameter))
-        for parameter in self.parameters:
-            parameter.grad = None
-
-
-def trained_parts(
-    model: Owlv2ForObjectDetection, here: WhatIsHere, lr: float, muon_lr: float, rank: int = 0, workers: int = 1
-) -> Trained:
+def build_optimizers(
+    model: Owlv2ForObjectDetection, here: WhatIsHere, lr: float, muon_lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of both towers' layers, AdamW for the rest; parts of CLIP that detection never uses (its
     image projection and its scale) stay as they are."""
     matrices: list[nn.Parameter] = []
@@ -164,12 +129,12 @@ def trained_parts(
             parameter.requires_grad_(False)
             continue
         (matrices if ".encoder.layers." in name and parameter.ndim == 2 else rest).append(parameter)
-    muon = torch.optim.Muon(matrices[rank::workers], lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return Trained(matrices, rest, [muon, adamw])
+    return [muon, adamw]
 
 
 def write_folder(model: Owlv2ForObjectDetection, tokenizer: Any, folder: Path) -> None:
@@ -199,31 +164,27 @@ def train(rank: int, args: argparse.Namespace) -> None:
     model.train()
     ema = copy.deepcopy(model).eval()
     here = WhatIsHere(model.config.vision_config.hidden_size)
-    trained = trained_parts(model, here, args.lr, args.muon_lr, rank, args.workers)
+    optimizers = build_optimizers(model, here, args.lr, args.muon_lr)
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     step, spent = 0, 0.0
     if args.resume:
         state = torch.load(out / "last.pt", weights_only=True)
         for module, key in ((model, "model"), (here, "here"), (ema, "ema")):
             module.load_state_dict(state[key])
-        own = torch.load(out / f"optimizers.{rank}.pt", weights_only=True)
-        if own["step"] != state["step"]:
-            raise SystemExit(f"{out} was left in the middle of saving; start again without --resume.")
-        for optimizer, saved in zip(trained.optimizers, own["optimizers"], strict=True):
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
-    log.info("%s, %d trained parameters", args, sum(p.numel() for p in trained.parameters))
+    log.info("%s, %d trained parameters", args, sum(p.numel() for p in trained))
 
     def save() -> None:
-        _write(
-            out / f"optimizers.{rank}.pt", {"step": step, "optimizers": [o.state_dict() for o in trained.optimizers]}
-        )
-        if rank == 0:
-            weights = {"model": model.state_dict(), "here": here.state_dict(), "ema": ema.state_dict()}
-            _write(out / "last.pt", {**weights, "step": step, "spent": spent})
-            write_folder(ema, tokenizer, out / "final")
+        part = out / "last.part"
+        weights = {"model": model.state_dict(), "here": here.state_dict(), "ema": ema.state_dict()}
+        torch.save({**weights, "step": step, "spent": spent, "optimizers": [o.state_dict() for o in optimizers]}, part)
+        part.replace(out / "last.pt")
+        write_folder(ema, tokenizer, out / "final")
 
     start = time.monotonic() - spent
-    logged_at = spent
+    saved_at = logged_at = spent
     sums: dict[str, float] = {}
     count = 0
     share = args.batch // args.workers
@@ -236,9 +197,13 @@ def train(rank: int, args: argparse.Namespace) -> None:
         losses = step_loss(model, tokenizer, here, batch, progress, rng)
         total = torch.stack([*losses.values()]).sum()
         total.backward()
-        share_gradients(trained.parameters)
-        nn.utils.clip_grad_norm_(trained.parameters, args.clip)
-        trained.step(factor)
+        share_gradients(trained)
+        nn.utils.clip_grad_norm_(trained, args.clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         average(ema, model, min(0.998, step / (step + 20)))
         for key, value in losses.items():
@@ -249,36 +214,34 @@ def train(rank: int, args: argparse.Namespace) -> None:
             means = "  ".join(f"{key} {value / count:.3f}" for key, value in sums.items())
             log.info("%5.1f min  step %d  lr x%.2f  %s", spent / 60, step, factor, means)
             sums, count, logged_at = {}, 0, spent
-        if step % args.save_every == 0 and step < args.steps:
+        if rank == 0 and spent - saved_at > args.save_every * 60:
+            saved_at = spent
             save()
-            if rank == 0:
-                log.info("step %d, held-out %s", step, line(measure(TorchDetector(ema, tokenizer), range(60))))
+            log.info("step %d, held-out %s", step, line(measure(TorchDetector(ema, tokenizer), range(60))))
+    if rank != 0:
+        return
     save()
-    if rank == 0:
-        found = measure(TorchDetector(ema, tokenizer), range(200))
-        log.info("finished after %.1f min, %d steps; held-out %s", spent / 60, step, line(found))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Saves a file; the old one stays until the new one is whole."""
-    part = path.with_suffix(".part")
-    torch.save(content, part)
-    part.replace(path)
+    log.info(
+        "finished after %.1f min, %d steps; %s",
+        spent / 60,
+        step,
+        line(measure(TorchDetector(ema, tokenizer), range(200))),
+    )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the demo's small OWLv2 on synthetic scenes.")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
-    parser.add_argument("--steps", type=int, default=7400, help="length of the run in steps")
+    parser.add_argument("--steps", type=int, default=8000, help="length of the run in steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
-    parser.add_argument("--batch", type=int, default=8, help="scenes in a step")
+    parser.add_argument("--batch", type=int, default=16, help="scenes in a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=2e-3, help="peak rate of Muon")
     parser.add_argument("--clip", type=float, default=5.0, help="largest norm of a gradient")
     parser.add_argument("--decay-from", type=float, default=0.3, help="fraction of the run where the rate descends")
-    parser.add_argument("--save-every", type=int, default=800, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=float, default=6.0, help="minutes between checkpoints")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; --batch is shared by them")
     parser.add_argument("--port", type=int, default=29541, help="local port by which the processes find each other")
     return parser.parse_args(argv)
