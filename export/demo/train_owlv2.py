@@ -233,7 +233,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the demo's small OWLv2 on synthetic scenes.")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
-    parser.add_argument("--steps", type=int, default=8000, help="length of the run in steps")
+    parser.add_argument("--steps", type=int, default=4600, help="length of the run in steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--batch", type=int, default=16, help="scenes in a step")
