@@ -61,6 +61,13 @@ def _lab(image: Image) -> NDArray[np.float32]:
     return np.asarray(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), np.float32)
 
 
+def _distances(lab: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far each pixel (H, W, 3) is from each named colour; (H, W, 12)."""
+    palette = _palette()
+    squares = (lab * lab).sum(-1, keepdims=True) - 2 * lab @ palette.T + (palette * palette).sum(1)
+    return np.sqrt(np.maximum(squares, 0))
+
+
 def measures(region: Image) -> NDArray[np.float64]:
     """Plain measures of a region's shape (10,) from its mask (H, W) uint8, which does not depend on size or turn."""
     contours, _ = cv2.findContours(region, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -147,7 +154,7 @@ def regions(image: Image, settings: Settings = SWEPT) -> list[Region]:
     smooth = np.asarray(cv2.medianBlur(image, settings.blur), np.uint8) if settings.blur else image
     lab = _lab(smooth)
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    distance = np.linalg.norm(lab[:, :, None] - _palette(), axis=-1)
+    distance = _distances(lab)
     nearest = distance.argmin(-1)
     found = []
     for k, color in enumerate(COLORS):
