@@ -24,7 +24,8 @@ from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.errors import DeviceError
 from pixano_edge.engine.models.chain import Chain
-from pixano_edge.engine.models.sam2.opening import locate
+from pixano_edge.engine.models.opening import locate
+from pixano_edge.engine.models.sam2.opening import IMAGE_GRAPHS
 from pixano_edge.engine.models.sam2.predictor import Embedding, Sam2ImagePredictor
 from pixano_edge.engine.runtime import open_device, open_session
 from pixano_edge.engine.runtime.base import Binding, Session
@@ -102,7 +103,7 @@ class GpuContender:
             self.device = open_device(device)
             opened.callback(self.device.close)
             info = self.device.info()
-            files = locate(bundle, way.backend, way.precision, info).files
+            files = locate(bundle, way.backend, way.precision, info, IMAGE_GRAPHS).files
             sessions: dict[str, Session] = {}
             for name, spec in sam2.graphs(constants).items():
                 sessions[name] = open_session(

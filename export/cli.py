@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,29 +29,45 @@ def main() -> None:
     """Export a checkpoint to a bundle that is proven equal to its PyTorch original."""
 
 
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to make.")]
+NameOption = Annotated[str | None, typer.Option(help="Name in the bundle; from the checkpoint by default.")]
+VariantsOption = Annotated[str, typer.Option(help="fp32, or fp32,fp16.")]
+PhotosOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of photos to measure parity on, such as the model will see; two of them go into the bundle "
+        "as golden samples. By default two CC0 photos of the scikit-image wheel."
+    ),
+]
+LicenceOption = Annotated[
+    str | None, typer.Option("--licence", "--license", help="SPDX identifier of the weights' licence.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a bundle at the output folder.")]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Class names to ask for while measuring, separated by commas; for a model that knows few words. "
+        "By default things that the default photos show."
+    ),
+]
+
+
 @app.command()
 def sam2(
     checkpoint: Annotated[
         str, typer.Argument(help="Hub id (facebook/sam2.1-hiera-tiny), transformers folder, or original .pt file.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to make.")],
-    name: Annotated[str | None, typer.Option(help="Name in the bundle; from the checkpoint by default.")] = None,
-    variants: Annotated[str, typer.Option(help="fp32, or fp32,fp16.")] = "fp32,fp16",
-    photos: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of photos to measure parity on, such as the model will see; two of them go into the bundle "
-            "as golden samples. By default two CC0 photos of the scikit-image wheel."
-        ),
-    ] = None,
-    licence: Annotated[
-        str | None, typer.Option("--licence", "--license", help="SPDX identifier of the weights' licence.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    output: OutputOption,
+    name: NameOption = None,
+    variants: VariantsOption = "fp32,fp16",
+    photos: PhotosOption = None,
+    licence: LicenceOption = None,
+    revision: RevisionOption = None,
     image_only: Annotated[
         bool, typer.Option("--image-only", help="Leave tracking out, where the checkpoint has it.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle at the output folder.")] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export SAM 2 / 2.1: image segmentation, and tracking where the checkpoint has it (every size).
@@ -58,16 +75,131 @@ def sam2(
     Writes the graphs as ONNX, measures them against PyTorch on photos and on a short clip, and leaves no bundle when
     they differ.
     """
+    _check_installed()
+    from pixano_edge.export.sam2.export import count_steps, export_sam2
+
+    wanted = _variants(variants)
+    options = _options(output, name, wanted, photos, licence, revision, force)
+    _run(
+        lambda step: export_sam2(checkpoint, image_only=image_only, progress=step, **options),
+        count_steps(wanted, image_only),
+        as_json,
+    )
+
+
+@app.command()
+def owlv2(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hub id (google/owlv2-base-patch16-ensemble) or transformers folder.")
+    ],
+    output: OutputOption,
+    name: NameOption = None,
+    variants: VariantsOption = "fp32,fp16",
+    photos: PhotosOption = None,
+    classes: ClassesOption = None,
+    licence: LicenceOption = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export OWLv2: zero-shot detection by names, or like an example.
+
+    Writes the graphs as ONNX, measures tensors and final detections against PyTorch on photos, and leaves no bundle
+    when they differ.
+    """
+    _export_detector("owlv2", checkpoint, output, name, variants, photos, classes, licence, revision, force, as_json)
+
+
+@app.command()
+def owlvit(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id (google/owlvit-base-patch32) or transformers folder.")],
+    output: OutputOption,
+    name: NameOption = None,
+    variants: VariantsOption = "fp32,fp16",
+    photos: PhotosOption = None,
+    classes: ClassesOption = None,
+    licence: LicenceOption = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export OWL-ViT, the forerunner of OWLv2: zero-shot detection by names, or like an example.
+
+    Writes the graphs as ONNX, measures tensors and final detections against PyTorch on photos, and leaves no bundle
+    when they differ.
+    """
+    _export_detector("owlvit", checkpoint, output, name, variants, photos, classes, licence, revision, force, as_json)
+
+
+def _export_detector(
+    family: str,
+    checkpoint: str,
+    output: Path,
+    name: str | None,
+    variants: str,
+    photos: Path | None,
+    classes: str | None,
+    licence: str | None,
+    revision: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """The command of any detector; `family` chooses who loads the checkpoint."""
+    _check_installed()
+    from pixano_edge.export.detection.export import count_steps
+    from pixano_edge.export.owlv2 import export_owl
+
+    wanted = _variants(variants)
+    options = _options(output, name, wanted, photos, licence, revision, force)
+    asked = None if classes is None else [[c.strip() for c in classes.split(",") if c.strip()]]
+    if asked == [[]]:
+        raise typer.BadParameter("name at least one class", param_hint="--classes")
+    _run(
+        lambda step: export_owl(checkpoint, family=family, classes=asked, progress=step, **options),
+        count_steps(wanted),
+        as_json,
+    )
+
+
+def _check_installed() -> None:
     absent = next((m for m in _NEEDED if importlib.util.find_spec(m) is None), None)
     if absent:
         raise missing(absent, "Exporting")
-    from pixano_edge.engine.bundle import Bundle
-    from pixano_edge.export.photos import find_photos
-    from pixano_edge.export.sam2.export import count_steps, export_sam2
-    from pixano_edge.export.sam2.parity import ParityError
 
-    wanted = [v.strip() for v in variants.split(",") if v.strip()]
-    with progress("Starting", count_steps(wanted, image_only), enabled=not as_json) as bar:
+
+def _variants(text: str) -> list[str]:
+    return [v.strip() for v in text.split(",") if v.strip()]
+
+
+def _options(
+    output: Path,
+    name: str | None,
+    variants: list[str],
+    photos: Path | None,
+    licence: str | None,
+    revision: str | None,
+    force: bool,
+) -> dict[str, Any]:
+    """Arguments that the export of every family takes."""
+    from pixano_edge.export.photos import find_photos
+
+    return {
+        "destination": output,
+        "name": name,
+        "variants": variants,
+        "photos": find_photos(photos) if photos else None,
+        "licence": licence,
+        "revision": revision,
+        "force": force,
+    }
+
+
+def _run(export: Callable[[Callable[[str, int, int], None]], Path], steps: int, as_json: bool) -> None:
+    """Runs an export with a progress bar and prints what came of it; a failed parity is printed before it is raised."""
+    from pixano_edge.engine.bundle import Bundle
+    from pixano_edge.export.parity import ParityError
+
+    with progress("Starting", steps, enabled=not as_json) as bar:
 
         def step(name: str, done: int, total: int) -> None:
             bar.label(name)
@@ -76,18 +208,7 @@ def sam2(
                 bar.step()
 
         try:
-            folder = export_sam2(
-                checkpoint,
-                output,
-                name=name,
-                variants=wanted,
-                photos=find_photos(photos) if photos else None,
-                progress=step,
-                revision=revision,
-                licence=licence,
-                force=force,
-                image_only=image_only,
-            )
+            folder = export(step)
         except ParityError as error:
             if not as_json:
                 print_parity(error.report)
@@ -150,13 +271,25 @@ def print_parity(report: ParityReport) -> None:
         title=f"Against {report.reference}",
         right=("max error", "relative"),
     )
-    columns = ("variant", "pictures", "prompts", "mean IoU", "lowest IoU")
-    print_table(
-        columns,
-        [(m.variant, m.images, m.prompts, f"{m.mean_iou:.5f}", f"{m.min_iou:.5f}") for m in report.masks],
-        title=f"Masks on {', '.join(report.inputs)}",
-        right=columns[1:],
-    )
+    if report.masks:
+        columns = ("variant", "pictures", "prompts", "mean IoU", "lowest IoU")
+        print_table(
+            columns,
+            [(m.variant, m.images, m.prompts, f"{m.mean_iou:.5f}", f"{m.min_iou:.5f}") for m in report.masks],
+            title=f"Masks on {', '.join(report.inputs)}",
+            right=columns[1:],
+        )
+    if report.detections:
+        found = ("variant", "pictures", "classes", "boxes", "unmatched", "max box error", "max score error")
+        print_table(
+            found,
+            [
+                (d.variant, d.images, d.classes, d.boxes, d.unmatched, f"{d.max_box:.3f} px", f"{d.max_score:.1e}")
+                for d in report.detections
+            ],
+            title=f"Detections on {', '.join(report.inputs)}",
+            right=found[1:],
+        )
     if report.clips:
         print_table(
             ("variant", "objects", "frames", "not empty", "mean IoU", "lowest IoU"),

@@ -59,12 +59,14 @@ SUFFIX = "-tensorrt"
 FP32_TOLERANCE = 1e-5
 """Relative; re-ordered fp32 arithmetic alone gives some 1e-6."""
 
-ANGLES, NORMALISATION, SAMPLING, MASK, CONVERTER = "angles", "normalisation", "sampling", "mask", "converter"
+ANGLES, NORMALISATION, SAMPLING, MASK = "angles", "normalisation", "sampling", "mask"
+HEAD, CONVERTER = "head", "converter"
 REASONS = {
     ANGLES: "Angles of Fourier features reach tens of radians, where fp16 has steps of 0.03.",
     NORMALISATION: "Mean and variance overflow or lose precision in fp16; TensorRT 11 computes in the inputs' type.",
     SAMPLING: "Coordinates in fp16 place a sample no better than 1/1000 of the picture.",
     MASK: "Logits of a mask are resized and compared with 0; rounded ones fall on the other side of it at the border.",
+    HEAD: "A box in fp16 is no better than 1/2000 of the picture; a score's scale acts on all of it; squares overflow.",
     CONVERTER: "The fp16 conversion of ONNX Runtime leaves this operator in fp32.",
 }
 Keep = Callable[[str, onnx.ModelProto], dict[str, str]]

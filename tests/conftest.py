@@ -99,3 +99,39 @@ def tiny_graphs(tracking_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     from tests.support.tracking import unpack_graphs
 
     return unpack_graphs(tracking_bundle, tmp_path_factory.mktemp("video-graphs"))
+
+
+def _owl_checkpoint(family: str, folder: Path) -> Path:
+    pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
+    from tests.support.tiny_owl import make_model, save_checkpoint
+
+    return save_checkpoint(make_model(family), folder)
+
+
+@pytest.fixture(scope="session")
+def owl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers folder of a tiny OWLv2 with seeded, sharpened random weights."""
+    return _owl_checkpoint("owlv2", tmp_path_factory.mktemp("checkpoint") / "tiny-owlv2")
+
+
+@pytest.fixture(scope="session")
+def owlvit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers folder of a tiny OWL-ViT."""
+    return _owl_checkpoint("owlvit", tmp_path_factory.mktemp("checkpoint") / "tiny-owlvit")
+
+
+@pytest.fixture(scope="session")
+def owl_bundle(owl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle (fp32 and fp16) of `owl_checkpoint`; read-only, copy it before changing it."""
+    from pixano_edge.export.owlv2 import export_owl
+
+    return export_owl(owl_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-owlv2", threads=1)
+
+
+@pytest.fixture(scope="session")
+def owlvit_bundle(owlvit_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle (fp32) of `owlvit_checkpoint`; read-only."""
+    from pixano_edge.export.owlv2 import export_owl
+
+    folder = tmp_path_factory.mktemp("bundle") / "tiny-owlvit"
+    return export_owl(owlvit_checkpoint, folder, "owlvit", variants=["fp32"], threads=1)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from ..contracts import sam2, sam2_video
+from ..contracts import owlv2, sam2, sam2_video
 from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError
 from .engines import ENGINES_FOLDER, INDEX_NAME, EngineIndex, read_index
@@ -29,7 +29,10 @@ _NEWER = "Install a newer pixano-edge: pip install --upgrade pixano-edge"
 
 
 # Family -> its graphs for the constants in a manifest. ContractError when the constants do not fit.
-_FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {sam2.FAMILY: sam2_video.family_graphs}
+_FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {
+    sam2.FAMILY: sam2_video.family_graphs,
+    **dict.fromkeys(owlv2.FAMILIES, owlv2.family_graphs),
+}
 
 
 class Bundle:

@@ -122,6 +122,23 @@ class ClipParity(_Model):
     min_iou: float
 
 
+class DetectionParity(_Model):
+    """Final detections of the whole pipeline compared with PyTorch's model and processor on the parity photos."""
+
+    variant: str
+    images: int
+    classes: int
+    """Asked for in all."""
+    boxes: int
+    """PyTorch's, over all images."""
+    unmatched: int
+    """Boxes of either side without a partner of the same class."""
+    max_box: float
+    """Largest distance of a corner of a matched pair, in pixels of the original image."""
+    max_score: float
+    """Largest difference of the scores of a matched pair."""
+
+
 class ParityReport(_Model):
     """Figures taken at export against the PyTorch original on the same weights."""
 
@@ -133,6 +150,8 @@ class ParityReport(_Model):
     masks: list[MaskParity]
     clips: list[ClipParity] = []
     """Empty for a bundle that does not track."""
+    detections: list[DetectionParity] = []
+    """Of a detector."""
     tolerance: dict[str, float]
     passed: bool
 
@@ -150,8 +169,15 @@ class GoldenSample(_Model):
 class Preprocess(_Model):
     """How an image becomes the model input."""
 
-    resize: Literal["antialias-bilinear-square"] = "antialias-bilinear-square"
+    resize: Literal["antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge"] = (
+        "antialias-bilinear-square"
+    )
+    """``padded-square``: black below or on the right, then resized (OWLv2); ``bicubic-square``: OWL-ViT;
+    ``shortest-edge``: aspect ratio kept (Grounding DINO)."""
     image_size: int
+    """Side of the model input, or its shortest edge."""
+    longest_edge: int | None = None
+    """Of ``shortest-edge``: what the other one may be at most."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     channel_order: Literal["RGB"] = "RGB"

@@ -10,15 +10,15 @@ from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption
 from .output import JsonOption, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from ..models.sam2.verify import VerifyReport
     from ..models.verdicts import Verdict
+    from ..models.verify import Report
 
 app = typer.Typer(rich_markup_mode="markdown")
 
 _COLUMNS = ("tensor", "graph", "relative error", "tolerance", "absolute error")
 
 
-def _print(report: VerifyReport, verdict: Verdict) -> None:
+def _print(report: Report, verdict: Verdict) -> None:
     title = f"{report.bundle}: {report.precision} on {report.device} through {report.backend}"
     if report.product and report.product != report.device:
         title += f" ({report.product}, compute capability {report.compute_capability}, driver {report.driver})"
@@ -27,15 +27,9 @@ def _print(report: VerifyReport, verdict: Verdict) -> None:
         for t in report.tensors
     ]
     print_table(_COLUMNS, rows, title=title, right=_COLUMNS[2:])
-    typer.echo(
-        f"\nmask IoU with PyTorch: mean {report.mean_iou:.4f}, lowest {report.min_iou:.4f} "
-        f"({report.samples} samples, {report.seconds:.1f} s)"
-    )
-    if report.clip is not None:
-        typer.echo(
-            f"tracked clip: mean {report.clip.mean_iou:.4f}, lowest {report.clip.min_iou:.4f} "
-            f"({report.clip.objects} objects, {report.clip.frames} frames, {report.clip.shown} masks not empty)"
-        )
+    typer.echo("")
+    for line in report.figures():
+        typer.echo(line)
     for warning in report.warnings:
         _line("warning: ", typer.colors.YELLOW, warning)
     for problem in report.problems:
@@ -80,8 +74,8 @@ def verify(
     The verdict is kept for this bundle, back end, precision and device: what failed is not used until it passes or is
     forced. Ends with 1 when a figure misses its bar, and says which graph to look at.
     """
-    from ..models.sam2.verify import record_verdict, verify_bundle
     from ..models.verdicts import VerdictStore
+    from ..models.verify import record_verdict, verify_bundle
 
     opened = open_bundle(bundle)
     samples = len(opened.golden()) + (opened.manifest.golden_clip is not None)

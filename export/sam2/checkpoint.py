@@ -8,33 +8,34 @@ the file is used, or belongs to the video memory that was not asked for. Where t
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
 from transformers import Sam2Model, Sam2VideoModel
-from transformers.utils import logging as transformers_logging
 
-from pixano_edge.engine.bundle.files import hash_file
 from pixano_edge.engine.bundle.manifest import Licence, Source
 from pixano_edge.engine.contracts.sam2 import NUM_MASKS, Sam2Constants
 from pixano_edge.engine.contracts.sam2_video import Sam2VideoConstants
 from pixano_edge.engine.errors import ContractError, ExportError
 from pixano_edge.export import licence as licences
+from pixano_edge.export.checkpoint import (
+    check_finite,
+    download,
+    from_pretrained,
+    is_hub_id,
+    read_config,
+    read_json,
+    square_side,
+    stored_dtype_note,
+    tensor_names,
+    weight_files,
+    weights_sha256,
+)
 from pixano_edge.export.sam2 import original, video_graphs
 from pixano_edge.export.sam2.sizes import architecture_name
 
 MODEL_TYPES = ("sam2", "sam2_video")
-HUB_FILES = ["*.json", "*.safetensors", "README.md"]
 
 # Tensors of `Sam2VideoModel` that `Sam2Model` does not have: memory attention, memory encoder, object pointers.
 VIDEO_ONLY = (
@@ -54,8 +55,6 @@ OFFICIAL_LICENCES = {
     for generation in ("sam2", "sam2.1")
     for size in ("tiny", "small", "base-plus", "large")
 }
-_OTHER_DOWNLOAD_ERRORS = ("InvalidURL", "RevisionResolutionError", "XetDownloadError")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass
@@ -103,102 +102,32 @@ def load(
     if path.is_file():
         return _load_original(path, licences.detect(given=licence), image_only)
     text = str(source)
-    if path.suffix in (".pt", ".pth", ".safetensors") or not _HUB_ID.fullmatch(text):
+    if path.suffix in (".pt", ".pth", ".safetensors") or not is_hub_id(text):
         raise ExportError(
             f"There is no checkpoint at '{source}'.",
             "Give a folder in transformers' format, a hub id such as facebook/sam2.1-hiera-tiny, or an original .pt.",
         )
-    folder = _download(text, revision)
+    folder = download(text, revision)
     found = licences.detect(folder, text, licence, OFFICIAL_LICENCES)
     return _load_folder(folder, label=text, licence=found, image_only=image_only)
 
 
-def weights_sha256(files: list[Path]) -> str:
-    """Hash of a checkpoint: the file's own, or the hash over the sorted per-file hashes when sharded."""
-    hashes = sorted(hash_file(f) for f in files)
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
-    except download_errors() as error:
-        raise ExportError(
-            f"'{hub_id}' could not be downloaded: {_first_line(error)}",
-            "Check the id and the network, or download the checkpoint elsewhere and give its folder.",
-        ) from error
-
-
-def download_errors() -> tuple[type[Exception], ...]:
-    """What a download from the hub may raise.
-
-    Errors of its HTTP client (httpx, httpx2 in newer releases) are no OSError; the client is known by what the hub's
-    own HTTP error derives from. Its storage back end, written in Rust, raises RuntimeError.
-    """
-    from huggingface_hub import errors
-
-    hub = {c for c in errors.HfHubHTTPError.__mro__ if issubclass(c, Exception)} - {Exception}
-    clients = [sys.modules[c.__module__.partition(".")[0]] for c in hub if c.__module__ != "builtins"]
-    # Names that not every release has.
-    others = [getattr(m, name, None) for m in (errors, *clients) for name in _OTHER_DOWNLOAD_ERRORS]
-    return (*hub, *(c for c in others if c is not None), OSError, ValueError, RuntimeError)
-
-
 def _load_folder(folder: Path, label: str, licence: Licence, image_only: bool) -> Checkpoint:
-    config = _read_config(folder)
-    weights = _weight_files(folder)
-    names = _tensor_names(weights)
-    model = _from_pretrained(Sam2Model, folder)
+    config = read_config(folder, MODEL_TYPES, "export sam2", ", or an original .pt file")
+    weights = weight_files(folder)
+    names = tensor_names(weights)
+    model = from_pretrained(Sam2Model, folder)
     # transformers hides keys that its own ignore list covers, so the file's names are compared here.
     check_keys(names, set(model.state_dict()))
     has_memory = config["model_type"] == "sam2_video" and any(n.startswith(VIDEO_ONLY) for n in names)
     video_model = None
     if has_memory and not image_only:
-        video_model = _from_pretrained(Sam2VideoModel, folder)
+        video_model = from_pretrained(Sam2VideoModel, folder)
         check_memory_keys(names, set(video_model.state_dict()))
         video_model.load_state_dict(model.state_dict(), strict=False, assign=True)  # one copy of what both have
     generation = "sam2.1" if "occlusion_spatial_embedding_parameter" in names else "sam2"
     found = _Found(model, video_model, has_memory, generation)
     return _finish(found, folder, weights, label, "transformers", licence, config, image_only)
-
-
-def _from_pretrained(kind: Any, folder: Path) -> Any:
-    """One of transformers' models with the weights of a folder."""
-    try:
-        with _quiet():
-            model, info = kind.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ExportError(
-            f"The checkpoint in '{folder}' could not be loaded: {_first_line(error)}",
-            "Its config.json and weights do not fit together or are damaged; get the checkpoint again.",
-        ) from error
-    mismatched = [str(m) for m in info["mismatched_keys"]]
-    if mismatched:
-        raise ExportError(f"Weights of another shape than config.json says: {mismatched[:5]}.", "Get it again.")
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides transformers' bar and its warning that sam2_video weights go into `Sam2Model`, which is intended."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _load_original(path: Path, licence: Licence, image_only: bool) -> Checkpoint:
@@ -229,19 +158,14 @@ def _finish(
 ) -> Checkpoint:
     model, video_model = found.model.eval().requires_grad_(False), found.video_model
     whole = model if video_model is None else video_model.eval().requires_grad_(False)
-    bad = [name for name, value in whole.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        raise ExportError(f"The weights hold NaN or infinity, for example in {bad[:3]}.", "Get the checkpoint again.")
+    check_finite(whole)
     source = Source(
         checkpoint=label,
         format=kind,
         sha256=weights_sha256(weights),
         architecture=architecture_name(model.config, found.generation),
     )
-    notes = []
-    stored = config.get("dtype") or config.get("torch_dtype")
-    if stored not in (None, "float32"):
-        notes.append(f"The checkpoint stores {stored} weights; the fp32 graphs hold the same values.")
+    notes = stored_dtype_note(config)
     if video_model is None:
         why = "its memory modules were left out" if found.has_memory else "the checkpoint has no memory modules"
         notes.append(f"This bundle segments images and does not track: {why}.")
@@ -295,7 +219,7 @@ def read_video_constants(model: Any, constants: Sam2Constants) -> Sam2VideoConst
     grid = constants.embed_size
     memory = int(config.memory_encoder_output_channels)
     expected = {
-        "image_size": (_side(config.image_size), constants.image_size),
+        "image_size": (square_side(config.image_size), constants.image_size),
         "memory_attention_hidden_size": (int(config.memory_attention_hidden_size), hidden),
         "memory_encoder_hidden_size": (int(config.memory_encoder_hidden_size), hidden),
         "memory_attention_rope_feat_sizes": (list(config.memory_attention_rope_feat_sizes), [grid, grid]),
@@ -323,10 +247,10 @@ def read_constants(config: Any, folder: Path | None = None) -> Sam2Constants:
         ExportError: The architecture is outside the contract.
     """
     prompt, decoder, vision = config.prompt_encoder_config, config.mask_decoder_config, config.vision_config
-    size, hidden = _side(prompt.image_size), int(prompt.hidden_size)
+    size, hidden = square_side(prompt.image_size), int(prompt.hidden_size)
     grid = size // 16
     expected = {
-        "prompt_encoder patch_size": (_side(prompt.patch_size), 16),
+        "prompt_encoder patch_size": (square_side(prompt.patch_size), 16),
         "mask_decoder hidden_size": (int(decoder.hidden_size), hidden),
         "fpn_hidden_size": (int(vision.fpn_hidden_size), hidden),
         "num_feature_levels": (int(vision.num_feature_levels), 3),
@@ -361,7 +285,7 @@ def _processor_values(folder: Path) -> dict[str, Any]:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if not (folder / name).is_file():
             continue
-        settings = _read_json(folder / name)
+        settings = read_json(folder / name)
         settings = settings.get("image_processor") or settings
         if settings.get("do_normalize", True) is False or settings.get("do_rescale", True) is False:
             raise ExportError(f"{name} turns normalisation off.", "Only the usual SAM 2 preprocessing is exported.")
@@ -374,74 +298,3 @@ def _processor_values(folder: Path) -> dict[str, Any]:
                 found[target] = values
         return found
     return {}
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise ExportError(
-            f"'{folder}' has no config.json.", "Give a folder written by save_pretrained, or an original .pt file."
-        )
-    config = _read_json(folder / "config.json")
-    if '"auto_map"' in json.dumps(config):
-        raise ExportError(
-            f"config.json in '{folder}' asks to load Python code (auto_map).",
-            "Pixano Edge never runs code from a checkpoint; use a checkpoint in plain transformers format.",
-        )
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ExportError(
-            f"'{folder}' holds a model of type {kind!r}.", f"`export sam2` takes model_type {' or '.join(MODEL_TYPES)}."
-        )
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path.name} cannot be read: {error}", "Get the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise ExportError(f"{path.name} is not a JSON object.", "Get the checkpoint again.")
-    return value
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        mapping = _read_json(index).get("weight_map", {})
-        files = [folder / name for name in sorted(set(mapping.values())) if os.path.basename(name) == name]
-    else:
-        files = [folder / "model.safetensors"]
-    absent = [f.name for f in files if not f.is_file()]
-    if absent or not files:
-        raise ExportError(
-            f"'{folder}' lacks {', '.join(absent) or 'weights'}.",
-            "Weights are read from safetensors only; pickled .bin files are not opened.",
-        )
-    return files
-
-
-def _tensor_names(files: list[Path]) -> set[str]:
-    return {name for path in files for name in _file_tensor_names(path)}
-
-
-def _file_tensor_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise ExportError(
-            f"{path.name} is damaged or truncated: {_first_line(error)}", "Get the checkpoint again."
-        ) from error
-
-
-def _side(size: Any) -> int:
-    """A square size that configurations give as one number or as a pair."""
-    sides = {int(v) for v in size} if isinstance(size, list | tuple) else {int(size)}
-    if len(sides) != 1:
-        raise ExportError(f"config.json has a size of {size}, which is not square.", "Only square inputs are exported.")
-    return sides.pop()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

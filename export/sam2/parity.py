@@ -6,9 +6,8 @@ whole pipeline, exported encoder into exported decoder, resized to the picture a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,31 +17,30 @@ import torch
 from pixano_edge.engine.bundle.manifest import ClipParity, MaskParity, ParityReport, TensorParity
 from pixano_edge.engine.contracts import sam2 as contract
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
-from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.differences import Arrays, Worst
-from pixano_edge.export.extras import missing
+from pixano_edge.export.parity import FP16, FP16_CPU, FP32_MAX_REL, ParityError, Runner, onnx_runner
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.sam2 import reference
 
-Runner = Callable[[str, Arrays], Arrays]
-"""Runs a graph by contract name: inputs by name to outputs by name."""
+__all__ = [
+    "FP16",
+    "FP16_CPU",
+    "FP32_MAX_REL",
+    "Arrays",
+    "ParityError",
+    "Runner",
+    "Suite",
+    "VariantParity",
+    "build_suite",
+    "compare",
+    "onnx_runner",
+    "report",
+    "require",
+]
 
-FP32_MAX_REL = 1e-4
 FP32_MIN_IOU = 0.999
 FP16_MEAN_IOU = 0.99
-FP16 = "fp16"
-"""fp16 as a GPU computes it: every intermediate value rounded (`pixano_edge.export.fp16.rounded`)."""
-FP16_CPU = "fp16-cpu"
-"""fp16 files as ONNX Runtime's CPU provider runs them: mostly in fp32, with fp16 weights."""
 TOLERANCE = {"fp32_max_rel": FP32_MAX_REL, "fp32_min_iou": FP32_MIN_IOU, "fp16_mean_iou": FP16_MEAN_IOU}
-
-
-class ParityError(ExportError):
-    """The exported graphs do not match PyTorch; `report` holds the figures."""
-
-    def __init__(self, message: str, action: str, report: ParityReport) -> None:
-        super().__init__(message, action)
-        self.report = report
 
 
 @dataclass(frozen=True)
@@ -208,37 +206,3 @@ def require(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
             result,
         )
     return result
-
-
-def onnx_runner(files: Mapping[str, Path], threads: int | None = None, optimise: bool = True) -> Runner:
-    """Runs ONNX files with ONNX Runtime on the CPU.
-
-    Args:
-        files: File per contract name.
-        threads: Threads within an operator; ONNX Runtime's choice if None.
-        optimise: Whether ONNX Runtime may rewrite the graph.
-
-    Raises:
-        MissingDependencyError: ONNX Runtime is not installed.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise missing("onnxruntime", "Measuring parity") from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if threads:
-        options.intra_op_num_threads = threads
-    sessions = {
-        name: ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for name, path in files.items()
-    }
-
-    def run(graph: str, feeds: Arrays) -> Arrays:
-        session = sessions[graph]
-        names = [o.name for o in session.get_outputs()]
-        return dict(zip(names, session.run(names, feeds)))
-
-    return run

@@ -24,7 +24,7 @@ from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.cli.main import app
 from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.errors import DeviceError
-from pixano_edge.engine.models.sam2.opening import Combination
+from pixano_edge.engine.models.opening import Combination
 from pixano_edge.engine.provider.hardware import Hardware
 from pixano_edge.engine.runtime import DeviceInfo, StubDevice, StubSession
 from tests.engine.models.sam2 import fake

@@ -41,7 +41,7 @@ def fast_export(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     """Graphs are taken from the tiny bundle instead of torch's exporter, which takes seconds per graph."""
     import onnx
 
-    from pixano_edge.export.sam2 import export
+    from pixano_edge.export import pipeline as export
 
     bundle = Bundle.open(tiny_bundle)
     monkeypatch.setattr(export, "export_graph", lambda module, spec, example: onnx.load(bundle.graph_path(spec.name)))
@@ -128,7 +128,7 @@ def test_json_has_everything_and_nothing_else_on_stdout(tiny_checkpoint: Path, o
 def test_operator_findings_are_notes_and_warnings(
     tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixano_edge.export.sam2 import export as module
+    from pixano_edge.export import pipeline as module
 
     monkeypatch.setattr(module, "check_tensorrt_10_3", lambda model: ["Gelu 'act': not known"])
     result = export(tiny_checkpoint, "-o", output, "--variants", "fp32")
@@ -173,7 +173,7 @@ def test_failing_parity_leaves_no_bundle_and_exits_non_zero(
     """A real export of a wrong wrapper: the no-memory embedding is not added. The decoder is the tiny bundle's."""
     import onnx
 
-    from pixano_edge.export.sam2 import export as module
+    from pixano_edge.export import pipeline as module
 
     real = module.export_graph
     decoder = onnx.load(Bundle.open(tiny_bundle).graph_path("mask_decoder"))

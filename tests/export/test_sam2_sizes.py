@@ -96,7 +96,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
         return made[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pixano_edge.export.sam2.export.export_graph", export_once)
+        patch.setattr("pixano_edge.export.pipeline.export_graph", export_once)
         yield make
 
 

@@ -35,7 +35,7 @@ def fast_export(monkeypatch: pytest.MonkeyPatch, tracking_bundle: Path) -> None:
     """Graphs are taken from the tracking bundle instead of torch's exporter, which takes seconds per graph."""
     import onnx
 
-    from pixano_edge.export.sam2 import export
+    from pixano_edge.export import pipeline as export
 
     bundle = Bundle.open(tracking_bundle)
     monkeypatch.setattr(export, "export_graph", lambda module, spec, example: onnx.load(bundle.graph_path(spec.name)))
@@ -117,7 +117,7 @@ def test_a_wrong_video_graph_leaves_no_bundle_and_exits_non_zero(
     import onnx
 
     from pixano_edge.export import onnx_graph
-    from pixano_edge.export.sam2 import export as module
+    from pixano_edge.export import pipeline as module
 
     bundle = Bundle.open(tracking_bundle)
 

@@ -121,18 +121,27 @@ def find_suspect(
     Returns:
         None without tensors.
     """
-    if not tensors:
+    limits, graphs = tolerances(bundle, precision), graph_of(bundle)
+    return name_suspect(
+        [(t, limits[t.name], graphs[t.name]) for t in tensors if t.name in limits], bundle, precision, backend, info
+    )
+
+
+def name_suspect(
+    checked: Sequence[tuple[TensorError, float, str]],
+    bundle: Bundle,
+    precision: str,
+    backend: str,
+    info: dict[str, Any] | None = None,
+) -> Suspect | None:
+    """The same for any family: errors in pipeline order, each with its tolerance and the graph that made it."""
+    if not checked:
         return None
-    limits = tolerances(bundle, precision)
-    ratios = [(_ratio(t.max_rel, limits[t.name]), t) for t in tensors if t.name in limits]
-    if not ratios:
-        return None
-    beyond = [pair for pair in ratios if pair[0] > 1]
-    ratio, tensor = beyond[0] if beyond else max(ratios, key=lambda pair: pair[0])
-    graph = graph_of(bundle)[tensor.name]
-    facts = (info or {}).get(graph) or {}
-    advice = _advice(bundle, graph, precision, backend, facts)
-    return Suspect(graph, tensor.name, tensor.max_rel, limits[tensor.name], ratio > 1, advice)
+    ratios = [(_ratio(tensor.max_rel, limit), tensor, limit, graph) for tensor, limit, graph in checked]
+    beyond = [entry for entry in ratios if entry[0] > 1]
+    ratio, tensor, limit, graph = beyond[0] if beyond else max(ratios, key=lambda entry: entry[0])
+    advice = _advice(bundle, graph, precision, backend, (info or {}).get(graph) or {})
+    return Suspect(graph, tensor.name, tensor.max_rel, limit, ratio > 1, advice)
 
 
 def _ratio(error: float, tolerance: float) -> float:

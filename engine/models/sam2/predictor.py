@@ -131,7 +131,8 @@ class Sam2ImagePredictor:
             DeviceError: Device or back end is missing or did not load, or the combination failed its check here.
             ContractError: A graph does not have the inputs and outputs of the contract.
         """
-        from .opening import Asked, open_predictor
+        from ..opening import Asked
+        from .opening import open_predictor
 
         asked = Asked(device, backend, precision, threads, force, prove)
         predictor = open_predictor(cls, bundle, asked, cache=cache, check=check, capture=capture, verdicts=verdicts)

@@ -23,9 +23,10 @@ from ...errors import BundleError, DeviceError, ImageError, PromptError
 from ...runtime.base import DeviceInfo
 from ..images import decode_image
 from ..masks import mask_iou
-from ..verdicts import Verdict, VerdictKey, VerdictStore
+from ..opening import TENSORRT, combination_key, locate
+from ..verdicts import VerdictKey
 from .diagnosis import FP32_MAX_REL, GRAPH_OF, Suspect, find_suspect, graph_of, tolerances
-from .opening import TENSORRT
+from .opening import IMAGE_GRAPHS
 from .postprocess import write_mask
 from .predictor import Embedding, Sam2ImagePredictor
 from .preprocess import Scratch, preprocess
@@ -118,6 +119,19 @@ class VerifyReport:
     def passed(self) -> bool:
         return not self.problems
 
+    def figures(self) -> list[str]:
+        """How far masks are from PyTorch's, a line for pictures and one for the clip."""
+        lines = [
+            f"mask IoU with PyTorch: mean {self.mean_iou:.4f}, lowest {self.min_iou:.4f} "
+            f"({self.samples} samples, {self.seconds:.1f} s)"
+        ]
+        if self.clip is not None:
+            lines.append(
+                f"tracked clip: mean {self.clip.mean_iou:.4f}, lowest {self.clip.min_iou:.4f} "
+                f"({self.clip.objects} objects, {self.clip.frames} frames, {self.clip.shown} masks not empty)"
+            )
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         key = self.key.model_dump() if self.key is not None else None
@@ -205,24 +219,9 @@ def verify_bundle(
     return report
 
 
-def record_verdict(report: VerifyReport, store: VerdictStore | None = None, forced: bool = False) -> Verdict:
-    """Keeps what a run said: later loads refuse a combination that failed here, unless it is `forced`.
-
-    Args:
-        report: Of `verify_bundle`.
-        store: Where; None for the user's own.
-        forced: Let a combination that failed be used all the same.
-    """
-    assert report.key is not None  # `verify_bundle` fills it
-    verdict = Verdict.of(report.key, report, forced=forced)
-    (store if store is not None else VerdictStore()).put(verdict)
-    return verdict
-
-
 def _key(bundle: Bundle, info: dict[str, Any], on: DeviceInfo) -> VerdictKey:
-    from .opening import combination_key, locate
-
-    return combination_key(bundle, locate(bundle, info["backend"], info["precision"], on), on)
+    found = locate(bundle, info["backend"], info["precision"], on, IMAGE_GRAPHS)
+    return combination_key(bundle, found, on)
 
 
 def judge(report: VerifyReport) -> list[str]:

@@ -14,8 +14,9 @@ from ...contracts.sam2_video import Sam2VideoConstants
 from ...errors import BundleError
 from ...runtime.base import Session
 from ...runtime.memory import MemoryUse, model_memory
+from ..opening import Asked, open_family, open_graphs
 from ..sam2.cache import EmbeddingCache
-from ..sam2.opening import Asked, build_predictor, open_family, open_graphs
+from ..sam2.opening import build_predictor
 from ..sam2.predictor import Sam2ImagePredictor
 from ..verdicts import VerdictStore
 from .frames import Frames, Image, open_frames
@@ -81,7 +82,7 @@ class Sam2VideoModel:
             BundleError: The bundle does not track; or as `Sam2ImagePredictor.open`.
             DeviceError, ContractError: As `Sam2ImagePredictor.open`.
         """
-        bundle = open_family(bundle)
+        bundle = open_family(bundle, sam2.FAMILY)
         video = sam2_video.constants_of(bundle.manifest.constants)
         if video is None:
             raise BundleError(

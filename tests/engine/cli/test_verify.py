@@ -13,8 +13,9 @@ from pixano_edge.engine.cli.main import app
 from pixano_edge.engine.errors import DeviceError
 from pixano_edge.engine.models.sam2 import verify as module
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
-from pixano_edge.engine.models.sam2.verify import TensorError, record_verdict, verify_bundle
+from pixano_edge.engine.models.sam2.verify import TensorError, verify_bundle
 from pixano_edge.engine.models.verdicts import VerdictStore
+from pixano_edge.engine.models.verify import record_verdict
 
 
 def invoke(*args: object) -> Any:

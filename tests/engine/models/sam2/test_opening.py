@@ -23,9 +23,10 @@ from pixano_edge.engine.errors import (
     DeviceMemoryError,
     MissingDependencyError,
 )
-from pixano_edge.engine.models.sam2 import opening
+from pixano_edge.engine.models import opening
+from pixano_edge.engine.models.opening import GPU_ORDER, combinations
 from pixano_edge.engine.models.sam2 import verify as verify_module
-from pixano_edge.engine.models.sam2.opening import GPU_ORDER, combinations
+from pixano_edge.engine.models.sam2.opening import IMAGE_GRAPHS
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.verdicts import VerdictStore
 from pixano_edge.engine.runtime import StubDevice, StubSession
@@ -361,7 +362,7 @@ def test_on_a_cpu_the_export_is_the_proof(world: World, tmp_path: Path) -> None:
     assert not world.home.exists()
     # A failed `pixano-edge verify` counts here too.
     store = VerdictStore(world.home)
-    found = opening.locate(world.bundle, "onnxruntime", "fp32", runtime.CpuDevice().info())
+    found = opening.locate(world.bundle, "onnxruntime", "fp32", runtime.CpuDevice().info(), IMAGE_GRAPHS)
     key = opening.combination_key(world.bundle, found, runtime.CpuDevice().info())
     world.failed = {"onnxruntime fp32"}
     report = world.verify_bundle(world.bundle, "cpu", "onnxruntime", "fp32", progress=lambda *a: None)

@@ -16,8 +16,9 @@ import pytest
 
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.errors import BundleError, DeviceError, MissingDependencyError
+from pixano_edge.engine.models.opening import locate
 from pixano_edge.engine.models.sam2.cache import EmbeddingCache
-from pixano_edge.engine.models.sam2.opening import locate
+from pixano_edge.engine.models.sam2.opening import IMAGE_GRAPHS
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2.verify import verify_bundle
@@ -38,7 +39,7 @@ BOX = Prompt(box=[20, 20, 70, 60])
 def backend(request: pytest.FixtureRequest, demo_bundle: Path) -> str:
     device = open_device(DEVICE)
     try:
-        locate(Bundle.open(demo_bundle), request.param, "fp32", device.info())
+        locate(Bundle.open(demo_bundle), request.param, "fp32", device.info(), IMAGE_GRAPHS)
     except (BundleError, DeviceError, MissingDependencyError) as error:
         pytest.skip(str(error))
     finally:

@@ -148,6 +148,6 @@ def test_auto_device_falls_back_to_the_cpu_aloud(world: VideoWorld, monkeypatch:
 
 
 def _gpu_order() -> Any:
-    from pixano_edge.engine.models.sam2.opening import GPU_ORDER
+    from pixano_edge.engine.models.opening import GPU_ORDER
 
     return GPU_ORDER
