@@ -132,11 +132,11 @@ _WORKER: dict[str, Any] = {}
 
 def _start_worker(bundle: str, precision: str) -> None:
     """Opens the bundle once per process, on one thread."""
-    from pixano_edge.engine.models.detection.owlv2 import Owlv2Detector
+    from pixano_edge.engine.models.detection.opening import open_detector
 
     cv2.setNumThreads(1)
     opened = Bundle.open(bundle)
-    detector = Owlv2Detector.open(opened, precision=precision, threads=1)
+    detector = open_detector(opened, precision=precision, threads=1)
     _WORKER.update(detector=detector, name=opened.manifest.name)
 
 
