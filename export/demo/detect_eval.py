@@ -66,9 +66,9 @@ def questions(scene: Scene) -> tuple[Question, ...]:
 
 def box_iou(a: Boxes, b: Boxes) -> NDArray[np.float64]:
     """IoU (N, M) of xyxy boxes (N, 4) and (M, 4)."""
-    a, b = a.astype(np.float64).reshape(-1, 1, 4), b.astype(np.float64).reshape(1, -1, 4)
-    both = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None).prod(-1)
-    areas = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
+    x, y = a.astype(np.float64).reshape(-1, 1, 4), b.astype(np.float64).reshape(1, -1, 4)
+    both = np.clip(np.minimum(x[..., 2:], y[..., 2:]) - np.maximum(x[..., :2], y[..., :2]), 0, None).prod(-1)
+    areas = (x[..., 2:] - x[..., :2]).prod(-1) + (y[..., 2:] - y[..., :2]).prod(-1)
     return both / np.maximum(areas - both, 1e-9)
 
 

@@ -59,7 +59,7 @@ def cosine_patches(width: int, patch: int = PATCH) -> NDArray[np.float32]:
     k, n = np.mgrid[0:patch, 0:patch]
     basis = np.cos(np.pi * k * (2 * n + 1) / (2 * patch)) * np.where(k == 0, 1 / patch, 2 / patch) ** 0.5
     order = sorted((i * i + j * j, i, j) for i in range(patch) for j in range(patch))
-    axes = np.array([[1, 1, 1], [1, 0, -1], [-0.5, 1, -0.5]]) / np.sqrt([[3], [2], [1.5]])
+    axes = np.array([[1, 1, 1], [1, 0, -1], [-0.5, 1, -0.5]]) / np.array([[3], [2], [1.5]]) ** 0.5
     counts = [width - 2 * (width // 5), width // 5, width // 5]
     filters = []
     for axis, count, gain in zip(axes, counts, (1.0, 2.0, 2.0), strict=True):
@@ -96,7 +96,7 @@ def initialise(model: Owlv2ForObjectDetection) -> None:
             module.k_proj.weight.mul_(0.8)
             module.q_proj.weight.copy_(module.k_proj.weight)
     vision, text = model.owlv2.vision_model, model.owlv2.text_model
-    width = model.config.vision_config.hidden_size
+    width = model.layer_norm.normalized_shape[0]
     vision.embeddings.patch_embedding.weight.copy_(torch.from_numpy(cosine_patches(width)))
     vision.embeddings.class_embedding.normal_(std=0.5)
     code = torch.from_numpy(grid_code(width))
@@ -146,11 +146,11 @@ def predict(model: Owlv2ForObjectDetection, pixels: Tensor, texts: Tensor) -> Pr
         pixels: (B, 3, S, S) float32.
         texts: (K, TEXT_WIDTH) of :func:`encode_texts`; asked of every image.
     """
-    grid, _ = model.image_embedder(pixels)
+    grid = model.image_embedder(pixels)[0]
     with torch.autocast("cpu", enabled=False):  # the heads are small, and bfloat16 would round cosines and cells
         grid = grid.float()
         features = grid.flatten(1, 2)
-        logits, _ = model.class_predictor(features, texts.float().expand(len(pixels), -1, -1))
+        logits = model.class_predictor(features, texts.float().expand(len(pixels), -1, -1))[0]
         objectness = model.objectness_predictor(features)
         boxes = model.box_predictor(features, grid)
     return Predictions(boxes, logits, objectness, features)

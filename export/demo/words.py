@@ -133,7 +133,7 @@ def build_tokenizer() -> Any:
     names = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(
         vocab=names,
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]  # pairs are what tokenizers takes
         unk_token=EOS,
         bos_token=BOS,
         eos_token=EOS,
