@@ -27,10 +27,10 @@ class Settings:
     """``blur``: side of the median filter; ``tolerance``: largest distance in Lab; ``opening``: side of the opening
     that cuts thin bridges, 0 for none; ``smallest``: least area in pixels."""
 
-    blur: int = 9
-    tolerance: float = 40.0
-    opening: int = 3
-    smallest: int = 150
+    blur: int = 15
+    tolerance: float = 60.0
+    opening: int = 0
+    smallest: int = 400
 
 
 SWEPT = Settings()

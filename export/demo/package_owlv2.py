@@ -1,18 +1,23 @@
 """Makes the demo detector's bundle that ships with the package, from the checkpoint that ships with the source.
 
 Run from the repository root: ``python -m pixano_edge.export.demo.package_owlv2``. After another training run:
-``--trained FOLDER`` takes that run's checkpoint first. Weights are rounded to half precision, as for the demo's SAM 2
-(:mod:`.package`), and the bundle goes into ``engine/assets/owlv2-demo``.
+``--trained FOLDER`` takes that run's checkpoint first, with its scores calibrated (:mod:`.calibrate_owlv2`). Weights
+are rounded to half precision, as for the demo's SAM 2 (:mod:`.package`), and the bundle goes into
+``engine/assets/owlv2-demo``.
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pixano_edge.export.demo.calibrate_owlv2 import calibrate
+from pixano_edge.export.demo.judge_owlv2 import open_checkpoint
 from pixano_edge.export.demo.package import check_size, round_checkpoint, scene_photos
+from pixano_edge.export.demo.train_owlv2 import write_folder
 from pixano_edge.export.owlv2 import export_owl
 
 NAME = "owlv2-demo"
@@ -49,6 +54,16 @@ def package(checkpoint: Path, bundle: Path, threads: int | None = None) -> Path:
     return bundle
 
 
+def take(trained: Path, checkpoint: Path) -> None:
+    """Writes a trained checkpoint, calibrated and rounded, to `checkpoint`, which is replaced."""
+    detector = open_checkpoint(trained)
+    threshold = calibrate(detector.model, detector.tokenizer)
+    typer.echo(f"Scores calibrated: {threshold:.3f} is now 0.5.")
+    with tempfile.TemporaryDirectory() as work:
+        write_folder(detector.model, detector.tokenizer, Path(work))
+        round_checkpoint(Path(work), checkpoint)
+
+
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint in the source; rounded in place.")] = CHECKPOINT,
     bundle: Annotated[Path, typer.Option(help="Bundle to replace.")] = BUNDLE,
@@ -57,7 +72,7 @@ def main(
 ) -> None:
     """Make the packaged detector's bundle anew."""
     if trained is not None:
-        round_checkpoint(trained, checkpoint)
+        take(trained, checkpoint)
     package(checkpoint, bundle, threads)
 
 

@@ -17,7 +17,7 @@ from pixano_edge.export.demo.scenes import generate_scene
 
 log = logging.getLogger("sweep_detect_baselines")
 FIRST_SEED = 2_000_000
-BLURS, TOLERANCES, OPENINGS, SMALLEST = (0, 5, 9, 15), (20.0, 30.0, 40.0, 60.0), (0, 3, 7), (60, 150, 400)
+BLURS, TOLERANCES, OPENINGS, SMALLEST = (0, 5, 9, 15, 23), (20.0, 30.0, 40.0, 60.0), (0, 3, 7), (60, 150, 400)
 
 
 def main(scenes: int) -> None:

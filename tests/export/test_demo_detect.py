@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="training needs pixano-edge[export]"
 pytest.importorskip("transformers", reason="training needs pixano-edge[export]")
 
 from pixano_edge.export.demo import detect_eval  # noqa: E402
+from pixano_edge.export.demo.calibrate_owlv2 import best_threshold, calibrate  # noqa: E402
 from pixano_edge.export.demo.detect_batches import (  # noqa: E402
     ASKED,
     BLOCK,
@@ -295,6 +296,25 @@ class TestModel:
         # Two more columns reach into the left half of four tokens, not to their centres: 32 parts are unlike.
         targets.owner[0, :16, 16:18] = 0
         assert float(here.loss(features, targets)) - aligned == pytest.approx(2 * 20 * 32 / (TOKENS * 16), rel=1e-3)
+
+
+class TestCalibration:
+    def test_best_threshold_by_hand(self) -> None:
+        scores, hits = np.array([0.9, 0.6, 0.4, 0.2]), np.array([True, True, False, False])
+        assert best_threshold(scores, hits, 3) == pytest.approx(0.5)
+
+    def test_scores_move_and_their_order_stays(self, tokenizer) -> None:
+        from transformers import Owlv2ForObjectDetection
+
+        torch.manual_seed(1)
+        made = Owlv2ForObjectDetection(tiny_config(len(tokenizer), width=48, layers=1, heads=2))
+        initialise(made)
+        image = generate_scene(1, "heldout").image
+        before = TorchDetector(made, tokenizer)(image, ["circle"], 0.0)
+        threshold = calibrate(made, tokenizer, scenes=2)
+        after = TorchDetector(made, tokenizer)(image, ["circle"], 0.0)
+        moved = np.log(after[1] / (1 - after[1])) - np.log(before[1] / (1 - before[1]))
+        assert np.median(moved) == pytest.approx(-np.log(threshold / (1 - threshold)), rel=0.1)
 
 
 class TestAveragePrecision:
