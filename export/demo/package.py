@@ -91,13 +91,19 @@ def package(checkpoint: Path, bundle: Path, threads: int | None = None) -> Path:
         force=True,
         progress=lambda name, done, total: typer.echo(f"{done + 1}/{total} {name}"),
     )
+    check_size(bundle)
+    return bundle
+
+
+def check_size(bundle: Path) -> int:
+    """Bytes of a bundle; raises ExportError if they are more than `MAX_BYTES`."""
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     typer.echo(f"{bundle}: {size} bytes")
     if size > MAX_BYTES:
         raise ExportError(
             f"The bundle has {size} bytes, more than {MAX_BYTES}.", "A smaller model is needed in the package."
         )
-    return bundle
+    return size
 
 
 def main(

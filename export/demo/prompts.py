@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing as mp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from pixano_edge.export.demo.scenes import USUAL, Crowd, Mask, generate_scene
+
+T = TypeVar("T")
 
 # The first steps see more and smaller objects: many places to ask about in each image, from which the decoder learns
 # soonest that the prompt matters. Each line holds for the steps before its number.
@@ -118,24 +122,31 @@ def make_batch(index: int, seed: int, batch: int, prompts: int, size: int) -> Ba
     return out
 
 
-def _produce(queue: mp.Queue, first: int, args: tuple[int, int, int, int]) -> None:
+def _produce(queue: mp.Queue, make: Callable[[int], object], first: int) -> None:
     cv2.setNumThreads(1)
     index = first
     while True:
-        queue.put(make_batch(index, *args))
+        queue.put(make(index))
         index += 1
+
+
+def prepared(make: Callable[[int], T], first: int, ahead: int = 6) -> Iterator[T]:
+    """``make(first)``, ``make(first + 1)``, ... in order, from one process that runs at most ``ahead`` of them ahead.
+
+    ``make`` has to be picklable: a function of a module, or a partial of one.
+    """
+    context = mp.get_context("spawn")
+    queue: mp.Queue = context.Queue(maxsize=ahead)
+    worker = context.Process(target=_produce, args=(queue, make, first), daemon=True)
+    worker.start()
+    try:
+        while True:
+            yield queue.get(timeout=300)
+    finally:
+        worker.terminate()
+        worker.join()
 
 
 def batches(first: int, seed: int, batch: int, prompts: int, size: int) -> Iterator[Batch]:
     """Batches ``first``, ``first + 1``, ... in order, prepared by one process that runs a few ahead."""
-    context = mp.get_context("spawn")
-    queue: mp.Queue = context.Queue(maxsize=6)
-    args = (queue, first, (seed, batch, prompts, size))
-    worker = context.Process(target=_produce, args=args, daemon=True)
-    worker.start()
-    try:
-        while True:
-            yield queue.get(timeout=120)
-    finally:
-        worker.terminate()
-        worker.join()
+    return prepared(functools.partial(make_batch, seed=seed, batch=batch, prompts=prompts, size=size), first)

@@ -1,0 +1,179 @@
+"""Detection quality of the demo detector on held-out scenes, next to colours and contours with the same questions.
+
+What is asked, and how answers are judged, is in `export/demo/detect_eval.py`. Torch is not used; scenes need
+scikit-image for its photographs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pixano_edge.engine.bundle import Bundle
+
+from .seeds import FIRST_SEED
+
+BASELINE = "colours and contours"
+BOOTSTRAPS = 200
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method and kind of phrase: mean AP50 over phrases with its 95 % interval over scenes, AP50 of all boxes in
+    one ranking, and the share of absent phrases that gave a box."""
+
+    method: str
+    kind: str
+    ap50: float
+    low: float
+    high: float
+    pooled: float
+    alarm: float
+    phrases: int
+    objects: int
+    absent: int
+
+
+@dataclass(frozen=True)
+class DetectionQuality:
+    """All rows, and how they were taken."""
+
+    scenes: int
+    bundle: str
+    rows: list[Row]
+
+    def of(self, method: str, kind: str = "all") -> Row:
+        """One row."""
+        return next(row for row in self.rows if (row.method, row.kind) == (method, kind))
+
+    def lead(self, kind: str = "all") -> float:
+        """Points of AP50 (0..1) by which the model leads the baseline."""
+        return self.of(self.bundle, kind).ap50 - self.of(BASELINE, kind).ap50
+
+    def to_dict(self) -> dict[str, Any]:
+        kinds = {row.kind: None for row in self.rows}
+        return asdict(self) | {"lead": {kind: self.lead(kind) for kind in kinds}}
+
+
+def evaluate(
+    bundle: Path | str,
+    scenes: int = 500,
+    first: int = FIRST_SEED,
+    *,
+    precision: str = "auto",
+    jobs: int = 1,
+    bootstraps: int = BOOTSTRAPS,
+    on_scene: Callable[[], None] = lambda: None,
+) -> DetectionQuality:
+    """Measures a bundle on held-out scenes `first`, `first` + 1, ...; equal arguments give equal figures.
+
+    Args:
+        bundle: Bundle folder.
+        scenes: Number of scenes.
+        first: First held-out seed.
+        precision: Variant of the bundle.
+        jobs: Processes that share the scenes, each with one thread; the figures do not depend on it.
+        bootstraps: Samples of scenes behind the intervals.
+        on_scene: Called after each scene.
+    """
+    name = Bundle.open(bundle).manifest.name
+    seeds = range(first, first + scenes)
+    answers: list[dict[str, Any]] = []
+    with _answers((str(bundle), precision), seeds, jobs) as found:
+        for answer in found:
+            answers.append(answer)
+            on_scene()
+    rows = [row for method in (name, BASELINE) for row in summarise(method, [a[method] for a in answers], bootstraps)]
+    return DetectionQuality(scenes, name, rows)
+
+
+def summarise(method: str, scenes: Sequence[Any], bootstraps: int) -> list[Row]:
+    """Rows of one method, one for each kind of phrase and one for all, from the tallies of each scene."""
+    from pixano_edge.export.demo.detect_eval import merge
+    from pixano_edge.export.demo.detect_eval import summarise as summaries
+
+    rng = np.random.default_rng(0)
+    draws: dict[str, list[float]] = {}
+    for _ in range(bootstraps):
+        for kind, summary in summaries(merge(scenes[i] for i in rng.integers(0, len(scenes), len(scenes)))).items():
+            draws.setdefault(kind, []).append(summary.ap50)
+    rows = []
+    for kind, s in summaries(merge(scenes)).items():
+        low, high = (float(v) for v in np.percentile(draws.get(kind, [s.ap50]), [2.5, 97.5]))
+        rows.append(Row(method, kind, s.ap50, low, high, s.pooled, s.alarm, s.phrases, s.objects, s.vain))
+    return rows
+
+
+@contextmanager
+def _answers(work: tuple[str, str], seeds: range, jobs: int) -> Iterator[Iterable[dict[str, Any]]]:
+    """The tallies of each scene, `{method: tallies}`, in the order of the seeds."""
+    if jobs == 1:
+        _start_worker(*work)
+        try:
+            yield map(_run_scene, seeds)
+        finally:
+            _WORKER.pop("detector").close()
+        return
+    # Spawned, not forked: ONNX Runtime's and OpenCV's threads do not survive a fork.
+    with mp.get_context("spawn").Pool(jobs, _start_worker, work) as pool:
+        yield pool.imap(_run_scene, seeds)
+
+
+_WORKER: dict[str, Any] = {}
+
+
+def _start_worker(bundle: str, precision: str) -> None:
+    """Opens the bundle once per process, on one thread."""
+    from pixano_edge.engine.models.detection.opening import open_detector
+
+    cv2.setNumThreads(1)
+    opened = Bundle.open(bundle)
+    detector = open_detector(opened, precision=precision, threads=1)
+    _WORKER.update(detector=detector, name=opened.manifest.name)
+
+
+def _run_scene(seed: int) -> dict[str, Any]:
+    from pixano_edge.export.demo.detect_baselines import ContourDetector
+    from pixano_edge.export.demo.detect_eval import Tallies, ask
+    from pixano_edge.export.demo.scenes import generate_scene
+
+    detector = _WORKER["detector"]
+
+    def detect(
+        image: npt.NDArray[np.uint8], classes: Sequence[str], threshold: float
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        found = detector.detect(image, classes, box_threshold=threshold)
+        return found.boxes, found.scores, found.labels
+
+    scene = generate_scene(seed, "heldout")
+    answers: dict[str, Any] = {}
+    for method, function in ((_WORKER["name"], detect), (BASELINE, ContourDetector())):
+        answers[method] = Tallies()
+        ask(function, scene, answers[method])
+    return answers
+
+
+COLUMNS = ("method", "phrases", "AP50", "one ranking", "false alarms")
+KIND_NAMES = {"shape": "circle", "color": "red circle", "pattern": "striped circle", "all": "all"}
+
+
+def table_rows(quality: DetectionQuality) -> list[tuple[str, ...]]:
+    """Cells of the table."""
+    return [
+        (
+            row.method,
+            f"{KIND_NAMES[row.kind]} ({row.phrases})",
+            f"{row.ap50:.3f} ({row.low:.3f}-{row.high:.3f})",
+            f"{row.pooled:.3f}",
+            f"{100 * row.alarm:.1f} %",
+        )
+        for row in quality.rows
+    ]

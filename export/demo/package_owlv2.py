@@ -1,0 +1,80 @@
+"""Makes the demo detector's bundle that ships with the package, from the checkpoint that ships with the source.
+
+Run from the repository root: ``python -m pixano_edge.export.demo.package_owlv2``. After another training run:
+``--trained FOLDER`` takes that run's checkpoint first, with its scores calibrated (:mod:`.calibrate_owlv2`). Weights
+are rounded to half precision, as for the demo's SAM 2 (:mod:`.package`), and the bundle goes into
+``engine/assets/owlv2-demo``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixano_edge.export.demo.calibrate_owlv2 import calibrate
+from pixano_edge.export.demo.judge_owlv2 import open_checkpoint
+from pixano_edge.export.demo.package import check_size, round_checkpoint, scene_photos
+from pixano_edge.export.demo.train_owlv2 import write_folder
+from pixano_edge.export.owlv2 import export_owl
+
+NAME = "owlv2-demo"
+CHECKPOINT = Path("export/demo/checkpoints") / NAME
+BUNDLE = Path("engine/assets") / NAME
+CLASSES = (
+    ("circle",),
+    ("red circle", "blue square", "green star", "yellow bar"),
+    ("striped square", "dotted circle", "checked triangle", "plain ring", "heart", "crescent", "cat"),
+)
+"""Lists that parity and golden samples ask for: words that the model knows, and one that it does not."""
+
+
+def package(checkpoint: Path, bundle: Path, threads: int | None = None) -> Path:
+    """Rounds `checkpoint` in place and exports it to `bundle`, which is replaced.
+
+    Raises:
+        ExportError: The bundle is too large; or as `export_owl`, and the old bundle stays.
+    """
+    change = round_checkpoint(checkpoint, checkpoint)
+    typer.echo(f"Weights rounded to fp16: largest change {change:.1e} of a tensor's largest weight.")
+    export_owl(
+        checkpoint,
+        bundle,
+        licence="Apache-2.0",
+        name=NAME,
+        photos=scene_photos(),
+        classes=CLASSES,
+        threads=threads,
+        force=True,
+        progress=lambda name, done, total: typer.echo(f"{done + 1}/{total} {name}"),
+    )
+    check_size(bundle)
+    return bundle
+
+
+def take(trained: Path, checkpoint: Path) -> None:
+    """Writes a trained checkpoint, calibrated and rounded, to `checkpoint`, which is replaced."""
+    detector = open_checkpoint(trained)
+    threshold = calibrate(detector.model, detector.tokenizer)
+    typer.echo(f"Scores calibrated: {threshold:.3f} is now 0.5.")
+    with tempfile.TemporaryDirectory() as work:
+        write_folder(detector.model, detector.tokenizer, Path(work))
+        round_checkpoint(Path(work), checkpoint)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint in the source; rounded in place.")] = CHECKPOINT,
+    bundle: Annotated[Path, typer.Option(help="Bundle to replace.")] = BUNDLE,
+    trained: Annotated[Path | None, typer.Option(help="A newly trained checkpoint, which replaces the former.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime while measuring.")] = None,
+) -> None:
+    """Make the packaged detector's bundle anew."""
+    if trained is not None:
+        take(trained, checkpoint)
+    package(checkpoint, bundle, threads)
+
+
+if __name__ == "__main__":
+    typer.run(main)
