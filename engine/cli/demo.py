@@ -1,4 +1,4 @@
-"""`pixano-edge demo`: the bundled model on the bundled pictures and clip, with times and IoU, without torch."""
+"""`pixano-edge demo`: the bundled models on the bundled pictures and clip, with times, IoU and hits, without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import statistics
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from ..models.images import decode_image
 from ..models.masks import mask_iou
 from ..models.rle import decode_rle
 from .demo_clip import ClipResult, read_clip, run_clip
+from .demo_words import ABSENT, run_words
 from .draw import overlay, write_png
 from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption, open_bundle
 from .output import JsonOption, make_folder, milliseconds, print_json, print_table
@@ -126,21 +128,25 @@ def _warm_up(predictor: Sam2ImagePredictor) -> float:
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("pixano-edge-demo"),
     bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
+    detector: Annotated[
+        str, typer.Option(help="Bundle that finds objects by name; one taught the words.")
+    ] = "owlv2-demo",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment the bundled pictures and track the bundled clip with the bundled model; writes pictures, prints times.
+    """Segment the bundled pictures, find objects on them by name, track the bundled clip; writes pictures and times.
 
-    The model is small and was trained on such pictures of shapes; it knows nothing else. Export a SAM 2 checkpoint
-    with 'pixano-edge export sam2' for real photos.
+    The models are small and were trained on such pictures of shapes; they know nothing else. Export real checkpoints
+    with 'pixano-edge export' for real photos.
     """
     begin = time.perf_counter()
     pictures = read_pictures(demo_folder())
-    opened = open_bundle(bundle)
+    opened, named = open_bundle(bundle), open_bundle(detector)
 
+    from ..models.detection.opening import open_detector
     from ..models.sam2.predictor import Sam2ImagePredictor
     from ..models.sam2_video.model import Sam2VideoModel
 
@@ -164,6 +170,9 @@ def demo(
         tracked = run_clip(model, *clip, out)
     info = model.info()
     model.close()
+    with closing(open_detector(named, device=device, backend=backend, precision=precision, threads=threads)) as by_name:
+        words = [run_words(by_name, picture, [(o.name, o.box) for o in objects], out) for picture, objects in pictures]
+        named_info = by_name.info()
     total = time.perf_counter() - begin
     if as_json:
         print_json(
@@ -177,6 +186,9 @@ def demo(
                 "pictures": results,
                 "clip": tracked,
                 "clip_skipped": skipped,
+                "detector": named.manifest.name,
+                "detector_engine": named_info,
+                "words": words,
             }
         )
         return
@@ -193,6 +205,21 @@ def demo(
     ]
     columns = ("picture", "objects", "encoder (once)", "one click", "IoU clicks", "IoU boxes")
     print_table(columns, rows, right=columns[1:], title=f"{opened.manifest.name} on the bundled pictures")
+    typer.echo()
+    rows = [
+        (
+            w.picture,
+            f"{w.found} of {w.objects}",
+            w.wrong,
+            milliseconds(w.first_seconds),
+            milliseconds(w.again_seconds),
+            ", ".join(w.words),
+        )
+        for w in words
+    ]
+    columns = ("picture", "found", "wrong boxes", "first call", "text kept", "asked for")
+    title = f"{named.manifest.name} on the same pictures; '{ABSENT}' is on none"
+    print_table(columns, rows, right=columns[1:-1], title=title)
     if tracked is None:
         typer.echo(f"\n{skipped}")
     else:

@@ -33,7 +33,7 @@ _KNOWN = {
     "bench": _Known("Measure speed, memory and mask quality.", "benchmarks", "psutil"),
     "build": _Known("Build TensorRT engines for this GPU, or ahead of time for others."),
     "bundle": _Known("Inspect, pack, unpack and store bundles."),
-    "demo": _Known("Segment the bundled pictures and track the bundled clip with the bundled model."),
+    "demo": _Known("Segment, search and track the bundled pictures and clip with the bundled models."),
     "detect": _Known("Find objects by name on an image or a folder of images."),
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),

@@ -295,6 +295,10 @@ def test_demo_writes_pictures_and_times(tiny_bundle: Path, tmp_path: Path):
         for name in picture["files"]:
             assert np.asarray(Image.open(out / name)).ndim == 3
     assert report["clip"] is None
+    assert [w["picture"] for w in report["words"]] == [p["picture"] for p in report["pictures"]]
+    for words in report["words"]:
+        assert 0 <= words["found"] <= words["objects"]
+        assert np.asarray(Image.open(out / words["file"])).ndim == 3
     table = _invoke("demo", "--bundle", tiny_bundle, "-o", out)
     assert "one click" in table.stdout
     for text in (report["clip_skipped"], table.stdout):
