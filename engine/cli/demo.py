@@ -16,7 +16,7 @@ import numpy.typing as npt
 import typer
 
 from ..contracts import sam2_video
-from ..errors import EdgeError
+from ..errors import EdgeError, MissingDependencyError
 from ..models.images import decode_image
 from ..models.masks import mask_iou
 from ..models.rle import decode_rle
@@ -170,9 +170,16 @@ def demo(
         tracked = run_clip(model, *clip, out)
     info = model.info()
     model.close()
-    with closing(open_detector(named, device=device, backend=backend, precision=precision, threads=threads)) as by_name:
-        words = [run_words(by_name, picture, [(o.name, o.box) for o in objects], out) for picture, objects in pictures]
-        named_info = by_name.info()
+    words, words_skipped, named_info = [], "", None
+    try:
+        by_name = open_detector(named, device=device, backend=backend, precision=precision, threads=threads)
+    except MissingDependencyError as error:
+        words_skipped = str(error)
+    else:
+        with closing(by_name):
+            asked = ((picture, [(o.name, o.box) for o in objects]) for picture, objects in pictures)
+            words = [run_words(by_name, picture, objects, out) for picture, objects in asked]
+            named_info = by_name.info()
     total = time.perf_counter() - begin
     if as_json:
         print_json(
@@ -189,6 +196,7 @@ def demo(
                 "detector": named.manifest.name,
                 "detector_engine": named_info,
                 "words": words,
+                "words_skipped": words_skipped,
             }
         )
         return
@@ -219,7 +227,10 @@ def demo(
     ]
     columns = ("picture", "found", "wrong boxes", "first call", "text kept", "asked for")
     title = f"{named.manifest.name} on the same pictures; '{ABSENT}' is on none"
-    print_table(columns, rows, right=columns[1:-1], title=title)
+    if words:
+        print_table(columns, rows, right=columns[1:-1], title=title)
+    else:
+        typer.echo(words_skipped)
     if tracked is None:
         typer.echo(f"\n{skipped}")
     else:

@@ -346,6 +346,16 @@ def test_demo_without_its_clip_says_so(tracking_bundle: Path, tmp_path: Path, mo
     assert "not in this installation" in report["clip_skipped"]
 
 
+def test_demo_without_tokenizers_says_what_to_install(
+    tracking_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    report = json.loads(_invoke("demo", "--bundle", tracking_bundle, "-o", tmp_path, "--json").stdout)
+    assert report["words"] == []
+    assert "pixano-edge[detection]" in report["words_skipped"]
+    assert report["clip"] is not None
+
+
 def test_demo_clip_is_the_generated_one():
     pytest.importorskip("skimage", reason="making clips needs pixano-edge[benchmarks]")
     from pixano_edge.engine.cli.demo import demo_folder
