@@ -417,7 +417,7 @@ def detect_quality(
         every = result.of(result.bundle)
         typer.echo(
             f"{every.objects} true answers to {every.phrases} phrases on {result.scenes} held-out scenes from seed "
-            f"{first}, {every.absent} phrases asked for in vain; 95 % intervals by bootstrap over scenes\n"
+            f"{first}, {every.absent} phrases asked for in vain; 95 % intervals by jackknife over scenes\n"
         )
         typer.echo(markdown(COLUMNS, table_rows(result)))
         typer.echo(f"\nlead over {BASELINE}: {100 * result.lead():.1f} points of AP50")

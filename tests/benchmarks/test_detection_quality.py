@@ -26,7 +26,7 @@ def scene_tallies(hit: bool, alarm: bool = False) -> Tallies:
 
 def test_rows_by_hand() -> None:
     scenes = [scene_tallies(True), scene_tallies(True), scene_tallies(False, alarm=True), scene_tallies(True)]
-    rows = {row.kind: row for row in quality.summarise("model", scenes, 50)}
+    rows = {row.kind: row for row in quality.summarise("model", scenes, 4)}
     assert set(rows) == {"shape", "color", "all"}
     # Three of four are found; equal scores rank in the order of the scenes, so the miss stands before the last hit.
     assert rows["shape"].ap50 == pytest.approx((1 + 1 + 3 / 4) / 4)
@@ -35,7 +35,11 @@ def test_rows_by_hand() -> None:
     assert rows["all"].phrases == 2
     assert all(row.low <= row.ap50 <= row.high for row in rows.values())
     assert rows["shape"].low < rows["shape"].high
-    assert quality.summarise("model", scenes, 50) == quality.summarise("model", scenes, 50)
+    # Leaving out a hit, another, the miss, or the last hit:
+    left = np.array([(1 + 2 / 3) / 3, (1 + 2 / 3) / 3, 1.0, 2 / 3])
+    error = np.sqrt(3 / 4 * ((left - left.mean()) ** 2).sum())
+    assert rows["shape"].high == pytest.approx(min(1.0, rows["shape"].ap50 + 1.96 * error))
+    assert quality.summarise("model", scenes, 4) == quality.summarise("model", scenes, 4)
 
 
 def test_summing_scenes_does_not_change_them() -> None:
