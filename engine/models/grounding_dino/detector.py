@@ -176,6 +176,7 @@ class GroundingDinoDetector:
         text_threshold: float = TEXT_THRESHOLD,
         nms: float | None = None,
         limit: int | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Detections:
         """Boxes of the classes on an image; see `Detector.detect` for arguments and errors.
 
@@ -191,6 +192,8 @@ class GroundingDinoDetector:
         captions = self.captioner.captions(wanted)
         parts = []
         for caption in captions:
+            if check is not None:
+                check()
             with self.run(image, caption) as (logits, boxes):
                 size = (image.shape[0], image.shape[1])
                 parts.append(find(logits, boxes, caption.labels, caption.edges, size, box_threshold, text_threshold))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pixano_edge.engine.contracts import owlv2 as contract
-from pixano_edge.engine.errors import BundleError, DeviceError, ImageError, PromptError
+from pixano_edge.engine.errors import BundleError, CancelledError, DeviceError, ImageError, PromptError
 from pixano_edge.engine.models.detection.base import Detections, Detector
 from pixano_edge.engine.models.detection.opening import open_detector
 from pixano_edge.engine.models.owlv2.detector import Owlv2Detector
@@ -90,10 +90,42 @@ def test_many_classes_take_several_runs(detector: Owlv2Detector, image: np.ndarr
     assert np.abs(detector.text_features(names)[700] - alone[0]).max() < 1e-5
 
 
+def test_a_call_stops_between_the_runs_of_a_long_list(detector: Owlv2Detector, image: np.ndarray) -> None:
+    names, start, calls = [f"cup {i}" for i in range(1000)], detector.runs, []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise CancelledError("Nobody waits.")
+
+    with pytest.raises(CancelledError):
+        detector.detect(image, names, check=check)
+    assert np.subtract(detector.runs, start).tolist() == [0, 2]
+    assert len(detector.detect(image, names, box_threshold=0.0)) > 0  # nothing half done was kept
+
+
+def test_precisions_that_share_a_cache_keep_their_own_features(detector: Owlv2Detector) -> None:
+    other = Owlv2Detector(
+        detector._image_encoder,
+        detector._text_encoder,
+        detector.constants,
+        detector.tokenizer._tokenizer.to_str(),
+        bundle_hash=detector._bundle_hash,
+        variant="fp16",
+        text_cache=detector.text_cache,
+    )
+    start = detector.runs
+    detector.text_features(CLASSES)
+    other.text_features(CLASSES)
+    assert detector.runs[1] - start[1] == 2
+
+
 @pytest.mark.parametrize(
     ("classes", "options", "message"),
     [
         ([], {}, "no classes"),
+        (np.array([], str), {}, "no classes"),
+        (["cat", "\udc80"], {}, "half a character"),
         (["cat", ""], {}, "Class 1 is empty"),
         (["cat"] * 1001, {}, "more than 1000"),
         ("cat", {}, "list of strings"),
