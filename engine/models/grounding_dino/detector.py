@@ -27,6 +27,7 @@ from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
 from ..detection.nms import nms as suppress
 from ..detection.text_cache import TEXT_BYTES, TextCache
+from ..detection.tokenizer import require_tokenizers
 from ..sam2.diagnosis import PREPROCESSING
 from ..sam2.preprocess import check_image
 from ..verdicts import VerdictStore
@@ -115,6 +116,7 @@ class GroundingDinoDetector:
 
         bundle = open_family(bundle, contract.FAMILY)
         constants = GroundingDinoConstants.from_dict(bundle.manifest.constants)
+        require_tokenizers()
         tokenizer = bundle.file(contract.TOKENIZER).read_bytes()
         found = open_graphs(
             bundle,

@@ -27,6 +27,7 @@ from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
 from ..detection.text_cache import TEXT_BYTES, FeatureCache, TextCache
+from ..detection.tokenizer import require_tokenizers
 from ..resampling import Scratch
 from ..sam2.cache import pixel_digest
 from ..sam2.diagnosis import PREPROCESSING
@@ -132,6 +133,7 @@ class Owlv2Detector:
 
         bundle = open_family(bundle, *contract.FAMILIES)
         constants = OwlConstants.from_dict(bundle.manifest.constants)
+        require_tokenizers()
         tokenizer = bundle.file(contract.TOKENIZER).read_bytes()
         found = open_graphs(
             bundle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 
 from pixano_edge.engine.contracts import owlv2 as contract
-from pixano_edge.engine.errors import BundleError, CancelledError, DeviceError, ImageError, PromptError
+from pixano_edge.engine.errors import (
+    BundleError,
+    CancelledError,
+    DeviceError,
+    ImageError,
+    MissingDependencyError,
+    PromptError,
+)
+from pixano_edge.engine.models import opening
 from pixano_edge.engine.models.detection.base import Detections, Detector
 from pixano_edge.engine.models.detection.opening import open_detector
 from pixano_edge.engine.models.owlv2.detector import Owlv2Detector
@@ -214,6 +223,16 @@ def test_owlvit(owlvit_bundle: Path, image: np.ndarray) -> None:
         assert detector.info()["family"] == "owlvit"
         assert len(detector.detect(image, CLASSES, box_threshold=LOW)) > 0
         assert len(detector.detect_like(image, procedural_image(40, 40))) > 0
+
+
+def test_without_the_tokenizer_library_nothing_is_opened(owl_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_graphs(*_: Any, **__: Any) -> None:
+        pytest.fail("sessions were opened for a detector that cannot run")
+
+    monkeypatch.setattr(opening, "open_graphs", open_graphs)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'pixano-edge\[detection\]'"):
+        open_detector(owl_bundle)
 
 
 def test_another_family_is_refused(tiny_bundle: Path) -> None:
