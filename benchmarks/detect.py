@@ -110,12 +110,16 @@ def measure(
         threads: CPU threads of each contender.
         precision: Variant of the bundle.
         step: Told what is about to be timed.
+
+    Raises:
+        PromptError: The engine refuses the classes, or they are more than transformers asks for at once.
     """
     step("loading")
     left_out: dict[str, str] = {}
     with ExitStack() as opened:
         engine = EngineDetections(bundle, picture, classes, threads, precision)
         opened.callback(engine.close)
+        engine.answer()  # classes that it refuses would be a bare error of transformers below
         contenders: dict[str, Contender] = {f"pixano-edge {engine.precision}": engine}
         if checkpoint is not None:
             for name, dtype in ((REFERENCE, "float32"), ("PyTorch bf16", "bfloat16")):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import grounding_dino, owlv2
+from pixano_edge.engine.errors import PromptError
 from pixano_edge.engine.models.detection.base import Detections
 from pixano_edge.engine.models.detection.opening import open_detector
 
@@ -102,13 +103,22 @@ class TorchDetections:
             self._processor = transformers.GroundingDinoProcessor(self._images, tokenizer)
             constants = grounding_dino.GroundingDinoConstants.from_dict(bundle.manifest.constants)
             captioner = Captioner(bundle.file(grounding_dino.TOKENIZER).read_bytes(), constants)
-            (self._caption,) = captioner.captions(self._classes)
+            captions = captioner.captions(self._classes)
+            if len(captions) > 1:
+                raise PromptError(
+                    f"{len(self._classes)} classes do not fit one caption, and transformers would cut it off.",
+                    "Give fewer --classes, or time the engine alone: --bundle without --checkpoint.",
+                )
+            self._caption = captions[0]
         else:
             self._tokenizer = transformers.CLIPTokenizer.from_pretrained(checkpoint)
+            self._max_tokens = owlv2.OwlConstants.from_dict(bundle.manifest.constants).max_tokens
         self.first = self.cached = self.same = self._call
 
     def _owl_inputs(self) -> dict[str, Any]:
-        tokens = self._tokenizer(list(self._classes), padding="max_length", max_length=16, return_tensors="pt")
+        tokens = self._tokenizer(
+            list(self._classes), padding="max_length", max_length=self._max_tokens, return_tensors="pt"
+        )
         return {**tokens, **self._images(self._picture, return_tensors="pt")}
 
     def _dino_inputs(self) -> dict[str, Any]:

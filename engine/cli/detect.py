@@ -154,6 +154,7 @@ def segment_boxes(predictor: Sam2ImagePredictor, image: Rgb, boxes: npt.NDArray[
     for start in range(0, len(prompts), group):
         found = find_masks(predictor, embedding, prompts[start : start + group])
         masks += [BoxMask(encode_rle(f.mask), int(np.count_nonzero(f.mask)), f.score) for f in found]
+        del found  # before the next group's masks are made
     return masks
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..models.detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, check_request
 from ..models.images import ImageLimits, decode_image
@@ -35,10 +36,26 @@ def detect(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> Im
     limits = ImageLimits(max_bytes=options.max_image_bytes, max_pixels=options.max_image_pixels)
     image = decode_image(media.read(getattr(request, "image", None), options.max_image_bytes), limits)
     job.check()
-    found = detector.detect(image, classes, box_threshold=box_threshold, text_threshold=text_threshold)
-    height, width = image.shape[:2]
-    boxes = np.rint(found.boxes).astype(np.int64).clip(0, (width, height, width, height))
+    found = detector.detect(image, classes, box_threshold=box_threshold, text_threshold=text_threshold, check=job.check)
+    boxes = whole_pixels(found.boxes, (image.shape[0], image.shape[1]))
     return ImageZeroShotDetectionOutput(boxes=boxes.tolist(), scores=found.scores.tolist(), classes=found.names())
+
+
+def whole_pixels(boxes: npt.NDArray[np.float32], size: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """(N, 4) corners in whole pixels of the image, never without area: a box thinner than a pixel gets the one that
+    its middle lies in.
+
+    Args:
+        boxes: (N, 4) x1, y1, x2, y2 in pixels.
+        size: (height, width) of the image.
+    """
+    height, width = size
+    corners: npt.NDArray[np.int64] = np.rint(boxes).astype(np.int64).clip(0, (width, height, width, height))
+    for axis, side in enumerate((width, height)):
+        flat = corners[:, axis] >= corners[:, axis + 2]
+        middle = np.floor(boxes[flat][:, [axis, axis + 2]].mean(axis=1)).astype(np.int64).clip(0, side - 1)
+        corners[flat, axis], corners[flat, axis + 2] = middle, middle + 1
+    return corners
 
 
 def read_classes(value: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pixano_edge.engine.bundle.manifest import Postprocess
 from pixano_edge.engine.bundle.writer import BundleWriter
-from pixano_edge.engine.errors import BundleError, ExportError
+from pixano_edge.engine.errors import BundleError, ExportError, PromptError
 from pixano_edge.export.detection import parity
 from pixano_edge.export.detection.family import DetectorFamily, GraphRun
 from pixano_edge.export.detection.golden import add_golden
@@ -59,8 +59,8 @@ def export_detector(
         The bundle's folder.
 
     Raises:
-        ExportError: The checkpoint cannot be used or exported, or the destination cannot be written; `ParityError`
-            when the graphs do not match.
+        ExportError: The checkpoint cannot be used or exported, or asked for these classes, or the destination cannot be
+            written; `ParityError` when the graphs do not match.
     """
     ordered = check_request(name, variants)
     step = Steps(progress, count_steps(ordered))
@@ -69,6 +69,8 @@ def export_detector(
         with BundleWriter(destination, overwrite=force) as writer:
             step("Loading the checkpoint")
             family = load()
+            for one in classes or ():
+                family.check_classes(one)
             pictures = load_photos(photos) if photos else default_photos()
             for file, content in family.files.items():
                 writer.add_file(file, content)
@@ -114,6 +116,8 @@ def export_detector(
             )
     except BundleError as error:
         raise ExportError(error.message, error.action) from error
+    except PromptError as error:
+        raise ExportError(f"The classes to measure parity on do not fit. {error.message}", error.action) from error
 
 
 def count_steps(variants: Sequence[str]) -> int:

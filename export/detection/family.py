@@ -98,6 +98,9 @@ class DetectorFamily(Protocol):
     def feeds(self, spec: GraphSpec, sizes: Mapping[str, int], seed: int) -> Arrays:
         """Random inputs of a graph that mean something."""
 
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """Raises PromptError where the engine's detector or its tokeniser cannot ask for a list of classes."""
+
     def ask(self, photo: Photo, lists: Sequence[Sequence[str]]) -> list[Answer]:
         """Asks PyTorch's model and processor about one photo, once per list of classes."""
 

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from pixano_edge.engine.bundle.manifest import Preprocess
 from pixano_edge.engine.contracts import grounding_dino as contract
 from pixano_edge.engine.contracts.base import GraphSpec
+from pixano_edge.engine.errors import PromptError
+from pixano_edge.engine.models.detection.base import check_request
 from pixano_edge.engine.models.grounding_dino.detector import GroundingDinoDetector
+from pixano_edge.engine.models.grounding_dino.text import Captioner
 from pixano_edge.export.detection.family import Answer, GraphRun, open_sessions
 from pixano_edge.export.differences import Arrays
 from pixano_edge.export.grounding_dino import graphs, parity, precision, reference
@@ -56,6 +59,11 @@ class GroundingDinoFamily:
     def feeds(self, spec: GraphSpec, sizes: Mapping[str, int], seed: int) -> Arrays:
         values = graphs.random_inputs(spec, dict(sizes), seed)
         return {t.name: v.numpy() for t, v in zip(spec.inputs, values)}
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        captions = Captioner(self._loaded.tokenizer, self._loaded.constants).captions(check_request(classes))
+        if len(captions) > 1:
+            raise PromptError(f"{len(classes)} classes do not fit one caption.", "Give fewer --classes.")
 
     def ask(self, photo: Photo, lists: Sequence[Sequence[str]]) -> list[Answer]:
         return [self._ask(photo, classes) for classes in lists]

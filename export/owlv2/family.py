@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pixano_edge.engine.bundle.manifest import Preprocess
 from pixano_edge.engine.contracts import owlv2 as contract
 from pixano_edge.engine.contracts.base import GraphSpec
-from pixano_edge.engine.models.detection.base import Detections
+from pixano_edge.engine.models.detection.base import Detections, check_request
 from pixano_edge.engine.models.owlv2.detector import LOGITS, Owlv2Detector
+from pixano_edge.engine.models.owlv2.text import Tokenizer
 from pixano_edge.export.detection.family import Answer, GraphRun, open_sessions
 from pixano_edge.export.differences import Arrays
 from pixano_edge.export.owlv2 import graphs
@@ -56,6 +57,9 @@ class OwlFamily:
 
     def feeds(self, spec: GraphSpec, sizes: Mapping[str, int], seed: int) -> Arrays:
         return graphs.random_feeds(spec, sizes, seed, self.loaded.constants)
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        Tokenizer(self.loaded.tokenizer, self.loaded.constants).encode(check_request(classes))
 
     def ask(self, photo: Photo, lists: Sequence[Sequence[str]]) -> list[Answer]:
         pixels = self.loaded.images(Image.fromarray(photo.pixels), return_tensors="pt")["pixel_values"]

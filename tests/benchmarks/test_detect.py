@@ -99,6 +99,14 @@ def test_text_is_computed_once_per_list_and_other_classes_get_their_own_answer(
     assert not np.array_equal(answers[0].scores, answers[1].scores)
 
 
+def test_classes_that_cannot_be_compared(given: tuple[str, Path, Path]) -> None:
+    name, bundle, checkpoint = given
+    classes = "a long name " * 10 if name == "owl" else ",".join(f"cat {i}" for i in range(200))
+    result = _invoke("--bundle", bundle, "--checkpoint", checkpoint, "--classes", classes, "--rounds", 1)
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (1, True)
+    assert ("tokens, more than" if name == "owl" else "do not fit one caption") in result.stderr
+
+
 def test_without_torch_the_engine_alone_is_timed(owl_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

@@ -145,6 +145,21 @@ def test_the_command(owl_checkpoint: Path, output: Path) -> None:
     assert export(owl_checkpoint, "-o", output, "--classes", " , ").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [("cat," + "a long name " * 10, "more than 14"), (",".join(f"c{i}" for i in range(1001)), "more than 1000")],
+)
+def test_classes_that_no_detector_can_ask_for(
+    owl_checkpoint: Path, output: Path, classes: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "export_graph", lambda *_: pytest.fail("minutes of work before the refusal"))
+    result = export(owl_checkpoint, "-o", output, "--classes", classes)
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (1, True)
+    assert "The classes to measure parity on do not fit." in result.stderr
+    assert message in result.stderr
+    assert nothing_left(output)
+
+
 @pytest.mark.usefixtures("fast_export")
 def test_failing_parity_leaves_no_bundle_and_exits_non_zero(
     owl_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch

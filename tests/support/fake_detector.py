@@ -71,11 +71,14 @@ class FakeDetector:
         text_threshold: float = TEXT_THRESHOLD,
         nms: float | None = None,
         limit: int | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Detections:
         self.threads.add(threading.current_thread().name)
         self.entered.set()
         assert self.gate.wait(20)
         assert not self.closed, "used after close"
+        if check is not None:
+            check()
         self.on_detect()
         wanted = check_request(classes, box_threshold, text_threshold, nms, limit)
         self.text_cache.get(wanted)

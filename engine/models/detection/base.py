@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +69,7 @@ class Detector(Protocol):
         text_threshold: float = TEXT_THRESHOLD,
         nms: float | None = None,
         limit: int | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Detections:
         """Boxes of the classes on an image.
 
@@ -80,9 +81,11 @@ class Detector(Protocol):
                 once and has no use for it. 0 to 1.
             nms: IoU above which the lesser of two boxes of one class goes; None keeps both.
             limit: Most boxes returned.
+            check: Called between the runs of the graphs, many of which a long list of classes takes; what it raises
+                ends the call.
 
         Raises:
-            PromptError: No classes, too many, an empty or too long one, a number out of range.
+            PromptError: No classes, too many, an empty or too long one or one that is no text, a number out of range.
             ImageError: Not such an array.
             DeviceMemoryError: No room on the device; the detector still works.
             DeviceError: The detector is closed, or the back end failed.
@@ -110,22 +113,25 @@ def check_request(
     limit: int | None = None,
 ) -> tuple[str, ...]:
     """The classes as a tuple, as they were given; raises PromptError as `Detector.detect` says."""
-    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+    names = () if isinstance(classes, str) else tuple(classes)
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
         raise PromptError("Classes must be a list of strings.", "Send for example ['cat', 'remote control'].")
-    if not classes:
+    if not names:
         raise PromptError("There are no classes to detect.", "Name at least one, for example 'person'.")
-    if len(classes) > MAX_CLASSES:
-        raise PromptError(f"{len(classes)} classes are more than {MAX_CLASSES}.", "Ask for them in several requests.")
-    for index, name in enumerate(classes):
+    if len(names) > MAX_CLASSES:
+        raise PromptError(f"{len(names)} classes are more than {MAX_CLASSES}.", "Ask for them in several requests.")
+    for index, name in enumerate(names):
         if not name.strip():
             raise PromptError(f"Class {index} is empty.", "Leave it out or name it.")
         if len(name) > MAX_CLASS_LENGTH:
             raise PromptError(
                 f"Class {index} has {len(name)} characters, more than {MAX_CLASS_LENGTH}.", "Use a short phrase."
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # no tokeniser takes them, and no file
+            raise PromptError(f"Class {index} {name[:40]!a} holds half a character.", "Send its name as valid UTF-8.")
     for what, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold), ("nms", nms)):
         if value is not None and not 0 <= value <= 1:  # NaN is refused, too
             raise PromptError(f"{what} must be 0 to 1, got {value}.", "Choose a number in that range.")
     if limit is not None and limit < 1:
         raise PromptError(f"limit must be 1 or more, got {limit}.", "Leave it out for all boxes.")
-    return tuple(classes)
+    return names

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+def require_tokenizers() -> None:
+    """Raises MissingDependencyError when the library is not installed: to be asked before graphs are opened."""
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("tokenizers", "detection", "Detecting objects by their names") from error
+
+
 def read_tokenizer(content: str | bytes) -> Tokenizer:
     """The tokeniser of a ``tokenizer.json``; it neither pads nor cuts off.
 
@@ -17,10 +25,9 @@ def read_tokenizer(content: str | bytes) -> Tokenizer:
         MissingDependencyError: The library `tokenizers` is not installed.
         BundleError: The content is no tokeniser.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MissingDependencyError("tokenizers", "detection", "Detecting objects by their names") from error
+    require_tokenizers()
+    from tokenizers import Tokenizer
+
     try:
         found = Tokenizer.from_str(content.decode() if isinstance(content, bytes) else content)
     except Exception as error:  # the library, written in Rust, raises no narrower type

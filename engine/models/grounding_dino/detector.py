@@ -27,6 +27,7 @@ from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
 from ..detection.nms import nms as suppress
 from ..detection.text_cache import TEXT_BYTES, TextCache
+from ..detection.tokenizer import require_tokenizers
 from ..sam2.diagnosis import PREPROCESSING
 from ..sam2.preprocess import check_image
 from ..verdicts import VerdictStore
@@ -115,6 +116,7 @@ class GroundingDinoDetector:
 
         bundle = open_family(bundle, contract.FAMILY)
         constants = GroundingDinoConstants.from_dict(bundle.manifest.constants)
+        require_tokenizers()
         tokenizer = bundle.file(contract.TOKENIZER).read_bytes()
         found = open_graphs(
             bundle,
@@ -176,6 +178,7 @@ class GroundingDinoDetector:
         text_threshold: float = TEXT_THRESHOLD,
         nms: float | None = None,
         limit: int | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Detections:
         """Boxes of the classes on an image; see `Detector.detect` for arguments and errors.
 
@@ -191,6 +194,8 @@ class GroundingDinoDetector:
         captions = self.captioner.captions(wanted)
         parts = []
         for caption in captions:
+            if check is not None:
+                check()
             with self.run(image, caption) as (logits, boxes):
                 size = (image.shape[0], image.shape[1])
                 parts.append(find(logits, boxes, caption.labels, caption.edges, size, box_threshold, text_threshold))

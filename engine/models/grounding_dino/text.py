@@ -62,6 +62,7 @@ class Captioner:
         # A class called "[SEP]" is text like any other.
         self._tokenizer.encode_special_tokens = True
         self._constants = constants
+        self._unknown = self._tokenizer.token_to_id("[UNK]")
         c = constants
         wanted = {"[CLS]": c.start_token, "[SEP]": c.end_token, ".": c.dot_token, "?": c.question_token}
         wrong = [token for token, number in wanted.items() if self._tokenizer.token_to_id(token) != number]
@@ -80,7 +81,8 @@ class Captioner:
         """Captions that together hold every class, filled in order.
 
         Raises:
-            PromptError: A class has no word that the tokeniser knows of, or is too long for one caption.
+            PromptError: A class has no word that the tokeniser knows of (two of them would be one phrase, and one
+                would find anything), or is too long for one caption.
         """
         room = self._constants.max_text_len - 2
         packs: list[list[tuple[int, tuple[int, ...]]]] = []
@@ -89,6 +91,10 @@ class Captioner:
             phrase = self.phrase(name)
             if not phrase:
                 raise PromptError(f"Class {label} {name[:40]!r} has no word in it.", "Name it with letters or digits.")
+            if all(token == self._unknown for token in phrase):
+                raise PromptError(
+                    f"The model knows no word of class {label} {name[:40]!r}.", "Name it in English, or describe it."
+                )
             if len(phrase) + 1 > room:
                 raise PromptError(
                     f"Class {label} {name[:40]!r} has {len(phrase)} tokens; {room - 1} fit into one caption.",

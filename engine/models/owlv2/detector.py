@@ -27,6 +27,7 @@ from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
 from ..detection.text_cache import TEXT_BYTES, FeatureCache, TextCache
+from ..detection.tokenizer import require_tokenizers
 from ..resampling import Scratch
 from ..sam2.cache import pixel_digest
 from ..sam2.diagnosis import PREPROCESSING
@@ -132,6 +133,7 @@ class Owlv2Detector:
 
         bundle = open_family(bundle, *contract.FAMILIES)
         constants = OwlConstants.from_dict(bundle.manifest.constants)
+        require_tokenizers()
         tokenizer = bundle.file(contract.TOKENIZER).read_bytes()
         found = open_graphs(
             bundle,
@@ -194,6 +196,7 @@ class Owlv2Detector:
         text_threshold: float = TEXT_THRESHOLD,
         nms: float | None = None,
         limit: int | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Detections:
         """Boxes of the classes on an image; see `Detector.detect` for arguments and errors.
 
@@ -205,7 +208,9 @@ class Owlv2Detector:
         """
         wanted = check_request(classes, box_threshold, text_threshold, nms, limit)
         check_image(image)
-        embeds = self.text_features(wanted)
+        embeds = self.text_features(wanted, check)
+        if check is not None:
+            check()
         features = self.image_features(image)
         size = (image.shape[0], image.shape[1])
         with self._scoring:
@@ -256,14 +261,18 @@ class Owlv2Detector:
             logits = class_logits(features, embed, self._score_scratch)
             return find_like(features, logits, size, self.constants, name, box_threshold, nms, limit)
 
-    def text_features(self, classes: Sequence[str]) -> Floats:
+    def text_features(self, classes: Sequence[str], check: Callable[[], None] | None = None) -> Floats:
         """(C, D) unit vectors of class names, computed once per list and then taken from the cache; do not change them.
+
+        `check` is called before each run; what it raises ends the call.
 
         Raises:
             PromptError: A class has more tokens than the model takes.
         """
         self._check_open()
-        return self.text_cache.get_or_create((self._bundle_hash, *classes), lambda: self._encode_texts(classes))
+        return self.text_cache.get_or_create(
+            (self._bundle_hash, self._variant, *classes), lambda: self._encode_texts(classes, check)
+        )
 
     def image_features(self, image: npt.NDArray[np.uint8]) -> ImageFeatures:
         """What the image encoder says of an image, computed once per picture; do not change the arrays."""
@@ -356,14 +365,17 @@ class Owlv2Detector:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode_texts(self, classes: Sequence[str]) -> Floats:
+    def _encode_texts(self, classes: Sequence[str], check: Callable[[], None] | None) -> Floats:
         """(C, D) in memory of their own; as many runs as chunks."""
         ids = self.tokenizer.encode(classes)
+        parts = []
         with self._text_encoder.lock:
             self._check_open()
-            found = np.concatenate(
-                [self._run_text_encoder(ids[i : i + contract.CHUNK]) for i in range(0, len(ids), contract.CHUNK)]
-            )
+            for start in range(0, len(ids), contract.CHUNK):
+                if check is not None:
+                    check()
+                parts.append(self._run_text_encoder(ids[start : start + contract.CHUNK]))
+        found = np.concatenate(parts)
         found.flags.writeable = False
         return found
 

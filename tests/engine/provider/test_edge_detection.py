@@ -26,7 +26,7 @@ from pixano_edge.engine.provider import (
     OutOfMemoryError,
     TaskNotSupportedError,
 )
-from pixano_edge.engine.provider.detection import read_classes
+from pixano_edge.engine.provider.detection import read_classes, whole_pixels
 from pixano_edge.engine.runtime.memory import MemoryUse
 
 from .fakes import FakeOpener, add_bundle, data_uri, make_provider, png, until
@@ -104,6 +104,22 @@ async def test_boxes_stay_within_the_image(
 
 
 @pytest.mark.parametrize(
+    ("box", "whole"),
+    [
+        ((10.1, 20.1, 10.4, 30.0), [10, 20, 11, 30]),
+        ((10.6, 20.1, 11.4, 30.0), [11, 20, 12, 30]),  # its middle is at 11.0
+        ((10.0, 20.6, 30.0, 20.6), [10, 20, 30, 21]),
+        ((160.7, 96.8, 161.0, 97.0), [160, 96, 161, 97]),
+        ((161.0, 0.0, 161.0, 97.0), [160, 0, 161, 97]),
+        ((0.0, 0.0, 0.2, 0.3), [0, 0, 1, 1]),
+    ],
+)
+def test_thin_boxes_keep_a_pixel(box: tuple[float, ...], whole: list[int]) -> None:
+    both = np.array([box, (2.0, 3.0, 50.0, 60.0)], np.float32)
+    assert whole_pixels(both, (_HEIGHT, _WIDTH)).tolist() == [whole, [2, 3, 50, 60]]
+
+
+@pytest.mark.parametrize(
     ("given", "read"),
     [
         ("cat", ("cat",)),
@@ -137,6 +153,7 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "nested": ({"classes": [["cat"]]}, InvalidRequestError, "list of strings"),
     "empty class": ({"classes": ["cat", " "]}, InvalidRequestError, "Class 1 is empty"),
     "long class": ({"classes": ["c" * (MAX_CLASS_LENGTH + 1)]}, InvalidRequestError, "characters"),
+    "half a character": ({"classes": ["cat", "\ud83d"]}, InvalidRequestError, "Class 1 .* half a character"),
     "1001 classes": ({"classes": [f"class {i}" for i in range(1001)]}, InvalidRequestError, "1001 classes"),
     "box above 1": ({"box_threshold": 1.01}, InvalidRequestError, "box_threshold must be 0 to 1"),
     "box below 0": ({"box_threshold": -0.1}, InvalidRequestError, "box_threshold must be 0 to 1"),
@@ -293,7 +310,8 @@ async def test_timeout_and_the_answer_after_it(provider: EdgeProvider, opener: F
     await asyncio.sleep(0.02)
     detector.gate.set()
     assert (await later).data.classes == ["cat"]
-    assert [a["classes"] for a in detector.asked] == [("late",), ("cat",)]  # what left the queue never ran
+    # What left the queue never ran, and what ran stopped at its next step.
+    assert [a["classes"] for a in detector.asked] == [("cat",)]
 
 
 async def test_delete_during_a_request(provider: EdgeProvider, opener: FakeOpener) -> None:

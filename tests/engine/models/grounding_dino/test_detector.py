@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
 import torch
 from PIL import Image
 
-from pixano_edge.engine.errors import DeviceError, ImageError, PromptError
+from pixano_edge.engine.errors import CancelledError, DeviceError, ImageError, PromptError
 from pixano_edge.engine.models.detection.base import Detections
 from pixano_edge.engine.models.grounding_dino.detector import GroundingDinoDetector
 from pixano_edge.export.photos import default_photos
@@ -183,6 +183,19 @@ def test_a_thousand_classes_are_asked_for_in_parts(small_dino: Exported, detecto
         detector.detect(image, [*classes, "dog"])
 
 
+def test_a_call_stops_between_captions(small_dino: Exported, detector: GroundingDinoDetector) -> None:
+    before, calls = detector.runs[1], []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise CancelledError("Nobody waits.")
+
+    with pytest.raises(CancelledError):
+        detector.detect(pictures()[1], [f"cat {i}" for i in range(1000)], check=check)
+    assert detector.runs[1] - before == 1
+
+
 def test_equal_names_give_one_set_of_boxes(detector: GroundingDinoDetector) -> None:
     image = pictures()[1]
     once = detector.detect(image, ["cat", "bed"], box_threshold=BOX)
@@ -192,7 +205,7 @@ def test_equal_names_give_one_set_of_boxes(detector: GroundingDinoDetector) -> N
     assert once.names() == twice.names()
 
 
-@pytest.mark.parametrize("classes", [["кошка", "猫"], ["\U0001f408"], ["st. bernard"], ["x" * 1000]])
+@pytest.mark.parametrize("classes", [["кошка", "猫"], ["\U0001f408 cat"], ["st. bernard"], ["x" * 100]])
 def test_unusual_names_have_defined_results(
     small_dino: Exported, detector: GroundingDinoDetector, classes: list[str]
 ) -> None:
@@ -208,6 +221,8 @@ def test_unusual_names_have_defined_results(
         ([], "no classes"),
         (["cat", ""], "Class 1 is empty"),
         (["..."], "no word"),
+        (["cat", "\U0001f408"], "no word of class 1"),
+        (["x" * 1000], "no word of class 0"),
         (["cat " * 240 + "."], "tokens|characters"),
     ],
 )

@@ -127,6 +127,12 @@ def test_a_name_without_a_word_is_refused(captioner: Captioner, name: str) -> No
         captioner.captions(["cat", name])
 
 
+@pytest.mark.parametrize("name", ["\U0001f408", "\U0001f408 \U0001f415"])
+def test_a_name_of_unknown_words_is_refused(captioner: Captioner, name: str) -> None:
+    with pytest.raises(PromptError, match="no word of class 1"):
+        captioner.captions(["cat", name])
+
+
 def test_another_tokenizer_is_refused(processor: object) -> None:
     with pytest.raises(BundleError, match=r"ids for \[CLS\]"):
         Captioner(tokenizer_json(processor), GroundingDinoConstants(start_token=7))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 
 from pixano_edge.engine.contracts import owlv2 as contract
-from pixano_edge.engine.errors import BundleError, DeviceError, ImageError, PromptError
+from pixano_edge.engine.errors import (
+    BundleError,
+    CancelledError,
+    DeviceError,
+    ImageError,
+    MissingDependencyError,
+    PromptError,
+)
+from pixano_edge.engine.models import opening
 from pixano_edge.engine.models.detection.base import Detections, Detector
 from pixano_edge.engine.models.detection.opening import open_detector
 from pixano_edge.engine.models.owlv2.detector import Owlv2Detector
@@ -90,10 +99,42 @@ def test_many_classes_take_several_runs(detector: Owlv2Detector, image: np.ndarr
     assert np.abs(detector.text_features(names)[700] - alone[0]).max() < 1e-5
 
 
+def test_a_call_stops_between_the_runs_of_a_long_list(detector: Owlv2Detector, image: np.ndarray) -> None:
+    names, start, calls = [f"cup {i}" for i in range(1000)], detector.runs, []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise CancelledError("Nobody waits.")
+
+    with pytest.raises(CancelledError):
+        detector.detect(image, names, check=check)
+    assert np.subtract(detector.runs, start).tolist() == [0, 2]
+    assert len(detector.detect(image, names, box_threshold=0.0)) > 0  # nothing half done was kept
+
+
+def test_precisions_that_share_a_cache_keep_their_own_features(detector: Owlv2Detector) -> None:
+    other = Owlv2Detector(
+        detector._image_encoder,
+        detector._text_encoder,
+        detector.constants,
+        detector.tokenizer._tokenizer.to_str(),
+        bundle_hash=detector._bundle_hash,
+        variant="fp16",
+        text_cache=detector.text_cache,
+    )
+    start = detector.runs
+    detector.text_features(CLASSES)
+    other.text_features(CLASSES)
+    assert detector.runs[1] - start[1] == 2
+
+
 @pytest.mark.parametrize(
     ("classes", "options", "message"),
     [
         ([], {}, "no classes"),
+        (np.array([], str), {}, "no classes"),
+        (["cat", "\udc80"], {}, "half a character"),
         (["cat", ""], {}, "Class 1 is empty"),
         (["cat"] * 1001, {}, "more than 1000"),
         ("cat", {}, "list of strings"),
@@ -182,6 +223,16 @@ def test_owlvit(owlvit_bundle: Path, image: np.ndarray) -> None:
         assert detector.info()["family"] == "owlvit"
         assert len(detector.detect(image, CLASSES, box_threshold=LOW)) > 0
         assert len(detector.detect_like(image, procedural_image(40, 40))) > 0
+
+
+def test_without_the_tokenizer_library_nothing_is_opened(owl_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_graphs(*_: Any, **__: Any) -> None:
+        pytest.fail("sessions were opened for a detector that cannot run")
+
+    monkeypatch.setattr(opening, "open_graphs", open_graphs)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'pixano-edge\[detection\]'"):
+        open_detector(owl_bundle)
 
 
 def test_another_family_is_refused(tiny_bundle: Path) -> None:
