@@ -214,7 +214,7 @@ def demo(
     columns = ("picture", "objects", "encoder (once)", "one click", "IoU clicks", "IoU boxes")
     print_table(columns, rows, right=columns[1:], title=f"{opened.manifest.name} on the bundled pictures")
     typer.echo()
-    rows = [
+    hits = [
         (
             w.picture,
             f"{w.found} of {w.objects}",
@@ -228,7 +228,7 @@ def demo(
     columns = ("picture", "found", "wrong boxes", "first call", "text kept", "asked for")
     title = f"{named.manifest.name} on the same pictures; '{ABSENT}' is on none"
     if words:
-        print_table(columns, rows, right=columns[1:-1], title=title)
+        print_table(columns, hits, right=columns[1:-1], title=title)
     else:
         typer.echo(words_skipped)
     if tracked is None:

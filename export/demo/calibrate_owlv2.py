@@ -48,5 +48,5 @@ def calibrate(model: Owlv2ForObjectDetection, tokenizer: Any, scenes: int = SCEN
     scores = np.array([score for tally in tallies.values() for score in tally.scores])
     hits = np.array([hit for tally in tallies.values() for hit in tally.hits])
     threshold = best_threshold(scores, hits, sum(tally.objects for tally in tallies.values()))
-    model.class_head.logit_shift.bias -= float(np.log(threshold / (1 - threshold)) / np.mean(scales))
+    model.class_head.logit_shift.bias.sub_(float(np.log(threshold / (1 - threshold)) / np.mean(scales)))
     return threshold
