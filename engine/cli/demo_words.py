@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..models.detection.nms import box_iou
 from ..models.images import decode_image
-from .detect import named_boxes
+from .detect import DEMO_THRESHOLD, named_boxes
 from .draw import overlay, write_png
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 ABSENT = "green heart"
 """Asked for on every picture and on none of them."""
-BOX_THRESHOLD = 0.3
 NMS = 0.5
 IOU = 0.5
 """Least overlap of a box with the true one."""
@@ -88,7 +87,7 @@ def run_words(detector: Detector, picture: Path, objects: Sequence[tuple[str, Bo
 
 def _timed(detector: Detector, image: npt.NDArray[np.uint8], words: Sequence[str]) -> tuple[Detections, float]:
     start = time.perf_counter()
-    found = detector.detect(image, words, box_threshold=BOX_THRESHOLD, text_threshold=BOX_THRESHOLD, nms=NMS)
+    found = detector.detect(image, words, box_threshold=DEMO_THRESHOLD, text_threshold=DEMO_THRESHOLD, nms=NMS)
     return found, time.perf_counter() - start
 
 

@@ -34,11 +34,15 @@ app = typer.Typer(rich_markup_mode="markdown")
 Rgb = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-THRESHOLDS = {"grounding-dino": (0.35, 0.25)}
-"""Box and text threshold by family where the command takes other ones than `DEFAULT_THRESHOLDS`: those of the examples
-in upstream's README (IDEA-Research/GroundingDINO)."""
+DEMO, DEMO_THRESHOLD = "owlv2-demo", 0.3
+THRESHOLDS = {"grounding-dino": (0.35, 0.25), DEMO: (DEMO_THRESHOLD, DEMO_THRESHOLD)}
+"""Box and text threshold by family, or name, where the command takes other ones than `DEFAULT_THRESHOLDS`: those of the
+examples in upstream's README (IDEA-Research/GroundingDINO), and the demo's own."""
 DEFAULT_THRESHOLDS = (0.1, 0.1)
 """As in the examples of OWL-ViT and OWLv2 in transformers; its scores are lower than those of other detectors."""
+
+SEGMENTER = "sam2-demo"
+"""Bundle of ``--then-segment`` where none is named."""
 
 _MASK_BYTES = 1 << 28
 """Full-size masks held at once: boxes are segmented in groups, so that many boxes on a large photo fit in memory."""
@@ -258,7 +262,7 @@ def detect(
     name: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME", help="One more class, as it is. Repeatable.")
     ] = None,
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "owlv2-demo",
+    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = DEMO,
     like: Annotated[
         Path | None,
         typer.Option(metavar="EXAMPLE", help="Look for what is on this image (OWLv2, OWL-ViT); --class names it."),
@@ -271,7 +275,8 @@ def detect(
         typer.Option(
             min=0,
             max=1,
-            help="Least score of a box; default: 0.35 for Grounding DINO, 0.1 for OWLv2 and OWL-ViT, 0 with --like.",
+            help="Least score of a box; default: 0.35 for Grounding DINO, 0.1 for OWLv2 and OWL-ViT, 0.3 for the demo, "
+            "0 with --like.",
         ),
     ] = None,
     text_threshold: Annotated[
@@ -288,7 +293,9 @@ def detect(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most boxes per image, the best ones.")] = None,
     then_segment: Annotated[bool, typer.Option("--then-segment", help="Turn the boxes into masks, by SAM 2.")] = False,
-    segment_bundle: Annotated[str, typer.Option(help="SAM 2 bundle of --then-segment.")] = "sam2-demo",
+    segment_bundle: Annotated[
+        str | None, typer.Option(help="SAM 2 bundle of --then-segment; default: sam2-demo.")
+    ] = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
@@ -310,20 +317,27 @@ def detect(
             raise typer.BadParameter("Say what to look for: --classes 'cat, remote control', --class NAME, or --like.")
     elif len(wanted) > 1:
         raise typer.BadParameter("--like looks for one thing: give at most one --class, its name.")
+    elif text_threshold is not None:
+        raise typer.BadParameter(
+            "--like compares pictures: --text-threshold has no meaning there. Use --box-threshold."
+        )
+    if segment_bundle is not None and not then_segment:
+        raise typer.BadParameter("--segment-bundle says what --then-segment uses: give both.")
     files = list_images(source)
     if out.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise typer.BadParameter(f"-o must not be the folder of the images ('{out}').")
     example = None if like is None else _read_example(like, like_box)
     opened = open_bundle(bundle)
     if like is None:
-        usual = THRESHOLDS.get(opened.manifest.family, DEFAULT_THRESHOLDS)
+        manifest = opened.manifest
+        usual = THRESHOLDS.get(manifest.name) or THRESHOLDS.get(manifest.family, DEFAULT_THRESHOLDS)
         box_threshold = usual[0] if box_threshold is None else box_threshold
         text_threshold = usual[1] if text_threshold is None else text_threshold
     else:
         wanted = wanted or (like.stem,)
     query = Query(wanted, box_threshold, text_threshold, nms, limit, example)
     check_request(wanted, box_threshold or 0.0, text_threshold or 0.0, nms, limit)
-    segmenter = open_bundle(segment_bundle) if then_segment else None
+    segmenter = open_bundle(segment_bundle or SEGMENTER) if then_segment else None
 
     from ..models.detection.opening import open_detector
     from ..models.sam2.predictor import Sam2ImagePredictor

@@ -227,6 +227,8 @@ def test_one_shot_needs_a_model_that_can(photo: Path, tmp_path: Path, opened: _O
         (("--class", "cat", "--box-threshold", "1.5"), "--box-threshold"),
         (("--class", "cat", "--limit", "0"), "--limit"),
         (("--class", "cat", "-o", "@folder"), "must not be the folder"),
+        (("--like", "@photo", "--text-threshold", "0.5"), "has no meaning there"),
+        (("--class", "cat", "--segment-bundle", "sam2-demo"), "give both"),
     ],
 )
 def test_refused_arguments(photo: Path, tmp_path: Path, opened: _Opened, args: tuple[str, ...], message: str) -> None:
