@@ -5,8 +5,10 @@ Export, calibration, run time and tests all read these objects, so a name is wri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,3 +103,52 @@ class GraphSpec:
             f"Graph '{self.name}' has no tensor '{name}'.",
             f"Known: {[s.name for s in (*self.inputs, *self.outputs)]}.",
         )
+
+
+Kind = tuple[Callable[[Any], bool], str]
+"""Whether a value is of a kind, and the kind in words."""
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number, 0 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_finite(value: Any) -> bool:
+    """A number that is neither infinite nor NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_triple(value: Any) -> bool:
+    """Three finite numbers."""
+    return isinstance(value, list | tuple) and len(value) == 3 and all(is_finite(v) for v in value)
+
+
+TRIPLE: Kind = (is_triple, "three finite numbers")
+POSITIVE_TRIPLE: Kind = (lambda v: is_triple(v) and min(v) > 0, "three finite numbers above 0")
+
+
+def read_constants(family: str, values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """The constants of a manifest with lists as tuples, where every key of `kinds` must be and no other may.
+
+    Args:
+        family: For the message.
+        values: As the manifest has them.
+        kinds: By key.
+
+    Raises:
+        ContractError: Unknown or missing keys, or values of another kind.
+    """
+    missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
+    problems = [f"'{key}' is missing" for key in missing] + [f"'{key}' is unknown" for key in unknown]
+    problems += [
+        f"'{key}' must be {meaning}, got {values[key]!r}"
+        for key, (fits, meaning) in kinds.items()
+        if key in values and not fits(values[key])
+    ]
+    if problems:
+        raise ContractError(
+            f"The {family} constants in the manifest do not fit: {'; '.join(problems)}.",
+            "Export the bundle again with this version of pixano-edge.",
+        )
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

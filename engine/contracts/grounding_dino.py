@@ -8,13 +8,12 @@ pixel mask; the caption's masks and position ids are made outside the graphs.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import ContractError
-from .base import GraphSpec, TensorSpec
+from .base import POSITIVE_TRIPLE, TRIPLE, GraphSpec, Kind, TensorSpec, is_whole, read_constants
 
 FAMILY = "grounding-dino"
 
@@ -124,36 +123,11 @@ class GroundingDinoConstants:
         Raises:
             ContractError: Unknown or missing keys, wrong types or lengths, values out of range.
         """
-        whole = (_whole, "a whole number, 0 or more")
-        kinds: dict[str, tuple[Callable[[Any], bool], str]] = dict.fromkeys(cls.__dataclass_fields__, whole)
-        kinds["mean"] = (_triple, "three finite numbers")
-        kinds["std"] = (lambda v: _triple(v) and min(v) > 0, "three finite numbers above 0")
-        missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
-        problems = [f"'{key}' is missing" for key in missing] + [f"'{key}' is unknown" for key in unknown]
-        problems += [
-            f"'{key}' must be {meaning}, got {values[key]!r}"
-            for key, (fits, meaning) in kinds.items()
-            if key in values and not fits(values[key])
-        ]
-        if problems:
-            raise ContractError(
-                f"The Grounding DINO constants in the manifest do not fit: {'; '.join(problems)}.",
-                "Export the bundle again with this version of pixano-edge.",
-            )
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _triple(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 3
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value)
-    )
+        whole = (is_whole, "a whole number, 0 or more")
+        kinds: dict[str, Kind] = dict.fromkeys(cls.__dataclass_fields__, whole)
+        kinds["mean"] = TRIPLE
+        kinds["std"] = POSITIVE_TRIPLE
+        return cls(**read_constants("Grounding DINO", values, kinds))
 
 
 def text_encoder(c: GroundingDinoConstants) -> GraphSpec:

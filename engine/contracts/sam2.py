@@ -8,13 +8,12 @@ before the half-pixel shift, which the mask decoder graph adds itself as upstrea
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import ContractError
-from .base import GraphSpec, TensorSpec
+from .base import POSITIVE_TRIPLE, TRIPLE, GraphSpec, Kind, TensorSpec, is_finite, is_whole, read_constants
 
 FAMILY = "sam2"
 
@@ -106,43 +105,22 @@ class Sam2Constants:
         Raises:
             ContractError: Unknown or missing keys, wrong types or lengths, values that are not finite or out of range.
         """
-        kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        kinds: dict[str, Kind] = {
             "image_size": (_whole, "a whole number above 0"),
             "hidden_dim": (_whole, "a whole number above 0"),
-            "mean": (_triple, "three finite numbers"),
-            "std": (lambda v: _triple(v) and min(v) > 0, "three finite numbers above 0"),
-            "mask_threshold": (_finite, "a finite number"),
+            "mean": TRIPLE,
+            "std": POSITIVE_TRIPLE,
+            "mask_threshold": (is_finite, "a finite number"),
             "dynamic_multimask_via_stability": (lambda v: isinstance(v, bool), "true or false"),
-            "stability_delta": (lambda v: _finite(v) and v >= 0, "a finite number, 0 or more"),
-            "stability_threshold": (_finite, "a finite number"),
+            "stability_delta": (lambda v: is_finite(v) and v >= 0, "a finite number, 0 or more"),
+            "stability_threshold": (is_finite, "a finite number"),
         }
         values = {k: v for k, v in values.items() if k != VIDEO}
-        missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
-        problems = [f"'{key}' is missing" for key in missing] + [f"'{key}' is unknown" for key in unknown]
-        problems += [
-            f"'{key}' must be {meaning}, got {values[key]!r}"
-            for key, (fits, meaning) in kinds.items()
-            if key in values and not fits(values[key])
-        ]
-        if problems:
-            raise ContractError(
-                f"The SAM 2 constants in the manifest do not fit: {'; '.join(problems)}.",
-                "Export the bundle again with this version of pixano-edge.",
-            )
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        return cls(**read_constants("SAM 2", values, kinds))
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _triple(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(_finite(v) for v in value)
+    return is_whole(value) and value > 0
 
 
 def image_encoder(c: Sam2Constants) -> GraphSpec:

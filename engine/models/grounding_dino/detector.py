@@ -20,12 +20,10 @@ import numpy.typing as npt
 from ...bundle import Bundle
 from ...contracts import grounding_dino as contract
 from ...contracts.grounding_dino import GroundingDinoConstants
-from ...errors import DeviceError
-from ...runtime.base import Array, Binding, Device, Session
-from ...runtime.memory import MemoryUse, model_memory
-from ..chain import Chain
+from ...runtime.base import Array, Binding, Session
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
 from ..detection.nms import nms as suppress
+from ..detection.sessions import SessionDetector, take_over
 from ..detection.text_cache import TEXT_BYTES, TextCache
 from ..detection.tokenizer import require_tokenizers
 from ..sam2.diagnosis import PREPROCESSING
@@ -41,7 +39,7 @@ _ANSWERS = (contract.LOGITS, contract.BOXES)
 WARM_UP_CLASS = "object"
 
 
-class GroundingDinoDetector:
+class GroundingDinoDetector(SessionDetector):
     """Finds objects by name with one bundle on one device. Thread-safe: each session takes one call at a time.
 
     Make it with `open`; the constructor takes sessions that are open already and leaves closing them to its caller.
@@ -74,19 +72,18 @@ class GroundingDinoDetector:
         description: dict[str, Any] | None = None,
         capture: bool = True,
     ) -> None:
+        super().__init__(
+            (text_encoder, detector),
+            {"text_cache": text_cache if text_cache is not None else TextCache()},
+            bundle_hash=bundle_hash,
+            variant=variant,
+            description=description,
+            capture=capture,
+        )
         self.constants = constants
-        self.text_cache = text_cache if text_cache is not None else TextCache()
         self.captioner = Captioner(tokenizer, constants)
         self._text_encoder = text_encoder
         self._detector = detector
-        self._device = detector.device
-        self._bundle_hash = bundle_hash
-        self._variant = variant
-        self._description = description or {}
-        self._closed = False
-        self._opened = contextlib.ExitStack()
-        self._chain = Chain(self._device, capture=capture)
-        self._warm_up: dict[str, Any] | None = None
 
     @classmethod
     def open(
@@ -126,9 +123,9 @@ class GroundingDinoDetector:
             capture=capture,
             verdicts=verdicts,
         )
-        with contextlib.ExitStack() as failed:
-            failed.callback(found.opened.close)
-            detector = cls(
+        return take_over(
+            found,
+            lambda: cls(
                 found.sessions[contract.TEXT_ENCODER],
                 found.sessions[contract.DETECTOR],
                 constants,
@@ -138,14 +135,10 @@ class GroundingDinoDetector:
                 text_cache=TextCache(min(TEXT_BYTES, cache_bytes)),
                 description=found.description,
                 capture=capture,
-            )
-            detector._opened.push(found.opened)
-            if warm_up or (warm_up is None and detector._device.stream):
-                if check is not None:
-                    check()
-                detector.warm_up()
-            failed.pop_all()
-        return detector
+            ),
+            warm_up,
+            check,
+        )
 
     def warm_up(self) -> float:
         """Runs both graphs on a blank image of the usual shape until their launches are recorded.
@@ -228,33 +221,9 @@ class GroundingDinoDetector:
         )
 
     def info(self) -> dict[str, Any]:
-        """Bundle, device, back end, precision and why, warnings, warm-up, counters; JSON-ready."""
-        graphs = (self._text_encoder.info(), self._detector.info())
-        told = (self._description, {"warnings": tuple(self._chain.warnings.values())}, *graphs)
-        return {
-            **self._description,
-            "warnings": list(dict.fromkeys(w for one in told for w in one.get("warnings", ()))),
-            "warm_up": self._warm_up,
-            "stream": self._chain.info(),
-            "family": contract.FAMILY,
-            "bundle_hash": self._bundle_hash,
-            "image_size": [self.constants.shortest_edge, self.constants.longest_edge],
-            "precision": self._variant,
-            "device": self._device.name,
-            "backend": self._detector.backend,
-            contract.TEXT_ENCODER: graphs[0],
-            contract.DETECTOR: graphs[1],
-            "text_cache": self.text_cache.stats().to_dict(),
-        }
-
-    def shrink(self) -> None:
-        """Drops the features of texts."""
-        self.text_cache.clear()
-
-    def memory(self) -> MemoryUse:
-        """Bytes that sessions and their buffers take now; cached text features lie in host memory."""
-        on_device = self.text_cache.stats().bytes if self._device.kind == "cpu" else 0
-        return model_memory((self._text_encoder, self._detector), on_device)
+        """As `SessionDetector.info`, with family and image size."""
+        edges = [self.constants.shortest_edge, self.constants.longest_edge]
+        return {**super().info(), "family": contract.FAMILY, "image_size": edges}
 
     @property
     def traced(self) -> dict[str, str]:
@@ -278,33 +247,6 @@ class GroundingDinoDetector:
             contract.TEXT_SELF_ATTENTION_MASK: caption.mask,
             contract.TEXT_FEATURES: self.text_features(caption),
         }
-
-    @property
-    def device(self) -> Device:
-        """The device object, for facts about it."""
-        return self._device
-
-    @property
-    def runs(self) -> tuple[int, int]:
-        """Launches of the text encoder and of the detector so far."""
-        return self._text_encoder.runs, self._detector.runs
-
-    def close(self) -> None:
-        """Waits for calls under way, then frees what `open` opened; later calls raise DeviceError."""
-        with self._text_encoder.lock, self._detector.lock:
-            if self._closed:
-                return
-            self._closed = True
-            with self._opened:  # frees in this order, and all of it whatever fails
-                self._opened.callback(self.text_cache.clear)
-                self._opened.callback(self._chain.close)
-                self._chain.wait()
-
-    def __enter__(self) -> GroundingDinoDetector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _first_features(self, caption: Caption) -> Floats:
         with self._text_encoder.lock:
@@ -340,7 +282,3 @@ class GroundingDinoDetector:
     def _write_caption(self, binding: Binding, caption: Caption) -> None:
         self._chain.write(binding, contract.POSITION_IDS, caption.position_ids)
         self._chain.write(binding, contract.TEXT_SELF_ATTENTION_MASK, caption.mask)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise DeviceError("The detector is closed.", "Open the bundle again.")

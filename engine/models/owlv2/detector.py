@@ -8,7 +8,6 @@ graph at all; `scores` compares the two.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +20,9 @@ import numpy.typing as npt
 from ...bundle import Bundle
 from ...contracts import owlv2 as contract
 from ...contracts.owlv2 import OwlConstants
-from ...errors import DeviceError
 from ...runtime.base import Array, Session
-from ...runtime.memory import MemoryUse, model_memory
-from ..chain import Chain
 from ..detection.base import BOX_THRESHOLD, TEXT_THRESHOLD, Detections, check_request
+from ..detection.sessions import SessionDetector, take_over
 from ..detection.text_cache import TEXT_BYTES, FeatureCache, TextCache
 from ..detection.tokenizer import require_tokenizers
 from ..resampling import Scratch
@@ -49,7 +46,7 @@ LOGITS = "logits"
 """Name of (Q, C) logits in `Owlv2Detector.trace`: what the host computes from both graphs' outputs."""
 
 
-class Owlv2Detector:
+class Owlv2Detector(SessionDetector):
     """Finds objects with one bundle on one device. Thread-safe: each session takes one call at a time.
 
     Make it with `open`; the constructor takes sessions that are open already and leaves closing them to its caller.
@@ -86,20 +83,22 @@ class Owlv2Detector:
         description: dict[str, Any] | None = None,
         capture: bool = True,
     ) -> None:
-        self.constants = constants
-        self.text_cache = text_cache if text_cache is not None else TextCache()
         self.image_cache: FeatureCache[ImageFeatures] = FeatureCache(image_bytes)
+        super().__init__(
+            (image_encoder, text_encoder),
+            {
+                "text_cache": text_cache if text_cache is not None else TextCache(),
+                "image_cache": self.image_cache,
+            },
+            bundle_hash=bundle_hash,
+            variant=variant,
+            description=description,
+            capture=capture,
+        )
+        self.constants = constants
         self.tokenizer = Tokenizer(tokenizer, constants)
         self._image_encoder = image_encoder
         self._text_encoder = text_encoder
-        self._device = image_encoder.device
-        self._bundle_hash = bundle_hash
-        self._variant = variant
-        self._description = description or {}
-        self._closed = False
-        self._opened = contextlib.ExitStack()
-        self._chain = Chain(self._device, capture=capture)
-        self._warm_up: dict[str, Any] | None = None
         self._scratch = Scratch()  # used under the image encoder's lock only
         self._scoring = threading.Lock()  # a question about a known picture must not wait for another one's encoder
         self._score_scratch = Scratch()  # used under this lock only
@@ -144,9 +143,9 @@ class Owlv2Detector:
             verdicts=verdicts,
         )
         text_bytes = min(TEXT_BYTES, cache_bytes // 2)
-        with contextlib.ExitStack() as failed:
-            failed.callback(found.opened.close)
-            detector = cls(
+        return take_over(
+            found,
+            lambda: cls(
                 found.sessions[contract.IMAGE_ENCODER],
                 found.sessions[contract.TEXT_ENCODER],
                 constants,
@@ -157,14 +156,10 @@ class Owlv2Detector:
                 image_bytes=cache_bytes - text_bytes,
                 description=found.description,
                 capture=capture,
-            )
-            detector._opened.push(found.opened)
-            if warm_up or (warm_up is None and detector._device.stream):
-                if check is not None:
-                    check()
-                detector.warm_up()
-            failed.pop_all()
-        return detector
+            ),
+            warm_up,
+            check,
+        )
 
     def warm_up(self) -> float:
         """Runs both graphs, on a blank image and one class, until their launches are recorded.
@@ -307,63 +302,8 @@ class Owlv2Detector:
         return found
 
     def info(self) -> dict[str, Any]:
-        """Bundle, device, back end, precision and why, warnings, warm-up, counters; JSON-ready."""
-        graphs = (self._image_encoder.info(), self._text_encoder.info())
-        told = (self._description, {"warnings": tuple(self._chain.warnings.values())}, *graphs)
-        return {
-            **self._description,
-            "warnings": list(dict.fromkeys(w for one in told for w in one.get("warnings", ()))),
-            "warm_up": self._warm_up,
-            "stream": self._chain.info(),
-            "family": self.constants.family,
-            "bundle_hash": self._bundle_hash,
-            "image_size": self.constants.image_size,
-            "precision": self._variant,
-            "device": self._device.name,
-            "backend": self._image_encoder.backend,
-            contract.IMAGE_ENCODER: graphs[0],
-            contract.TEXT_ENCODER: graphs[1],
-            "text_cache": self.text_cache.stats().to_dict(),
-            "image_cache": self.image_cache.stats().to_dict(),
-        }
-
-    def memory(self) -> MemoryUse:
-        """Bytes that sessions and their buffers take now; cached features lie in host memory."""
-        cached = self.text_cache.stats().bytes + self.image_cache.stats().bytes if self._device.kind == "cpu" else 0
-        return model_memory((self._image_encoder, self._text_encoder), cached)
-
-    def shrink(self) -> None:
-        """Drops the features of texts and images."""
-        self.text_cache.clear()
-        self.image_cache.clear()
-
-    @property
-    def device(self) -> Any:
-        """The device object, for facts about it."""
-        return self._device
-
-    @property
-    def runs(self) -> tuple[int, int]:
-        """Launches of the image encoder and of the text encoder so far."""
-        return self._image_encoder.runs, self._text_encoder.runs
-
-    def close(self) -> None:
-        """Waits for calls under way, then frees what `open` opened; later calls raise DeviceError."""
-        with self._image_encoder.lock, self._text_encoder.lock:
-            if self._closed:
-                return
-            self._closed = True
-            with self._opened:  # frees in this order, and all of it whatever fails
-                self._opened.callback(self.text_cache.clear)
-                self._opened.callback(self.image_cache.clear)
-                self._opened.callback(self._chain.close)
-                self._chain.wait()
-
-    def __enter__(self) -> Owlv2Detector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        """As `SessionDetector.info`, with family and image size."""
+        return {**super().info(), "family": self.constants.family, "image_size": self.constants.image_size}
 
     def _encode_texts(self, classes: Sequence[str], check: Callable[[], None] | None) -> Floats:
         """(C, D) in memory of their own; as many runs as chunks."""
@@ -413,7 +353,3 @@ class Owlv2Detector:
             found[contract.LOGIT_SCALE],
             found.get(contract.OBJECTNESS),
         )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise DeviceError("The detector is closed.", "Open the bundle again.")
