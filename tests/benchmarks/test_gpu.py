@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +91,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[Clocked]:
         monkeypatch.setattr(stub, "info", lambda: {"warnings": ["odd"], "options": options})
         return stub
 
-    def locate(bundle: Bundle, backend: str, precision: str, info: DeviceInfo) -> Combination:
+    def locate(bundle: Bundle, backend: str, precision: str, info: DeviceInfo, graphs: Collection[str]) -> Combination:
         if backend == "tensorrt":
             raise DeviceError("No engine was built.", "Build it: pixano-edge build x")
         return Combination(backend, precision, {name: Path(name) for name in SPECS})

@@ -25,8 +25,10 @@ from pixano_edge.engine.provider import (
     ModelNotFoundError,
     OutOfMemoryError,
     TaskNotSupportedError,
+    models,
 )
 from pixano_edge.engine.provider.detection import read_classes, whole_pixels
+from pixano_edge.engine.provider.needs import Declared
 from pixano_edge.engine.runtime.memory import MemoryUse
 
 from .fakes import FakeOpener, add_bundle, data_uri, make_provider, png, until
@@ -371,7 +373,11 @@ async def test_out_of_memory_drops_the_text_and_the_model_goes_on(
     assert detector.text_cache.texts == 2
 
 
-async def test_what_it_takes_is_in_the_books_and_it_makes_room(root: Path, opener: FakeOpener) -> None:
+async def test_what_it_takes_is_in_the_books_and_it_makes_room(
+    root: Path, opener: FakeOpener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The bundles of these tests hold no graphs that needs could be read from.
+    monkeypatch.setattr(models, "declared", lambda *_: Declared(MemoryUse(weights=10_000_000)))
     provider = make_provider(root, opener, memory_limits={"cpu": 50_000_000}, cache_mb=0)
     await _ask(provider)
     opener.detectors[0].use = MemoryUse(weights=30_000_000, bindings=1000, caches=5)
