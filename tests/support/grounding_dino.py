@@ -96,6 +96,7 @@ def plain(config: GroundingDinoConfig, seed: int = 0) -> GroundingDinoForObjectD
         for parameter in model.parameters():
             if parameter.numel() > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
+        model.model.decoder.layer_norm.weight.mul_(0.1)  # logits of a few units, as in `sharpened`
     return model
 
 
