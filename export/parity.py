@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pixano_edge.engine.bundle.manifest import ParityReport
@@ -26,6 +26,19 @@ class ParityError(ExportError):
     def __init__(self, message: str, action: str, report: ParityReport) -> None:
         super().__init__(message, action)
         self.report = report
+
+
+def require_passed(report: ParityReport, problems: Sequence[str]) -> ParityReport:
+    """The report, or ParityError with every figure that misses its bar, in words."""
+    if not report.passed:
+        only_fp16 = all(p.startswith("fp16") for p in problems)
+        raise ParityError(
+            f"The exported graphs do not match PyTorch: {'; '.join(problems)}.",
+            "No bundle was written. "
+            + ("Export with --variants fp32." if only_fp16 else "Please report this with the checkpoint's name."),
+            report,
+        )
+    return report
 
 
 def onnx_runner(files: Mapping[str, Path], threads: int | None = None, optimise: bool = True) -> Runner:

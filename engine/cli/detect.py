@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, overload
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import typer
 from ..errors import EdgeError
 from ..models.detection.base import Detections, Detector, check_request
 from ..models.images import decode_image
+from ..models.masks import LazyMasks
 from ..models.rle import decode_rle, encode_rle
 from .coco import CocoWriter
 from .draw import overlay, write_masks, write_png
@@ -87,22 +88,9 @@ class BoxMask:
     area: int
     score: float
 
-
-class RleMasks(Sequence[Mask]):
-    """Masks (H, W) bool, decoded at each access: those of many boxes on a large photo would not fit in memory."""
-
-    def __init__(self, masks: Sequence[BoxMask]) -> None:
-        self._masks = masks
-
-    def __len__(self) -> int:
-        return len(self._masks)
-
-    @overload
-    def __getitem__(self, index: int) -> Mask: ...
-    @overload
-    def __getitem__(self, index: slice) -> RleMasks: ...
-    def __getitem__(self, index: int | slice) -> Mask | RleMasks:
-        return RleMasks(self._masks[index]) if isinstance(index, slice) else decode_rle(self._masks[index].rle)
+    def decode(self) -> Mask:
+        """(H, W) bool, the caller's."""
+        return decode_rle(self.rle)
 
 
 @dataclass
@@ -195,11 +183,11 @@ def detect_file(
         start = time.perf_counter()
         masks = segment_boxes(predictor, image, found.boxes) if len(found) else []
         result.segment_seconds = time.perf_counter() - start
-        written = write_masks(out, stem, RleMasks(masks), (height, width))
+        written = write_masks(out, stem, LazyMasks(masks, BoxMask.decode), (height, width))
         result.mask_files = [path.name for path in written]
     labels = found.labels.tolist()
     picture = out / f"{stem}.overlay.png"
-    write_png(picture, overlay(image, RleMasks(masks), boxes=named_boxes(found), kinds=labels))
+    write_png(picture, overlay(image, LazyMasks(masks, BoxMask.decode), boxes=named_boxes(found), kinds=labels))
     result.overlay = picture.name
     image_id = coco.add_image(file.name, height, width)
     for number, (box, score, label) in enumerate(zip(found.boxes.tolist(), found.scores.tolist(), labels)):

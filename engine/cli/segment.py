@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, overload
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import typer
 
 from ..errors import EdgeError
 from ..models.images import decode_image
+from ..models.masks import LazyMasks
 from . import auto_options
 from .coco import AUTOMATIC_KEYS, CocoWriter
 from .draw import overlay, write_masks, write_png
@@ -52,23 +53,6 @@ class Found:
     @property
     def mask(self) -> Mask:
         return self.source if isinstance(self.source, np.ndarray) else self.source.mask
-
-
-class MaskList(Sequence[Mask]):
-    """The masks of several `Found`, one in memory at a time: a hundred masks of a large photo would not fit."""
-
-    def __init__(self, found: Sequence[Found]) -> None:
-        self._found = found
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    @overload
-    def __getitem__(self, index: int) -> Mask: ...
-    @overload
-    def __getitem__(self, index: slice) -> MaskList: ...
-    def __getitem__(self, index: int | slice) -> Mask | MaskList:
-        return MaskList(self._found[index]) if isinstance(index, slice) else self._found[index].mask
 
 
 @dataclass
@@ -180,9 +164,11 @@ def segment_file(
     marks = [p.to_prompt() for p in prompts]
     # Candidates of one prompt cover each other: the picture shows the best one.
     shown = [f for i, f in enumerate(found) if not multimask or i == 0 or found[i - 1].prompt != f.prompt]
-    write_png(picture, overlay(image, MaskList(shown), marks))
+    write_png(picture, overlay(image, LazyMasks(shown, lambda f: f.mask), marks))
     result.overlay = picture.name
-    result.mask_files = [p.name for p in write_masks(out, stem, MaskList(found), (height, width), separate=multimask)]
+    result.mask_files = [
+        p.name for p in write_masks(out, stem, LazyMasks(found, lambda f: f.mask), (height, width), separate=multimask)
+    ]
     image_id = coco.add_image(file.name, height, width)
     for f in found:
         if isinstance(f.source, np.ndarray):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar, overload
+
 import numpy as np
 import numpy.typing as npt
+
+Item = TypeVar("Item")
 
 Mask = npt.NDArray[np.bool_]
 
@@ -35,3 +40,27 @@ def box_xywh(box: tuple[int, int, int, int] | None) -> list[int]:
         return [0, 0, 0, 0]
     x1, y1, x2, y2 = box
     return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+
+
+class LazyMasks(Sequence[npt.NDArray[np.bool_]], Generic[Item]):
+    """Masks (H, W) bool, decoded at each access: those of a hundred objects on a large photo would not fit in memory.
+
+    Args:
+        items: What they are decoded from.
+        decode: Makes the mask of an item.
+    """
+
+    def __init__(self, items: Sequence[Item], decode: Callable[[Item], npt.NDArray[np.bool_]]) -> None:
+        self._items, self._decode = items, decode
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> npt.NDArray[np.bool_]: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyMasks[Item]: ...
+    def __getitem__(self, index: int | slice) -> npt.NDArray[np.bool_] | LazyMasks[Item]:
+        if isinstance(index, slice):
+            return LazyMasks(self._items[index], self._decode)
+        return self._decode(self._items[index])

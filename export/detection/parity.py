@@ -19,7 +19,7 @@ from pixano_edge.engine.models.detection.matching import MAX_BOX, MAX_SCORE, Agr
 from pixano_edge.engine.models.detection.verify import MIN_IOU, REDUCED_MARGIN, Traceable
 from pixano_edge.export.detection.family import Answer, DetectorFamily
 from pixano_edge.export.differences import Arrays, Worst
-from pixano_edge.export.parity import FP16, FP16_CPU, FP32_MAX_REL, ParityError, Runner, onnx_runner
+from pixano_edge.export.parity import FP16, FP16_CPU, FP32_MAX_REL, Runner, onnx_runner, require_passed
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.pipeline import rounded_files
 
@@ -179,14 +179,4 @@ def report(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
 
 def require(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
     """The report, or ParityError with every figure that misses the bar."""
-    result = report(suite, variants)
-    if not result.passed:
-        problems = [p for v in variants for p in v.problems()]
-        only_fp16 = all(p.startswith("fp16") for p in problems)
-        raise ParityError(
-            f"The exported graphs do not match PyTorch: {'; '.join(problems)}.",
-            "No bundle was written. "
-            + ("Export with --variants fp32." if only_fp16 else "Please report this with the checkpoint's name."),
-            result,
-        )
-    return result
+    return require_passed(report(suite, variants), [p for v in variants for p in v.problems()])

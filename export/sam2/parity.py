@@ -18,7 +18,7 @@ from pixano_edge.engine.bundle.manifest import ClipParity, MaskParity, ParityRep
 from pixano_edge.engine.contracts import sam2 as contract
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.export.differences import Arrays, Worst
-from pixano_edge.export.parity import FP16, FP16_CPU, FP32_MAX_REL, ParityError, Runner, onnx_runner
+from pixano_edge.export.parity import FP16, FP16_CPU, FP32_MAX_REL, ParityError, Runner, onnx_runner, require_passed
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.sam2 import reference
 
@@ -195,14 +195,4 @@ def report(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
 
 def require(suite: Suite, variants: Sequence[VariantParity]) -> ParityReport:
     """The report, or ParityError with every figure that misses the bar."""
-    result = report(suite, variants)
-    if not result.passed:
-        problems = [p for v in variants for p in v.problems()]
-        only_fp16 = all(p.startswith("fp16") for p in problems)
-        raise ParityError(
-            f"The exported graphs do not match PyTorch: {'; '.join(problems)}.",
-            "No bundle was written. "
-            + ("Export with --variants fp32." if only_fp16 else "Please report this with the checkpoint's name."),
-            result,
-        )
-    return result
+    return require_passed(report(suite, variants), [p for v in variants for p in v.problems()])
