@@ -84,7 +84,9 @@ class KeptMedia(MediaPolicy):
             found = self._media.file(source.path)
             now = None if found is None else found.stat()
             if now is None or (now.st_size, now.st_mtime_ns) != (source.size, source.time_ns):
-                raise InvalidRequestError(f"'{source.path}' is gone or was changed since the job was submitted.", _AGAIN)
+                raise InvalidRequestError(
+                    f"'{source.path}' is gone or was changed since the job was submitted.", _AGAIN
+                )
             return source.path
         return source
 
@@ -150,7 +152,8 @@ class KeptClip:
                 path.write_bytes(content)
             except OSError as error:
                 raise JobStoreError(
-                    f"The job's clip cannot be kept: {error.strerror}.", "Free space on the disk, or move the file of jobs."
+                    f"The job's clip cannot be kept: {error.strerror}.",
+                    "Free space on the disk, or move the file of jobs.",
                 ) from error
         return {"file": name}
 

@@ -402,9 +402,7 @@ class SqliteJobStore:
             with self._lock:
                 # What failed is tried again now and then.
                 pending = self._problem is not None and (self._dirty or self._gone)
-                self._changed.wait_for(
-                    lambda: self._asked > self._done or self._closing, _RETRY if pending else None
-                )
+                self._changed.wait_for(lambda: self._asked > self._done or self._closing, _RETRY if pending else None)
                 if self._closing and self._asked <= self._done:
                     return
                 asked, rows = self._asked, list(self._rows)

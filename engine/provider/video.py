@@ -20,7 +20,14 @@ from .media import MediaPolicy
 from .models import ModelTable, Slot
 from .runs import CANCELED_TEXT, Log, MemoryLog, Run
 from .video_prompts import TrackingRequest, read_request
-from .video_types import CANCELED, FAILED, RUNNING, EdgeVideoMaskGenerationOutput, TrackedFrame, VideoMaskGenerationJobStatus
+from .video_types import (
+    CANCELED,
+    FAILED,
+    RUNNING,
+    EdgeVideoMaskGenerationOutput,
+    TrackedFrame,
+    VideoMaskGenerationJobStatus,
+)
 from .worker import Deadline, wait_for
 
 if TYPE_CHECKING:
