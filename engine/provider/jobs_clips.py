@@ -153,7 +153,7 @@ class KeptClip:
             except OSError as error:
                 raise JobStoreError(
                     f"The job's clip cannot be kept: {error.strerror}.",
-                    "Free space on the disk, or move the file of jobs.",
+                    "Free space on the disk.",
                 ) from error
         return {"file": name}
 

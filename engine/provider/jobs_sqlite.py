@@ -323,8 +323,8 @@ class SqliteJobStore:
             job_id, number, model, submitted, state, detail, kind, device, total, ended, request, clip_bytes = row
             done, row_bytes = counts.get(job_id, (0, 0))
             record = JobRecord(
-                job_id, model, datetime.fromtimestamp(submitted, timezone.utc), state, detail, kind, device, done, total,
-                None if ended is None else datetime.fromtimestamp(ended, timezone.utc), request is not None,
+                job_id, model, datetime.fromtimestamp(submitted, timezone.utc), state, detail, kind, device, done,
+                total, None if ended is None else datetime.fromtimestamp(ended, timezone.utc), request is not None,
             )  # fmt: skip
             if state == RUNNING:
                 why = "The server stopped while this job ran"

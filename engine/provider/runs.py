@@ -305,7 +305,7 @@ def agreement(one: TrackedFrame, other: TrackedFrame) -> float:
 
 def _changed(frame: int, why: str) -> InferenceError:
     return InferenceError(
-        f"Frame {frame} comes out otherwise than before the job stopped ({why}): the model or its device is another one.",
+        f"Frame {frame} comes out otherwise than before the job stopped ({why}): the model is another one.",
         "Submit the clip again as a new job.",
     )
 

@@ -325,9 +325,13 @@ def test_a_full_disk_fails_the_job_and_nothing_else(opened: Any) -> None:
     assert "full" in str(failed.detail)
     assert len(store.frames(bad)) == failed.metadata["frames_done"] < 199
     assert store.get(good).state == "completed"
-    with pytest.raises(JobStoreError, match="full"):
+
+    def add() -> None:
         for _ in range(200):
             _add(store, _request([b"one"] * 100), NONE)
+
+    with pytest.raises(JobStoreError, match="full"):
+        add()
     store._file.execute("PRAGMA max_page_count = 1000000")
     until(lambda: not store.warnings)
     request, _ = store.resume(bad)
@@ -370,7 +374,7 @@ def test_appending_does_not_wait_for_the_disk(opened: Any) -> None:
 def test_many_threads(opened: Any) -> None:
     store = opened()
     jobs = [_add(store) for _ in range(4)]
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
 
     def write(job_id: str) -> None:
         try:
@@ -380,7 +384,7 @@ def test_many_threads(opened: Any) -> None:
                 assert [f.frame_index for f in got] == list(range(index + 1))
                 store.records()
             JobLog(store, job_id).close("completed", None)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 (shown below)
             errors.append(error)
 
     threads = [threading.Thread(target=write, args=(job_id,)) for job_id in jobs]
@@ -464,7 +468,7 @@ def test_another_programs_file_is_left_alone(path: Path, content: bytes | None) 
     else:
         path.write_bytes(content)
     before = path.read_bytes()
-    with pytest.raises(JobStoreError, match="no file of jobs|another program"):
+    with pytest.raises(JobStoreError, match=r"no file of jobs|another program"):
         SqliteJobStore(path)
     assert path.read_bytes() == before
 
