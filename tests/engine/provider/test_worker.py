@@ -281,9 +281,11 @@ def test_callers_take_turns_and_each_ones_requests_stay_in_order() -> None:
 def test_a_full_queue_is_one_callers_own_until_all_together_are_too_many() -> None:
     worker = ModelWorker("m", depth=3)
     gate = threading.Event()
+    entered = threading.Event()
     order: list[str] = []
     with asking("flood"):
-        worker.submit(lambda _: gate.wait(20))
+        worker.submit(lambda _: (entered.set(), gate.wait(20)))
+    assert entered.wait(10)
     for i in range(2):
         _queued(worker, "flood", f"f{i}", order)
     with pytest.raises(ModelBusyError):
