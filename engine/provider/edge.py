@@ -42,6 +42,7 @@ from .settings import (
     LoadOptions,
     read_limits,
 )
+from .states import DEPLOYING, RUNNING, ModelState, Observer
 from .types import (
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
@@ -165,6 +166,37 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             infos, _ = await self._in_files(self._directory.offered)
         wanted = None if task is None else str(getattr(task, "value", task))
         return [info for info in infos if wanted in (None, info.task)]
+
+    def model_states(self) -> list[ModelState]:
+        """Models in memory or on their way there; an addition of Pixano Edge to the interface. Returns at once."""
+        found = []
+        for slot in self._table.slots():
+            waiting, steps = slot.worker.pending
+            model, ready = slot.model, slot.ready.done()
+            found.append(
+                ModelState(
+                    slot.base or slot.name,
+                    slot.task,
+                    RUNNING if model is not None and ready else DEPLOYING,
+                    "" if model is None else model.device,
+                    waiting,
+                    steps,
+                    slot.worker.depth,
+                    None if model is None or model.cache is None else model.cache(),
+                )
+            )
+        return found
+
+    def observe(self, observer: Observer | None) -> None:
+        """Has the time of every stage told from now on; an addition of Pixano Edge to the interface. Stages:
+        ``load``, ``queue``, ``decode_image``, ``encode`` or ``cached_features``, ``decode_masks``, ``pack``,
+        ``detect`` and ``track`` (one prompt or frame)."""
+        self._table.observer = observer
+
+    async def job_counts(self) -> dict[str, int]:
+        """Tracking jobs that are kept, by state; an addition of Pixano Edge to the interface."""
+        with provider_errors():
+            return await self._in_files(self._video.counts)
 
     async def get_server_info(self) -> ServerInfo:
         """State of the machine and the models now; see `ServerInfo` for the layout of `gpu_info`."""

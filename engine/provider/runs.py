@@ -176,7 +176,7 @@ class Run:
         except (ModelNotFoundError, RuntimeError) as error:  # RuntimeError: the interpreter shuts down
             self._finish(error)
 
-    def _step(self, model: LoadedModel, _: Job) -> object:
+    def _step(self, model: LoadedModel, job: Job) -> object:
         """On the model's thread: the next prompt or frame."""
         if self.state != RUNNING:
             return _LAST
@@ -185,7 +185,8 @@ class Run:
 
             assert self._frames is not None
             self._steps = track(model, self._request, self._frames)
-        found = next(self._steps, _LAST)
+        with job.stage("track"):
+            found = next(self._steps, _LAST)
         if isinstance(found, TrackedFrame):
             self._append(found)
         return found
