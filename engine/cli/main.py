@@ -38,6 +38,7 @@ _KNOWN = {
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),
     "info": _Known("Show this machine, or the facts of one bundle."),
+    "kit": _Known("Make, verify and install kits for boxes without a network."),
     "segment": _Known("Segment an image or a folder of images."),
     "track": _Known("Track objects through a video."),
     "verify": _Known("Check a bundle on this machine against its golden samples."),
@@ -45,9 +46,11 @@ _KNOWN = {
 
 # Module that is missing at run time -> the extra that brings it.
 _EXTRA_OF_MODULE = {
+    "cryptography": "kit",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
+    "packaging": "kit",
     "psutil": "benchmarks",
     "pynvml": "cuda",
     "safetensors": "export",
