@@ -18,9 +18,10 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import EdgeError
-from ..provider import EdgeProvider, InferenceTask, ModelConfig, NDArrayData
+from ..provider import EdgeProvider, InferenceTask, ModelConfig, ModelInfo
 from ..provider.errors import MissingPixanoError
 from ..provider.settings import DEFAULT_CACHE_MB
+from ..provider.types import ArrayData, NDArrayData
 from . import ray_media
 
 try:
@@ -89,6 +90,7 @@ class _EdgeModel:
     config: Any
     _provider: EdgeProvider | None = None
     _loop: _Loop | None = None
+    _info: ModelInfo | None = None
 
     def load_model(self) -> None:
         """Loads the bundle; called once per replica.
@@ -104,6 +106,7 @@ class _EdgeModel:
         self._provider = EdgeProvider(autoload=False, **ray_media.limits())
         model = ModelConfig(self.config.name, self.task.value, params.path, settings)
         self._wait(self._provider.instantiate_model("edge", model, LOAD_TIMEOUT_S))
+        (self._info,) = [m for m in self._wait(self._provider.list_models()) if m.name == self.config.name]
 
     def unload(self) -> None:
         """Frees the model."""
@@ -138,8 +141,8 @@ def _array(data: NDArrayData | None) -> Any:
     return None if data is None else NDArrayFloat.from_numpy(data.to_array())
 
 
-def _given(array: Any) -> NDArrayData | None:
-    return None if array is None else NDArrayData.from_array(array.to_numpy())
+def _given(array: Any) -> ArrayData | None:
+    return None if array is None else ArrayData.from_array(array.to_numpy())
 
 
 def _mask(rle: Any) -> Any:
@@ -168,6 +171,7 @@ class EdgeSegmentation(_EdgeModel, pixano.SegmentationModel):  # type: ignore[mi
             image_embedding=_given(input.image_embedding),
             high_resolution_features=None if finer is None else [_given(one) for one in finer],
             mask_input=_given(input.mask_input),
+            answer_arrays=True,
         )
         data: Any = self._wait(self._loaded().image_mask_generation(request, self._timeout())).data
         finer = data.high_resolution_features
@@ -227,10 +231,10 @@ class EdgeDetection(_EdgeModel, pixano.DetectionModel):  # type: ignore[misc]
 
     @property
     def interface(self) -> Any:
-        """What zero-shot detectors read and answer."""
-        return pixano.DetectionInterface(
-            classes="open", thresholds=["box", "text"], outputs=["box", "score", "class"]
-        )
+        """What zero-shot detectors read and answer; only some look at the threshold for text."""
+        phrases = self._info is not None and self._info.model_class == "GroundingDinoDetector"
+        thresholds = ["box", "text"] if phrases else ["box"]
+        return pixano.DetectionInterface(classes="open", thresholds=thresholds, outputs=["box", "score", "class"])
 
     def predict(self, input: Any) -> Any:
         """A `DetectionInput` to a `DetectionOutput`."""
