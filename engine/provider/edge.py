@@ -155,14 +155,20 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """``edge``."""
         return "edge"
 
+    @property
+    def max_image_side(self) -> int:
+        """Side in pixels of the largest square image that is accepted."""
+        return min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
+
     async def get_capabilities(self) -> ProviderCapabilities:
         """Tasks of the models that `list_models` offers.
 
         One request holds one image (with any number of prompts), so `supports_batching` is False.
         """
         tasks = {info.task for info in await self.list_models()}
-        side = min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
-        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=side)
+        return ProviderCapabilities(
+            [t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side
+        )
 
     async def list_models(self, task: InferenceTask | str | None = None) -> list[ModelInfo]:
         """Models that requests may name: loaded ones, and with `autoload` the bundles of the store. Loads nothing.
