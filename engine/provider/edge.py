@@ -43,6 +43,7 @@ from .settings import (
     LoadOptions,
     read_limits,
 )
+from .states import DEPLOYING, RUNNING, ModelState, Observer
 from .types import (
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
@@ -154,14 +155,18 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """``edge``."""
         return "edge"
 
+    @property
+    def max_image_side(self) -> int:
+        """Side in pixels of the largest square image that is accepted."""
+        return min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
+
     async def get_capabilities(self) -> ProviderCapabilities:
         """Tasks of the models that `list_models` offers.
 
         One request holds one image (with any number of prompts), so `supports_batching` is False.
         """
         tasks = {info.task for info in await self.list_models()}
-        side = min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
-        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=side)
+        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side)
 
     async def list_models(self, task: InferenceTask | str | None = None) -> list[ModelInfo]:
         """Models that requests may name: loaded ones, and with `autoload` the bundles of the store. Loads nothing.
@@ -173,6 +178,37 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             infos, _ = await self._in_files(self._directory.offered)
         wanted = None if task is None else str(getattr(task, "value", task))
         return [info for info in infos if wanted in (None, info.task)]
+
+    def model_states(self) -> list[ModelState]:
+        """Models in memory or on their way there; an addition of Pixano Edge to the interface. Returns at once."""
+        found = []
+        for slot in self._table.slots():
+            waiting, steps = slot.worker.pending
+            model, ready = slot.model, slot.ready.done()
+            found.append(
+                ModelState(
+                    slot.base or slot.name,
+                    slot.task,
+                    RUNNING if model is not None and ready else DEPLOYING,
+                    "" if model is None else model.device,
+                    waiting,
+                    steps,
+                    slot.worker.depth,
+                    None if model is None or model.cache is None else model.cache(),
+                )
+            )
+        return found
+
+    def observe(self, observer: Observer | None) -> None:
+        """Has the time of every stage told from now on; an addition of Pixano Edge to the interface. Stages:
+        ``load``, ``queue``, ``decode_image``, ``encode`` or ``cached_features``, ``decode_masks``, ``pack``,
+        ``detect`` and ``track`` (one prompt or frame)."""
+        self._table.observer = observer
+
+    async def job_counts(self) -> dict[str, int]:
+        """Tracking jobs that are kept, by state; an addition of Pixano Edge to the interface."""
+        with provider_errors():
+            return await self._in_files(self._video.counts)
 
     async def get_server_info(self) -> ServerInfo:
         """State of the machine and the models now; see `ServerInfo` for the layout of `gpu_info`."""

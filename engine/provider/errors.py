@@ -58,6 +58,10 @@ class OutOfMemoryError(InferenceError):
     """
 
 
+class MissingPixanoError(EdgeError, ImportError):
+    """Pixano, or its inference server, is not installed where a module of this project builds on it."""
+
+
 @contextmanager
 def provider_errors(invalid: tuple[type[EdgeError], ...] = ()) -> Iterator[None]:
     """Turns the engine's errors into the provider's.

@@ -201,7 +201,7 @@ class Run:
         except (ModelNotFoundError, RuntimeError) as error:  # RuntimeError: the interpreter shuts down
             self._finish(error)
 
-    def _step(self, model: LoadedModel, _: Job) -> object:
+    def _step(self, model: LoadedModel, job: Job) -> object:
         """On the model's thread: the next prompt or frame."""
         if self.state != RUNNING:
             return _LAST
@@ -210,7 +210,8 @@ class Run:
 
             assert self._frames is not None
             self._steps = track(model, self._request, self._frames)
-        found = next(self._steps, _LAST)
+        with job.stage("track"):
+            found = next(self._steps, _LAST)
         if isinstance(found, TrackedFrame):
             if self.replayed < self._kept:
                 self._compare(found)

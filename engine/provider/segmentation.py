@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -82,16 +83,21 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
     prompts = read_prompts(request, predictor.constants.mask_size, model.memory)
     echoed = getattr(request, "echoed", None)
     features = read_features(request) if echoed is None else None
-    picture = _Picture(model, request, media)
+    with job.stage("decode_image"):
+        picture = _Picture(model, request, media)
     # Here only to refuse bad prompts before the encoder runs, which takes a hundred times longer than the decoder.
     build_prompts(prompts, picture.size, predictor.constants)
     job.check()
     if echoed is not None and not picture.has(echoed.key):
         embedding, finer = echoed.arrays()
-        features = read_array(embedding, "image_embedding"), [
-            read_array(f, f"high_resolution_features[{i}]") for i, f in enumerate(finer)
-        ]
-    embedding = picture.embedding() if features is None else predictor.embedding_from_arrays(*features, picture.size)
+        features = (
+            read_array(embedding, "image_embedding"),
+            [read_array(f, f"high_resolution_features[{i}]") for i, f in enumerate(finer)],
+        )
+    if features is None:
+        embedding = _encoded(model, picture, job)
+    else:
+        embedding = predictor.embedding_from_arrays(*features, picture.size)
     key = getattr(embedding, "key", None)
     picture.note(key)
     handle = getattr(request, "embedding_handle", None)
@@ -110,11 +116,13 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
     masks, scores, logits = [], [], []
     for start in range(0, len(prompts), group):
         chunk = prompts[start : start + group]
-        found = predictor.predict(embedding, chunk, multimask=multimask, return_logits=want_logits)
+        with job.stage("decode_masks"):
+            found = predictor.predict(embedding, chunk, multimask=multimask, return_logits=want_logits)
         scores.append(np.array(found.scores))
-        for prompt_masks in found.masks:
-            job.check()
-            masks.append([rle_of(mask) for mask in prompt_masks])
+        with job.stage("pack"):
+            for prompt_masks in found.masks:
+                job.check()
+                masks.append([rle_of(mask) for mask in prompt_masks])
         if want_logits:
             logits.append(np.array(found.low_res_logits))
     all_scores = np.concatenate(scores)
@@ -127,6 +135,17 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
     wanted = getattr(request, "wants_embedding", None)
     if getattr(request, "return_image_embedding", False) and (wanted is None or key is None or wanted(key)):
         job.check()
-        output.image_embedding = data.from_array(embedding.image_embed[0])
-        output.high_resolution_features = [data.from_array(f[0]) for f in embedding.high_res]
+        with job.stage("pack"):
+            output.image_embedding = data.from_array(embedding.image_embed[0])
+            output.high_resolution_features = [data.from_array(f[0]) for f in embedding.high_res]
     return output
+
+
+def _encoded(model: LoadedModel, picture: _Picture, job: Job) -> Any:
+    """The image's features; the time of an encoder run is told apart from that of finding them in the cache."""
+    misses = None if model.cache is None else model.cache().misses
+    begun = time.perf_counter()
+    embedding = picture.embedding()
+    cached = model.cache is not None and model.cache().misses == misses
+    job.stages["cached_features" if cached else "encode"] = time.perf_counter() - begun
+    return embedding

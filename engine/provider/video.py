@@ -22,6 +22,7 @@ from .runs import CANCELED_TEXT, Log, MemoryLog, Run
 from .video_prompts import TrackingRequest, read_request
 from .video_types import (
     CANCELED,
+    COMPLETED,
     FAILED,
     RUNNING,
     EdgeVideoMaskGenerationOutput,
@@ -143,6 +144,13 @@ class VideoService:
         record = found(self._store, job_id)
         if record.state in (FAILED, CANCELED):
             raise InferenceError(record.detail or CANCELED_TEXT, "Frames that were done are in the watched results.")
+
+    def counts(self) -> dict[str, int]:
+        """Jobs that are kept, by state."""
+        found = dict.fromkeys((RUNNING, COMPLETED, FAILED, CANCELED), 0)
+        for record in self._store.records():
+            found[record.state] += 1
+        return found
 
     def running(self) -> list[dict[str, Any]]:
         """Runs under way, JSON-ready; see `ServerInfo.jobs`."""

@@ -14,8 +14,9 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from ..errors import CancelledError
@@ -43,6 +44,16 @@ class Job:
 
     def __init__(self) -> None:
         self._left = threading.Event()
+        self.stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Called by the work: counts the time of the block as that of a stage, in seconds in `stages`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begun
 
     def cancel(self) -> None:
         """Called by the owner who stops waiting."""
@@ -129,6 +140,12 @@ class ModelWorker:
         """Whether nothing runs and nothing waits."""
         with self._lock:
             return self._pending == 0 and self._pending_steps == 0
+
+    @property
+    def pending(self) -> tuple[int, int]:
+        """Requests and background steps that run or wait."""
+        with self._lock:
+            return self._pending, self._pending_steps
 
     def submit(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -63,6 +64,20 @@ async def read_json(server: Server, request: Request) -> Any:
     if len(body) <= SMALL:
         return parse_json(body)
     return await server.on_thread(parse_json, body)
+
+
+async def read_request_once(
+    server: Server, request: Request, model: type[M], max_bytes: int | None = None
+) -> tuple[M, bytes | None]:
+    """The body as a request, and its digest, by which `Server.once` knows it again; None for one above `max_bytes`."""
+    body = await read_body(request)
+
+    def read() -> tuple[Any, bytes | None]:
+        hashed = max_bytes is None or len(body) <= max_bytes
+        return parse_json(body), hashlib.sha256(body).digest() if hashed else None
+
+    value, digest = read() if len(body) <= SMALL else await server.on_thread(read)
+    return validated(model, value), digest
 
 
 async def read_request(server: Server, request: Request, model: type[M]) -> M:

@@ -243,5 +243,3 @@ def _digest(texts: Texts) -> bytes:
         digest.update(f"{len(text)}:".encode())
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.digest()
-
-

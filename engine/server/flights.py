@@ -14,7 +14,6 @@ Requests are equal when their bodies are, byte for byte (SHA-256), and their cal
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, TypeVar
@@ -140,11 +139,6 @@ class Flights:
             flight.task.cancel()
         else:
             _retrieved(flight.task)
-
-
-def body_key(caller: str, route: str, body: bytes | bytearray | memoryview) -> tuple[str, str, bytes]:
-    """What makes two requests equal; hashes the body, so large ones belong on a thread."""
-    return caller, route, hashlib.sha256(body).digest()
 
 
 def _succeeded(task: asyncio.Task[Any], good: Callable[[Any], bool]) -> bool:

@@ -12,7 +12,10 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ..provider import EdgeProvider
+from ..provider.callers import caller
 from .answers import PiecesResponse, pieces
+from .echoes import Echoes
+from .flights import Flights
 from .settings import ServerSettings
 
 T = TypeVar("T")
@@ -40,11 +43,38 @@ class Server:
         self.settings = settings
         self.provider = provider
         self.owned = owned
+        self.echoes = Echoes(settings.embedding_handles, settings.echo_mb << 20)
+        self.flights = Flights()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pixano-edge-wire")
 
     async def on_thread(self, work: Callable[..., T], *values: Any) -> T:
         """Runs what would hold up the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
+
+    async def once(
+        self,
+        request: Request,
+        digest: bytes | None,
+        compute: Callable[[], Coroutine[Any, Any, T]],
+        timeout: float | None = None,
+        **options: Any,
+    ) -> T:
+        """What `compute` returns, computed once for equal requests of one caller; see `flights`. Ends when the client
+        hangs up.
+
+        Args:
+            request: Its body must have been read.
+            digest: Of the body (`bodies.read_request_once`); None computes in any case.
+            compute: Without a timeout of its own.
+            timeout: Seconds that this request waits.
+            options: More of `Flights.join`.
+
+        Raises:
+            ClientGone: It hung up.
+            InferenceTimeoutError: The time is over.
+        """
+        key = None if digest is None else (caller(), request.scope["path"], digest)
+        return await until_gone(request, self.flights.join(key, compute, timeout, **options))
 
     async def respond(self, value: Any, status: int = 200) -> Response:
         """A JSON response, written on a thread."""
@@ -52,6 +82,7 @@ class Server:
 
     async def close(self) -> None:
         """Closes what this server made."""
+        self.flights.close()
         if self.owned:
             await self.provider.close()
         self._threads.shutdown(wait=False)
@@ -99,6 +130,7 @@ def make_provider(settings: ServerSettings) -> EdgeProvider:
         max_image_bytes=settings.media_max_image_bytes,
         max_video_bytes=settings.media_max_video_bytes,
         queue_depth=settings.queue_depth,
+        jobs=settings.jobs,
     )
 
 
