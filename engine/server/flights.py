@@ -4,8 +4,8 @@ Pixano's clients ask again when an answer takes longer than their patience: up t
 POST too. What they ask for again is still being computed then, or has just been. So:
 
 - A request that equals one of the same caller that is under way joins it.
-- When the last waiter leaves, the work is cancelled: at once when it has run for less than `patience` seconds (a user who
-  changed his mind), else after `window` seconds (a client that will most likely ask again).
+- When the last waiter leaves, the work is cancelled: at once when it has run for less than `patience` seconds (a user
+  who changed his mind), else after `window` seconds (a client that will most likely ask again).
 - A result that nobody was left to take is kept for `window` seconds.
 
 Requests are equal when their bodies are, byte for byte (SHA-256), and their callers.
