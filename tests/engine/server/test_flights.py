@@ -82,7 +82,7 @@ async def test_work_goes_on_while_one_waits() -> None:
 
 async def test_one_whose_patience_ended_finds_the_work_again() -> None:
     """Three attempts with pauses, as the clients make them: one computation."""
-    flights, work = Flights(patience=STEP, window=20 * STEP), Work(6 * STEP)
+    flights, work = Flights(patience=STEP, window=60), Work(6 * STEP)
     for _ in range(2):
         task = asyncio.create_task(flights.join("k", work))
         await asyncio.sleep(2 * STEP)
@@ -93,7 +93,7 @@ async def test_one_whose_patience_ended_finds_the_work_again() -> None:
 
 
 async def test_a_result_that_nobody_took_is_kept_for_a_while() -> None:
-    flights, work = Flights(patience=0, window=6 * STEP), Work(STEP)
+    flights, work = Flights(patience=0, window=60), Work(STEP)
     task = asyncio.create_task(flights.join("k", work))
     await asyncio.sleep(STEP / 2)
     await _leave(task)
@@ -106,17 +106,17 @@ async def test_a_result_that_nobody_took_is_kept_for_a_while() -> None:
 
 
 async def test_work_that_nobody_comes_back_for_is_cancelled() -> None:
-    flights, work = Flights(patience=0, window=2 * STEP), Work(60)
+    flights, work = Flights(patience=0, window=10 * STEP), Work(60)
     task = asyncio.create_task(flights.join("k", work))
     await asyncio.sleep(STEP)
     await _leave(task)
-    assert work.cancelled == 0
+    assert len(flights) == 1
     await _soon(lambda: work.cancelled == 1)
     assert len(flights) == 0
 
 
 async def test_a_timeout_is_one_waiters_own() -> None:
-    flights, work = Flights(patience=0, window=20 * STEP), Work(4 * STEP)
+    flights, work = Flights(patience=0, window=60), Work(4 * STEP)
     with pytest.raises(InferenceTimeoutError, match="Ask again"):
         await flights.join("k", work, timeout=STEP)
     assert await flights.join("k", work, timeout=20) == 1
@@ -146,14 +146,15 @@ async def test_answers_that_must_not_be_made_twice_are_kept_while_they_are_good(
     good = [True]
 
     async def join() -> int:
-        return await flights.join("k", work, keep=4 * STEP, good=lambda _: good[0])
+        return await flights.join("k", work, keep=2.0, good=lambda _: good[0])
 
     assert [await join(), await join()] == [1, 1]
     good[0] = False
     assert await join() == 2
     good[0] = True
     assert await join() == 2
-    await asyncio.sleep(6 * STEP)
+    for _ in range(6):
+        await asyncio.sleep(0.5)
     assert len(flights) == 0
     assert await join() == 3
 
