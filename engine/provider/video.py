@@ -119,6 +119,11 @@ class VideoService:
         """Faults of the store."""
         return self._store.warnings
 
+    def state(self, job_id: str) -> str | None:
+        """State of a job; None where there is none."""
+        record = self._store.get(job_id)
+        return None if record is None else record.state
+
     def status(self, job_id: Any) -> VideoMaskGenerationJobStatus:
         """The state of a job; raises JobNotFoundError."""
         return status_of(self._store, job_id)

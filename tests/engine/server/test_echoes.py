@@ -82,16 +82,16 @@ def _features(data: Any) -> dict[str, Any]:
 
 def _forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Notes which arrays of requests are decoded."""
-    from pixano_edge.engine.server import routes_v1
+    from pixano_edge.engine.server import inputs
 
     decoded: list[str] = []
-    real = routes_v1.read_array
+    real = inputs.read_array
 
     def noted(shape: Any, data: Any, what: str) -> Any:
         decoded.append(what)
         return real(shape, data, what)
 
-    monkeypatch.setattr(routes_v1, "read_array", noted)
+    monkeypatch.setattr(inputs, "read_array", noted)
     return decoded
 
 
