@@ -256,9 +256,17 @@ class VideoService:
                 kept = True
             finally:
                 if not kept:
-                    run.drop(InferenceError("The job was not kept.", "Submit it again."))
+                    self._drop(run)
         run.start()
         return run
+
+    def _drop(self, run: Run) -> None:
+        """Ends a run that was not started; where its job is just being written, after that."""
+        error = InferenceError("The caller left while the job was submitted.", "Submit it again.")
+        try:
+            self._files.submit(run.drop, error)
+        except RuntimeError:  # it was shut down
+            run.drop(error)
 
     def _gone(self, run: Run) -> None:
         with self._lock:

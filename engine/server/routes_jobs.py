@@ -36,10 +36,9 @@ def router(server: Server) -> APIRouter:
             return await server.provider.submit_video_mask_generation_job(given)
 
         # A client whose connection broke sends the request again: it must not start a second job.
-        status = await server.once(request, start, keep=SUBMIT_AGAIN_S, good=going_on)
-        return await server.respond(
-            answers.job(await server.provider.get_video_mask_generation_job(status.job_id)), 202
-        )
+        started = await server.once(request, start, patience=0.0, keep=SUBMIT_AGAIN_S, good=going_on)
+        status = await server.provider.get_video_mask_generation_job(started.job_id)
+        return await server.respond(lambda: answers.job(status), 202)
 
     def going_on(status: VideoMaskGenerationJobStatus) -> bool:
         return server.provider.job_state(status.job_id) in (RUNNING, COMPLETED)

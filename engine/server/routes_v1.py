@@ -70,9 +70,8 @@ def router(server: Server) -> APIRouter:
     )
     async def segmentation_binary(request: Request) -> Response:
         wire, image = await one_image(server, request, schemas.SegmentationRequest)
-        return await segment(
-            request, await server.on_thread(inputs.mask_input, wire, server.media, image, server.echoes)
-        )
+        given = await server.on_thread(inputs.mask_input, wire, server.media, image, server.echoes)
+        return await segment(request, given)
 
     @post("/detection", "Boxes of named classes", "DetectionAnswer", openapi.body(schemas.DetectionRequest))
     async def detection(request: Request) -> Response:
