@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ..provider import EdgeProvider
 from . import legacy_inference, legacy_tasks, openapi, routes_info, routes_jobs, routes_models, routes_v1
 from .auth import AuthMiddleware, Keys
+from .callers import CallerMiddleware
 from .context import ContextMiddleware
 from .errors import HANDLERS
 from .guard import BrowserGuard
@@ -60,6 +61,7 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
     openapi.install(app, bool(settings.api_keys))
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes)
+    app.add_middleware(CallerMiddleware, keyed=bool(settings.api_keys))
     app.add_middleware(AuthMiddleware, keys=Keys(settings.api_keys))
     if settings.cors_allow_origins:
         app.add_middleware(
