@@ -38,6 +38,7 @@ _KNOWN = {
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),
     "info": _Known("Show this machine, or the facts of one bundle."),
+    "serve": _Known("Serve models to Pixano over HTTP.", "server", "fastapi"),
     "segment": _Known("Segment an image or a folder of images."),
     "track": _Known("Track objects through a video."),
     "verify": _Known("Check a bundle on this machine against its golden samples."),
@@ -45,9 +46,13 @@ _KNOWN = {
 
 # Module that is missing at run time -> the extra that brings it.
 _EXTRA_OF_MODULE = {
+    "fastapi": "server",
+    "multipart": "server",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
+    "orjson": "server",
+    "prometheus_client": "server",
     "psutil": "benchmarks",
     "pynvml": "cuda",
     "safetensors": "export",
@@ -56,6 +61,7 @@ _EXTRA_OF_MODULE = {
     "tokenizers": "detection",
     "torch": "export",
     "transformers": "export",
+    "uvicorn": "server",
 }
 
 _BASE_MODULES = frozenset(("PIL", "cv2", "numpy", "pycocotools", "pydantic", "rich"))

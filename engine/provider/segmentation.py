@@ -11,7 +11,7 @@ from ..models.sam2.prompts import build_prompts
 from .convert import read_features, read_multimask, read_prompts, rle_of
 from .families import LoadedModel
 from .media import MediaPolicy
-from .types import EdgeMaskGenerationOutput, NDArrayData
+from .types import ArrayData, EdgeMaskGenerationOutput, NDArrayData
 from .worker import Job
 
 # Pixels of full-size masks held at once: prompts are decoded in groups so that many prompts on a large photo do not
@@ -45,6 +45,7 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
     job.check()
 
     want_logits = bool(getattr(request, "return_logits", False))
+    data: type[NDArrayData] = ArrayData if getattr(request, "answer_arrays", False) else NDArrayData
     group = max(1, _MASK_PIXELS // (height * width * (3 if multimask else 1)))
     masks, scores, logits = [], [], []
     for start in range(0, len(prompts), group):
@@ -57,14 +58,14 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
         if want_logits:
             logits.append(np.array(found.low_res_logits))
     all_scores = np.concatenate(scores)
-    output = EdgeMaskGenerationOutput(masks=masks, scores=NDArrayData.from_array(all_scores))
+    output = EdgeMaskGenerationOutput(masks=masks, scores=data.from_array(all_scores))
     if want_logits:
         all_logits = np.concatenate(logits)
         for one, prompt_scores in zip(all_logits, all_scores):
             model.memory.note(one, prompt_scores)
-        output.mask_logits = NDArrayData.from_array(all_logits[0] if len(all_logits) == 1 else all_logits)
+        output.mask_logits = data.from_array(all_logits[0] if len(all_logits) == 1 else all_logits)
     if getattr(request, "return_image_embedding", False):
         job.check()
-        output.image_embedding = NDArrayData.from_array(embedding.image_embed[0])
-        output.high_resolution_features = [NDArrayData.from_array(f[0]) for f in embedding.high_res]
+        output.image_embedding = data.from_array(embedding.image_embed[0])
+        output.high_resolution_features = [data.from_array(f[0]) for f in embedding.high_res]
     return output
