@@ -45,7 +45,7 @@ export class Ask {
   tell() {
     const missing = this.app.models.missing("vlm", "answers questions (a vision-language model)");
     this.form.hidden = missing !== null;
-    if (missing) this.status.show(missing);
+    if (missing) this.status.note(missing);
     else if (!this.abort) this.status.say(this.app.image ? "Ctrl + Enter asks, too." : "Choose a picture, or ask without one.");
     return !missing;
   }
@@ -86,10 +86,7 @@ export class Ask {
       announce(text);
     } catch (error) {
       if (error.name === "AbortError") this.status.say("Stopped.");
-      else {
-        this.status.show(error);
-        announce(error.message);
-      }
+      else this.status.show(error);
     } finally {
       if (this.abort === mine) this.abort = null;
       this.go.disabled = false;

@@ -22,11 +22,12 @@ export class Box {
     this.jobs = el("ul", { class: "jobs" });
     this.noJobs = el("p", { class: "hint", text: "No tracking under way." });
     this.noWarnings = el("p", { class: "hint", text: "None." });
-    fill(panel, this.status.node, el("div", { class: "cards" },
-      card("Device", this.facts, this.memory),
+    fill(panel, this.status.node,
       card("Models", el("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": "Models" }, el("table", { class: "models" },
         el("thead", {}, el("tr", {}, ["Name", "Does", "State", "Requests", "p50", "p90", "p99", "Last two minutes"]
-          .map((text) => el("th", { scope: "col", text })))), this.models)), "models-card"),
+          .map((text, i) => el("th", { scope: "col", text, class: i > 2 && i < 7 ? "number" : undefined })))), this.models))),
+      el("div", { class: "cards" },
+      card("Device", this.facts, this.memory),
       card("Jobs", this.noJobs, this.jobs),
       card("Warnings", this.noWarnings, this.warnings),
       card("Versions", this.versions),
@@ -111,8 +112,10 @@ export class Box {
   }
 
   modelRow(model, gpu) {
-    const base = model.name.replace(/-(video|image)$/, "");
-    const device = gpu.model_to_device?.[model.name] ?? gpu.model_to_device?.[base];
+    // A model that tracks goes by two names, and is in memory under one of them.
+    const base = (name) => name.replace(/-(video|image)$/, "");
+    const same = Object.entries(gpu.model_to_device ?? {}).find(([name]) => base(name) === base(model.name));
+    const device = same?.[1];
     const latency = this.latencies?.get(model.name);
     const state = device ? `in memory, ${device}` : model.status === "RUNNING" ? "on disk, loads when asked" : model.status.toLowerCase();
     return el("tr", {},
@@ -175,8 +178,7 @@ export class Box {
 }
 
 function card(title, ...children) {
-  const name = typeof children.at(-1) === "string" ? children.pop() : "";
-  return el("section", { class: `card ${name}`.trim() }, el("h2", { text: title }), children);
+  return el("section", { class: "card" }, el("h2", { text: title }), children);
 }
 
 function pairs(entries) {

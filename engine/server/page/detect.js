@@ -17,7 +17,11 @@ export class Detect {
     this.status = new Status();
     this.model = modelSelect(app.models, "detection", "Model", () => this.restart());
     this.masks = modelSelect(app.models, "segmentation", "Model for masks", () => {});
-    this.classes = el("input", { type: "text", autocomplete: "off", placeholder: "cat, remote control" });
+    this.classes = el("textarea", { rows: 2, placeholder: "cat, remote control", on: { keydown: (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      this.find();
+    } } });
     this.go = el("button", { type: "submit", class: "main", text: "Find" });
     this.bar = el("input", { type: "range", min: FLOOR, max: 1, step: 0.01, value: START, on: { input: () => this.filter() } });
     this.barText = el("output", { text: START.toFixed(2) });
@@ -53,9 +57,11 @@ export class Detect {
     this.tell();
   }
 
-  /** The words of a demo scene, unless the user wrote some. */
+  /** The words of a demo scene, unless the user wrote some: "orange cross", "striped heart". */
   suggest() {
-    const words = (this.app.image?.words ?? []).map((word) => word.replace(" plain ", " ").replace(/^\w+ (?=\w+ \w+$)/, ""));
+    const words = (this.app.image?.words ?? [])
+      .filter((word) => !/photographic|noisy/.test(word)) // the demo detector has no word for these
+      .map((word) => word.replace(" plain ", " ").replace(/^\w+ (?=\w+ \w+$)/, ""));
     const text = [...new Set(words)].join(", ");
     if (this.classes.value === "" || this.classes.value === this.suggested) this.classes.value = this.suggested = text;
     this.hint.textContent = text ? "The demo detector knows colours, patterns and shapes only." : "";
@@ -63,7 +69,7 @@ export class Detect {
 
   tell() {
     const missing = this.app.models.missing("detection", "detects objects");
-    if (missing) this.status.show(missing);
+    if (missing) this.status.note(missing);
     else if (!this.app.image) this.status.say("Choose a picture first.");
     else if (!this.boxes.length) this.status.say("Name what to look for, then press Find.");
     this.go.disabled = missing !== null;
@@ -73,7 +79,7 @@ export class Detect {
 
   async find() {
     if (!this.tell()) return;
-    const names = this.classes.value.split(",").map((name) => name.trim()).filter(Boolean);
+    const names = this.classes.value.split(/[,\n]/).map((name) => name.trim()).filter(Boolean);
     if (!names.length) {
       this.status.show({ message: "There is no class to look for.", action: "Write one or more, separated by commas." });
       this.classes.focus();
@@ -102,7 +108,6 @@ export class Detect {
       if (error.name === "AbortError") return;
       this.filter();
       this.status.show(error);
-      announce(error.message);
     }
   }
 
@@ -147,7 +152,7 @@ export class Detect {
 
   /** A click takes the smallest box around it. */
   maskAt(x, y) {
-    const size = ({ box }) => (box[2] - box[0]) * (box[3] - box[1]);
+    const size = ({ box, score }) => ((box[2] - box[0]) * (box[3] - box[1])) / score; // of like boxes, the surer one
     const around = this.shown.filter(({ box }) => box[0] <= x && x <= box[2] && box[1] <= y && y <= box[3]);
     const found = around.sort((a, b) => size(a) - size(b))[0];
     if (found) this.mask(found, found.button);
@@ -183,7 +188,6 @@ export class Detect {
       announce(text);
     } catch (error) {
       this.status.show(error);
-      announce(error.message);
     } finally {
       button.disabled = false;
       this.draw();

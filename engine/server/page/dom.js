@@ -62,10 +62,13 @@ export function announce(text) {
   announce.timer = setTimeout(() => (place.textContent = text), 60);
 }
 
-/** Where a tool shows what it does and what went wrong. `show(error)` has what to do in a line of its own. */
+/**
+ * Where a tool shows what it does (`busy`), what came (`say`), what is missing (`note`) and what went wrong (`show`,
+ * which screen readers are told). The last two take {message, action}; what to do has a line of its own.
+ */
 export class Status {
   constructor() {
-    this.node = el("div", { class: "status", role: "status" });
+    this.node = el("div", { class: "status" });
   }
   say(text) {
     this.node.className = "status";
@@ -75,14 +78,22 @@ export class Status {
     this.node.className = "status busy";
     fill(this.node, text);
   }
+  note(what) {
+    this.put("status note", what);
+  }
+  /** Nothing for what the user stopped. */
   show(error) {
-    if (error?.name === "AbortError") return;
-    this.node.className = "status error";
+    if (error.name === "AbortError") return;
+    this.put("status error", error);
+    announce(`${error.message} ${error.action ?? ""}`);
+  }
+  put(style, { message, action, requestId }) {
+    this.node.className = style;
     fill(
       this.node,
-      el("strong", { text: error?.message ?? String(error) }),
-      error?.action ? el("span", { class: "action", text: error.action }) : null,
-      error?.requestId ? el("small", { text: `Request ${error.requestId}` }) : null,
+      el("strong", { text: message }),
+      action ? el("span", { class: "action", text: action }) : null,
+      requestId ? el("small", { text: `Request ${requestId}` }) : null,
     );
   }
 }

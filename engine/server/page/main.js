@@ -19,8 +19,8 @@ const app = {
   models: new Models(),
   image: null,
   active: null,
-  stage: new Stage(byId("image-stage"), "Picture", "Drop a picture here"),
-  clipStage: new Stage(byId("clip-stage"), "Frame of the clip", "Drop frames or a video here"),
+  stage: new Stage(byId("image-stage"), "Picture", "Drop or paste a picture here, or take a demo scene above."),
+  clipStage: new Stage(byId("clip-stage"), "Frame of the clip", "Drop frames or a video here, or open the demo clip above."),
 };
 const tools = {
   segment: new Segment(app, byId("panel-segment")),
@@ -73,7 +73,7 @@ function theme() {
   const set = (choice) => {
     if (choice === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = choice;
-    button.textContent = `Theme: ${choice}`;
+    byId("theme-name").textContent = choice;
   };
   const stored = () => (THEMES.includes(localStorage.getItem("pixano-edge-theme")) ? localStorage.getItem("pixano-edge-theme") : "auto");
   button.addEventListener("click", () => {

@@ -78,6 +78,7 @@ export class Segment {
   /** Another picture or model: everything begins anew. */
   restart() {
     this.abort?.abort();
+    this.opening?.abort();
     this.steps = [];
     this.prepared = false;
     this.showCandidates();
@@ -86,7 +87,7 @@ export class Segment {
 
   tell() {
     const missing = this.app.models.missing("segmentation", "segments");
-    if (missing) this.status.show(missing);
+    if (missing) this.status.note(missing);
     else if (!this.app.image) this.status.say("Choose a picture first.");
     return !missing && this.app.image !== null;
   }
@@ -98,7 +99,9 @@ export class Segment {
     this.prepared = true;
     this.status.busy("Reading the picture…");
     try {
-      await this.request({ points: [], labels: [], box: null }, "Opening", null);
+      // Not ended by the first click, which waits for the same encoding.
+      this.opening = new AbortController();
+      await this.request({ points: [], labels: [], box: null }, "Opening", null, this.opening);
       if (this.app.image === image && !this.steps.length) this.status.say("Ready. Click on an object, or drag a box around it.");
     } catch (error) {
       if (error.name === "AbortError") return;
@@ -120,10 +123,12 @@ export class Segment {
     this.draw();
     this.buttons();
     this.status.busy("Asking…");
+    this.abort?.abort();
+    this.abort = new AbortController();
     try {
       // A new box starts over: the old mask is not about it.
       const last = this.refine.checked && !box && before?.logits ? plane(before.logits, before.chosen) : null;
-      const answer = await this.request(prompt, box ? "Box" : label ? "Point" : "Not this", last);
+      const answer = await this.request(prompt, box ? "Box" : label ? "Include" : "Exclude", last, this.abort);
       step.masks = answer.data.masks[0].map((rle) => new Mask(rle));
       step.scores = [...floats(answer.data.scores)];
       step.logits = answer.data.maskLogits;
@@ -133,15 +138,12 @@ export class Segment {
       if (error.name === "AbortError") return;
       this.steps = this.steps.filter((other) => other !== step);
       this.status.show(error);
-      announce(error.message);
       this.draw();
       this.buttons();
     }
   }
 
-  async request(prompt, what, maskInput) {
-    this.abort?.abort();
-    this.abort = new AbortController();
+  async request(prompt, what, maskInput, { signal }) {
     const { points, labels, box } = prompt;
     const fields = { model: this.model.value, numMultimaskOutputs: 1, multimaskOutput: false };
     if (points.length) Object.assign(fields, { points: [points], labels: [labels] });
@@ -152,7 +154,7 @@ export class Segment {
     if (points.length === 1 && !box && !maskInput) Object.assign(fields, { multimaskOutput: true, numMultimaskOutputs: 3 });
     const started = performance.now();
     const body = withImage(fields, this.app.image.file);
-    const response = await send("POST", "v1/inference/segmentation/binary", body, { signal: this.abort.signal });
+    const response = await send("POST", "v1/inference/segmentation/binary", body, { signal });
     const text = await response.text();
     const answer = JSON.parse(text);
     this.timed(what, (performance.now() - started) / 1000, answer.processingTime, text.length);

@@ -129,7 +129,6 @@ export class Track {
       announce(`${clip.length} frames are open. Mark an object.`);
     } catch (error) {
       this.status.show(error);
-      announce(error.message ?? "");
     }
   }
 
@@ -158,7 +157,7 @@ export class Track {
 
   tell() {
     const missing = this.app.models.missing("tracking", "tracks");
-    if (missing) this.status.show(missing);
+    if (missing) this.status.note(missing);
     else if (!this.clip) this.status.say("Choose a clip first.");
     else if (!this.running && !this.marked.length) this.status.say("Click on an object, or drag a box around it.");
     this.go.disabled = missing !== null || !this.clip || !this.marked.length || this.running !== undefined;
@@ -258,7 +257,6 @@ export class Track {
       this.draw();
     } catch (error) {
       this.status.show(error);
-      if (error.name !== "AbortError") announce(error.message);
     }
   }
 
@@ -294,9 +292,7 @@ export class Track {
       this.status.say(text);
       announce(text);
     } catch (error) {
-      if (error.name === "AbortError") return;
       this.status.show(error);
-      announce(error.message);
     } finally {
       if (this.running === mine) this.ended();
     }
