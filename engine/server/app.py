@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from ..libraries import engine_versions
 from ..provider import EdgeProvider
-from . import routes_info, routes_v1
+from . import legacy_inference, legacy_tasks, routes_info, routes_v1
 from .auth import AuthMiddleware, Keys
 from .context import ContextMiddleware
 from .errors import HANDLERS
@@ -45,6 +45,8 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
     app.state.server = server
     app.include_router(routes_info.router(server))
     app.include_router(routes_v1.router(server))
+    app.include_router(legacy_tasks.router(server))
+    app.include_router(legacy_inference.router(server))
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes)
     app.add_middleware(AuthMiddleware, keys=Keys(settings.api_keys))
