@@ -9,8 +9,8 @@ from fastapi import FastAPI
 
 from ..libraries import engine_versions
 from ..provider import EdgeProvider
-from . import legacy_inference, legacy_tasks, routes_info, routes_v1
-from .auth import AuthMiddleware, Keys
+from . import legacy_inference, legacy_tasks, page, routes_info, routes_v1
+from .auth import OPEN_PATHS, AuthMiddleware, Keys
 from .context import ContextMiddleware
 from .errors import HANDLERS
 from .limits import BodyLimitMiddleware
@@ -47,8 +47,13 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
     app.include_router(routes_v1.router(server))
     app.include_router(legacy_tasks.router(server))
     app.include_router(legacy_inference.router(server))
+    app.include_router(page.router())
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes)
-    app.add_middleware(AuthMiddleware, keys=Keys(settings.api_keys))
+    # The page asks for a key itself, so its files are open.
+    open_paths = {*OPEN_PATHS, page.DOCUMENT_PATH}
+    app.add_middleware(
+        AuthMiddleware, keys=Keys(settings.api_keys), open_paths=open_paths, open_prefixes=(page.PREFIX,)
+    )
     app.add_middleware(ContextMiddleware)
     return app

@@ -25,6 +25,10 @@ from fastapi.responses import JSONResponse, Response
 
 from ..errors import EdgeError
 
+DOCUMENT_PATH = "/"
+PREFIX = "/page/"
+"""Where the page is: the server answers there without an API key, which the page asks for."""
+
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -188,7 +192,7 @@ def router(page: Page | None = None) -> APIRouter:
     page = page or read_page()
     routes = APIRouter(include_in_schema=False)
     clip = DemoClip()
-    base = f"/page/{page.digest}"
+    base = f"{PREFIX}{page.digest}"
     add = partial(routes.add_api_route, methods=["GET", "HEAD"])
 
     async def document(request: Request) -> Response:
@@ -205,7 +209,7 @@ def router(page: Page | None = None) -> APIRouter:
         frames = clip.frames()
         return _answer(request, frames[index], _FOREVER) if 0 <= index < len(frames) else _absent()
 
-    add("/", document)
+    add(DOCUMENT_PATH, document)
     add(f"{base}/demo/clip.json", clip_length)
     add(f"{base}/demo/clip/{{index:int}}.jpg", clip_frame)
     add(f"{base}/{{name:path}}", asset)
