@@ -132,11 +132,9 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
         for one, prompt_scores in zip(all_logits, all_scores):
             model.memory.note(one, prompt_scores)
         output.mask_logits = data.from_array(all_logits[0] if len(all_logits) == 1 else all_logits)
-    if getattr(request, "return_image_embedding", False):
+    wanted = getattr(request, "wants_embedding", None)
+    if getattr(request, "return_image_embedding", False) and (wanted is None or key is None or wanted(key)):
         job.check()
-        stand_in = getattr(request, "embedding_stand_in", None)
-        output.embedding_stand_in = None if stand_in is None or key is None else stand_in(key)
-    if getattr(request, "return_image_embedding", False) and output.embedding_stand_in is None:
         with job.stage("pack"):
             output.image_embedding = data.from_array(embedding.image_embed[0])
             output.high_resolution_features = [data.from_array(f[0]) for f in embedding.high_res]

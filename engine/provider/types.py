@@ -248,8 +248,7 @@ class EdgeMaskGenerationInput(ImageMaskGenerationInput):
         answer_arrays: Answer with `ArrayData`; an addition of Pixano Edge, as all that follow.
         echoed: Features that a server knows to be its own, instead of `image_embedding`; see `seen.EchoedFeatures`.
         embedding_handle: What stands for features, instead of them; see `seen.handle_of`.
-        embedding_stand_in: What the answer holds instead of the features of a key (`EmbeddingKey`), where features are
-            asked for; when it is, or returns, None: the features.
+        wants_embedding: Whether the features of a key are to be in the answer; None for always.
     """
 
     mask_input: NDArrayData | None = None
@@ -257,7 +256,7 @@ class EdgeMaskGenerationInput(ImageMaskGenerationInput):
     answer_arrays: bool = False
     echoed: Any = None
     embedding_handle: bytes | None = None
-    embedding_stand_in: Callable[[Any], Any] | None = None
+    wants_embedding: Callable[[Any], bool] | None = None
 
 
 @dataclass
@@ -274,13 +273,11 @@ class ImageMaskGenerationOutput:
 class EdgeMaskGenerationOutput(ImageMaskGenerationOutput):
     """`ImageMaskGenerationOutput` with logits: ``[M, m, m]`` for one prompt, else ``[P, M, m, m]``.
 
-    `embedding_key` is what the features depend on (`EmbeddingKey`), None when the request brought its own;
-    `embedding_stand_in` is what the request's function of this name returned for it.
+    `embedding_key` is what the features depend on (`EmbeddingKey`); None when the request brought its own.
     """
 
     mask_logits: NDArrayData | None = None
     embedding_key: Any = None
-    embedding_stand_in: Any = None
 
 
 @dataclass

@@ -24,9 +24,6 @@ M = TypeVar("M", bound=BaseModel)
 SMALL = 32 << 10
 """Bytes that are parsed on the event loop: handing them to a thread would take longer."""
 
-HASHED_BYTES = 4 << 20
-"""Larger requests for masks are not compared with those under way."""
-
 METADATA_BYTES = 32 << 20
 """Most that the JSON part of an upload may have."""
 MAX_FILES = 100_000
@@ -90,9 +87,22 @@ def _check_json(request: Request) -> None:
 
 
 async def read_request(
-    server: Server, request: Request, model: type[M], convert: Callable[[M], T] | None = None
+    server: Server,
+    request: Request,
+    model: type[M],
+    convert: Callable[[M], T] | None = None,
+    hashed_bytes: int | None = None,
 ) -> Any:
     """The body as a request, or as what `convert` makes of it, on a thread where the body is large.
+
+    Its digest is noted in the request's state, for `Server.answered`.
+
+    Args:
+        server: Has the threads.
+        request: As it came.
+        model: What the JSON is.
+        convert: Makes more of it.
+        hashed_bytes: Largest body that is compared with those under way; None for any.
 
     Raises:
         ApiError: 408, 415, or 422.
@@ -101,20 +111,12 @@ async def read_request(
     body = await read_body(server, request)
 
     def read() -> Any:
-        request.state.digest = None if _only_echoes(request, len(body)) else hashlib.sha256(body).digest()
+        if hashed_bytes is None or len(body) <= hashed_bytes:
+            request.state.body_digest = hashlib.sha256(body).digest()
         wire = validated(model, parse_json(body))
         return wire if convert is None else convert(wire)
 
     return read() if len(body) <= SMALL else await server.on_thread(read)
-
-
-def _only_echoes(request: Request, size: int) -> bool:
-    """Whether a body is not worth its digest, by which `Server.answered` knows an equal request again.
-
-    Large requests for masks echo features, for which only the decoder runs; and what takes long, the encoder, is shared
-    by the content of the image in any case.
-    """
-    return size > HASHED_BYTES and "segmentation" in request.scope["path"]
 
 
 async def read_upload(
@@ -151,12 +153,10 @@ async def read_upload(
         await form.close()
 
     def read() -> M:
-        # Not of the body: each attempt of a client draws a new boundary between the parts.
-        digest = hashlib.sha256(f"{len(content)}:".encode() + content)
+        digest = hashlib.sha256(content)
         for file in files:
-            digest.update(f"{len(file)}:".encode())
-            digest.update(file)
-        request.state.digest = digest.digest()
+            digest.update(hashlib.sha256(file).digest())
+        request.state.body_digest = digest.digest()
         try:
             value = parse_json(content)
         except ApiError as error:
@@ -165,8 +165,7 @@ async def read_upload(
             value[field or part] = ""  # the files stand for it
         return validated(model, value)
 
-    small = len(content) + sum(map(len, files)) <= SMALL
-    return (read() if small else await server.on_thread(read)), files
+    return await server.on_thread(read), files
 
 
 class _Parser(MultiPartParser):

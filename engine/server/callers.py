@@ -15,8 +15,8 @@ class CallerMiddleware:
 
     Args:
         app: What comes next.
-        keyed: Whether the server has keys, so that the one of a request was checked. Behind a proxy and without keys
-            all have one address, and are one caller.
+        keyed: Whether the server has keys, so that that of a request was checked. Behind a proxy and without keys all
+            have one address, and are one caller.
     """
 
     def __init__(self, app: ASGIApp, keyed: bool) -> None:

@@ -1,5 +1,5 @@
-"""Features that come back: Pixano's page sends the image embedding that it was answered with along with every click,
-22 MB of base64 for a SAM 2 at 1024 pixels. A server that knows its own answer again need not decode it.
+"""Features that come back: Pixano's page sends the image embedding of an earlier answer along with every click, 22 MB
+of base64 for a SAM 2 at 1024 pixels. A server that knows its own answer again need not decode it.
 
 The text that was sent is kept, within a budget, and compared as a whole: 2 ms for 22 MB, where decoding takes 60 and
 SHA-256 16 (measured on one core of a Xeon with SHA instructions; BLAKE2b takes 33). What falls out of the budget leaves
@@ -123,27 +123,9 @@ class Echoes:
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
-    def stand_in(self, key: EmbeddingKey) -> list[WireArray] | None:
-        """What an answer holds instead of the features of a key, for `EdgeMaskGenerationInput.embedding_stand_in`: a
-        handle, or the text that was sent before; None for the features."""
-        if self.handles:
-            handle = WireArray(write_handle(handle_of(key)))
-            return [handle, handle]
-        found = self.find(key)
-        return None if found is None else _wired(*found)
-
-    def arrays(self, output: Any) -> tuple[WireArray | None, list[WireArray | None] | None]:
-        """Image embedding and finer maps of an `EdgeMaskGenerationOutput`, for the wire, and remembered; None for none.
-        On a thread: it encodes megabytes."""
-        arrays: Sequence[WireArray | None] | None = output.embedding_stand_in
-        if arrays is None:
-            if output.image_embedding is None:
-                return None, None
-            arrays = [wire_array(one) for one in (output.image_embedding, *output.high_resolution_features)]
-            given = [one for one in arrays if one is not None]
-            if output.embedding_key is not None and len(given) == len(arrays):
-                arrays = _wired(*self.note(output.embedding_key, given))
-        return arrays[0], list(arrays[1:])
+    def answering(self) -> Answering:
+        """For one request: what its answer holds of the features."""
+        return Answering(self)
 
     def find(self, key: EmbeddingKey) -> tuple[tuple[tuple[int, ...], ...], Texts] | None:
         """Shapes and texts that were sent for a key, where they are kept."""
@@ -180,9 +162,41 @@ class Echoes:
             one.shrink()
 
 
-def _wired(shapes: Sequence[tuple[int, ...]], texts: Texts) -> list[WireArray]:
-    nothing = np.empty(0, np.float32)
-    return [WireText(nothing, shape, text) for shape, text in zip(shapes, texts, strict=True)]
+class Answering:
+    """One answer on its way: the provider asks `wanted`, the route `arrays`."""
+
+    def __init__(self, echoes: Echoes) -> None:
+        self._echoes = echoes
+        self._found: tuple[tuple[tuple[int, ...], ...], Texts] | None = None
+
+    def wanted(self, key: EmbeddingKey) -> bool:
+        """Whether the provider has to hand out the features of a key; called on the model's thread."""
+        # Held from here on: the table may drop them before the answer is written.
+        self._found = self._echoes.find(key)
+        return self._found is None and not self._echoes.handles
+
+    def arrays(self, output: Any, asked: bool) -> tuple[WireArray | None, list[WireArray | None] | None]:
+        """Image embedding and finer maps of an answer, for the wire. On a thread: it encodes megabytes.
+
+        Args:
+            output: `EdgeMaskGenerationOutput`.
+            asked: Whether the request asked for them.
+        """
+        if not asked:
+            return None, None
+        key = output.embedding_key
+        if key is not None and self._echoes.handles:
+            handle = WireArray(write_handle(handle_of(key)))
+            return handle, [handle]
+        if self._found is None:
+            arrays = [wire_array(one) for one in (output.image_embedding, *output.high_resolution_features)]
+            given = [one for one in arrays if one is not None]
+            if key is None or len(given) < len(arrays):
+                return arrays[0], list(arrays[1:])
+            self._found = self._echoes.note(key, given)
+        nothing = np.empty(0, np.float32)
+        wired: list[WireArray | None] = [WireText(nothing, s, t) for s, t in zip(*self._found, strict=True)]
+        return wired[0], wired[1:]
 
 
 def write_handle(token: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:

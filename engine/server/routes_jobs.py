@@ -19,6 +19,7 @@ from .routes_v1 import fetched_video, read_tracking, read_tracking_upload
 from .state import Server
 from .streams import NDJSON, SSE, begin
 
+SUBMIT_TIMEOUT_S = 30.0
 SUBMIT_AGAIN_S = 10.0
 """Seconds in which an equal request gets the job that was started, unless that failed or was canceled."""
 
@@ -31,13 +32,14 @@ def router(server: Server) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
     async def submit(request: Request, given: Any) -> Response:
-        async def start() -> Any:
+        async def start() -> VideoMaskGenerationJobStatus:
             given.video = await fetched_video(server, given.video)
-            return await server.provider.submit_video_mask_generation_job(given)
+            return await server.provider.submit_video_mask_generation_job(given, SUBMIT_TIMEOUT_S)
 
         # A client whose connection broke sends the request again: it must not start a second job.
-        started = await server.once(request, start, patience=0.0, keep=SUBMIT_AGAIN_S, good=going_on)
-        status = await server.provider.get_video_mask_generation_job(started.job_id)
+        digest = getattr(request.state, "body_digest", None)
+        begun = await server.once(request, digest, start, patience=0.0, keep=SUBMIT_AGAIN_S, good=going_on)
+        status = await server.provider.get_video_mask_generation_job(begun.job_id)
         return await server.respond(lambda: answers.job(status), 202)
 
     def going_on(status: VideoMaskGenerationJobStatus) -> bool:

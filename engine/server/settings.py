@@ -48,7 +48,6 @@ class ServerSettings(BaseModel):
         allow_anonymous: Bind an address beyond loopback without keys.
         store: Folder of the model store; None for the user's own.
         demo: Offer the packaged demo bundles.
-        jobs: File (or folder of a ``jobs.sqlite``) in which tracking jobs outlive the process; None for memory.
         bundle_roots: Folders besides the store from which ``POST /v1/models`` may load bundles by path.
         preload: Models to load at start.
         device, backend, precision, threads, cache_mb: Of models that are loaded on demand; see `EdgeProvider`.
@@ -80,7 +79,6 @@ class ServerSettings(BaseModel):
     allow_anonymous: bool = False
     store: Path | None = None
     demo: bool = False
-    jobs: Path | None = None
     bundle_roots: tuple[Path, ...] = ()
     preload: tuple[str, ...] = ()
     device: str = "auto"

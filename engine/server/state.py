@@ -50,8 +50,6 @@ class Server:
         media: Reads the media of requests.
         metrics: For Prometheus; the provider's stages are told to it.
         stats: For people.
-        echoes: Features that were sent, to know them again.
-        flights: What is being computed, for those who ask for it again.
         warnings: Faults of the server itself, for ``/v1/info``.
         starting: Models that are being loaded at start.
         stopping: Whether the server is about to end.
@@ -76,6 +74,31 @@ class Server:
         """Runs what would hold up the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
 
+    async def once(
+        self,
+        request: Request,
+        digest: bytes | None,
+        compute: Callable[[], Coroutine[Any, Any, T]],
+        timeout: float | None = None,
+        **options: Any,
+    ) -> T:
+        """What `compute` returns, computed once for equal requests of one caller; see `flights`. Ends when the client
+        hangs up.
+
+        Args:
+            request: Its body must have been read.
+            digest: Of the body, as `bodies` notes it; None computes in any case.
+            compute: Without a timeout of its own.
+            timeout: Seconds that this request waits.
+            options: More of `Flights.join`.
+
+        Raises:
+            ClientGone: It hung up.
+            InferenceTimeoutError: The time is over.
+        """
+        key = None if digest is None else (caller(), request.scope["path"], digest)
+        return await until_gone(request, self.flights.join(key, compute, timeout, **options))
+
     async def respond(self, value: Any, status: int = 200) -> Response:
         """A JSON response, written on a thread; `value` may be a function that makes the value there."""
 
@@ -85,48 +108,33 @@ class Server:
         return PiecesResponse(await self.on_thread(written), status)
 
     async def answered(
-        self, request: Request, capability: str, work: Callable[[], Coroutine[Any, Any, T]], timeout: float
+        self,
+        request: Request,
+        capability: str,
+        compute: Callable[[], Coroutine[Any, Any, T]],
+        timeout: float | None = None,
     ) -> T:
-        """`once`, counted.
+        """`once` for an inference request, counted.
 
         Args:
-            request: Whose body has been read.
+            request: Read by one of the functions of `bodies`, which note its digest.
             capability: On the wire.
-            work: Asks the provider, without a timeout; its result has `metadata` and `processing_time`.
+            compute: Returns a result of the provider, or a tuple that begins with one.
             timeout: Seconds that this request waits.
         """
         try:
-            result = await self.once(request, work, timeout)
+            found = await self.once(request, getattr(request.state, "body_digest", None), compute, timeout)
         except ClientGone:
             self.metrics.errors.labels(capability, str(CLIENT_CLOSED)).inc()
             raise
         except EdgeError as error:
             self.metrics.errors.labels(capability, str(status_of(error))).inc()
             raise
-        found: Any = result
-        model, seconds = str(found.metadata["model_name"]), float(found.processing_time)
+        result: Any = found[0] if isinstance(found, tuple) else found
+        model, seconds = str(result.metadata["model_name"]), float(result.processing_time)
         self.metrics.inference.labels(model, capability).observe(seconds)
         self.stats.answered(model, capability, seconds)
-        return result
-
-    async def once(
-        self, request: Request, work: Callable[[], Coroutine[Any, Any, T]], timeout: float | None = None, **how: Any
-    ) -> T:
-        """What `work` returns, done once for equal requests of one caller (`flights`), until the client hangs up.
-
-        Args:
-            request: Whose body has been read, and with it its digest.
-            work: What to do, without a timeout of its own.
-            timeout: Seconds that this request waits.
-            how: More of `Flights.join`.
-
-        Raises:
-            ClientGone: It hung up.
-            InferenceTimeoutError: The time is over.
-        """
-        digest = getattr(request.state, "digest", None)
-        key = None if digest is None else (caller(), request.scope["path"], digest)
-        return await until_gone(request, self.flights.join(key, work, timeout, **how))
+        return found
 
     async def preload(self) -> None:
         """Loads the models that the settings name, one after the other; a failure becomes a warning."""
@@ -152,8 +160,8 @@ class Server:
     async def close(self) -> None:
         """Closes what this server made."""
         self.stopping = True
-        self.flights.close()
         self.provider.observe(None)
+        self.flights.close()
         if self.owned:
             await self.provider.close()
         self.media.close()
