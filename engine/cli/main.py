@@ -38,20 +38,22 @@ _KNOWN = {
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),
     "info": _Known("Show this machine, or the facts of one bundle."),
-    "serve": _Known("Serve models to Pixano over HTTP.", "server", "fastapi"),
+    "kit": _Known("Make, verify and install kits for boxes without a network."),
     "segment": _Known("Segment an image or a folder of images."),
+    "serve": _Known("Serve models to Pixano over HTTP.", "server", "fastapi"),
     "track": _Known("Track objects through a video."),
     "verify": _Known("Check a bundle on this machine against its golden samples."),
 }
 
 # Module that is missing at run time -> the extra that brings it.
 _EXTRA_OF_MODULE = {
+    "cryptography": "kit",
     "fastapi": "server",
-    "multipart": "server",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "orjson": "server",
+    "packaging": "kit",
     "prometheus_client": "server",
     "psutil": "benchmarks",
     "pynvml": "cuda",

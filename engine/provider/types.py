@@ -101,13 +101,14 @@ class ModelConfig:
 
 @dataclass
 class ModelInfo:
-    """One model that requests may name."""
+    """One model that requests may name; `status` is one of the words of `states`, None where nobody tells."""
 
     name: str
     task: str
     model_path: str | None = None
     model_class: str | None = None
     provider: str | None = None
+    status: str | None = None
 
 
 @dataclass
@@ -181,8 +182,8 @@ class ArrayData(NDArrayData):
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> ArrayData:
-        """Copies an array of any shape."""
-        flat: npt.NDArray[np.float32] = np.array(array, np.float32, order="C").reshape(-1)
+        """Keeps a C-contiguous float32 array as it is, which must not change any more; copies others."""
+        flat: npt.NDArray[np.float32] = np.ascontiguousarray(array, np.float32).reshape(-1)
         return cls(values=flat, shape=list(array.shape))
 
     def to_array(self) -> npt.NDArray[np.float32]:
