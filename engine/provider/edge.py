@@ -166,9 +166,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         One request holds one image (with any number of prompts), so `supports_batching` is False.
         """
         tasks = {info.task for info in await self.list_models()}
-        return ProviderCapabilities(
-            [t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side
-        )
+        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side)
 
     async def list_models(self, task: InferenceTask | str | None = None) -> list[ModelInfo]:
         """Models that requests may name: loaded ones, and with `autoload` the bundles of the store. Loads nothing.

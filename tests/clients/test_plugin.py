@@ -65,7 +65,8 @@ def test_registered_under_its_own_name_with_typed_parameters(kind: str) -> None:
     assert pixano.ModelClassRegistry.get(kind).__name__ == kind
     by_name = ModelConfig(name="x", model_class=kind, model_params={"path": "p"})
     by_type = ModelConfig(name="x", model_class=getattr(ray_models, kind), model_params={"path": "p"})
-    assert by_name.model_params == by_type.model_params and by_name.model_params.device == "auto"
+    assert by_name.model_params == by_type.model_params
+    assert by_name.model_params.device == "auto"
     with pytest.raises(ValueError, match="devise"):
         ModelConfig(name="x", model_class=kind, model_params={"path": "p", "devise": "cpu"})
     with pytest.raises(ValueError, match="path"):
@@ -80,7 +81,8 @@ def test_masks_from_a_thread_that_did_not_load(replica: Any, photo: Photo) -> No
     thread.start()
     thread.join()
     (first,) = answers
-    assert max(iou(mask, photo.truth) for mask in first.masks[0]) > 0.7 and first.mask_logits is None
+    assert max(iou(mask, photo.truth) for mask in first.masks[0]) > 0.7
+    assert first.mask_logits is None
     again = pixano.SegmentationInput(
         image=photo.uri,
         points=[[photo.click]],
@@ -166,9 +168,7 @@ def test_faults_are_plain_errors_with_what_to_do(photo: Photo) -> None:
 
 
 @pytest.mark.parametrize("replica", ["EdgeSegmentation"], indirect=True)
-def test_the_servers_media_policy_holds(
-    replica: Any, photo: Photo, policy: MediaPolicy, tmp_path: Path
-) -> None:
+def test_the_servers_media_policy_holds(replica: Any, photo: Photo, policy: MediaPolicy, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     path.write_bytes(photo.png)
     for refused in (str(path), path, "http://127.0.0.1:1/photo.png", "ftp://host/photo.png"):

@@ -109,7 +109,8 @@ async def test_models_and_interfaces(client: Any) -> None:
         "clips": ("tracking", "EdgeTracking", "RUNNING"),
         "boxes": ("detection", "EdgeDetection", "RUNNING"),
     }
-    assert found["masks"].interface.embeddings and found["clips"].interface.interval
+    assert found["masks"].interface.embeddings
+    assert found["clips"].interface.interval
     assert found["boxes"].interface.thresholds == ["box"]  # this family looks at no other
 
 
@@ -164,7 +165,8 @@ async def test_tracking_sync_and_as_job(kit: Kit, client: Any, own: EdgeProvider
     assert {frame.objects[0].track_id for frame in frames} == {4}
     job = await client.submit_tracking_job(request)
     done = await client.wait_for_job(job.job_id, poll_interval=0.2, timeout=60)
-    assert done.status == "completed" and done.data.frames == frames
+    assert done.status == "completed"
+    assert done.data.frames == frames
 
 
 async def test_detection(kit: Kit, client: Any, own: EdgeProvider, photo: Photo) -> None:

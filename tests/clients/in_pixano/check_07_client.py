@@ -28,11 +28,13 @@ async def provider(request: pytest.FixtureRequest, url: str) -> AsyncIterator[An
 
 async def test_list_and_info(provider: Any) -> None:
     capabilities = {m.name: m.capability for m in await provider.list_models()}
-    assert capabilities["sam2-demo"] == "segmentation" and capabilities["sam2-demo-video"] == "tracking"
+    assert capabilities["sam2-demo"] == "segmentation"
+    assert capabilities["sam2-demo-video"] == "tracking"
     found = await provider.list_models(task=pixano.InferenceTask.DETECTION)
     assert [m.name for m in found] == ["owlv2-demo"]
     info = await provider.get_server_info()
-    assert info.models_to_capability == capabilities and info.app_name == "Pixano Edge"
+    assert info.models_to_capability == capabilities
+    assert info.app_name == "Pixano Edge"
     assert pixano.InferenceTask.TRACKING in (await provider.get_capabilities()).tasks
 
 
@@ -48,9 +50,11 @@ async def test_clicks(provider: Any, photo: Photo, binary: bool) -> None:
     }
     click = {"points": [[photo.click]], "labels": [[1]]}
     first = await provider.segmentation(pixano.SegmentationInput(**one, **features, **click))
-    assert first.status == "SUCCESS" and iou(first.data.masks[0][0], photo.truth) > 0.7
+    assert first.status == "SUCCESS"
+    assert iou(first.data.masks[0][0], photo.truth) > 0.7
     plain = await provider.segmentation(pixano.SegmentationInput(**one, **click))
-    assert plain.data.masks == first.data.masks and plain.data.scores == first.data.scores
+    assert plain.data.masks == first.data.masks
+    assert plain.data.scores == first.data.scores
     again = pixano.SegmentationInput(**one, boxes=[photo.box], mask_input=first.data.mask_logits)
     assert iou((await provider.segmentation(again)).data.masks[0][0], photo.truth) > 0.7
 
@@ -66,7 +70,8 @@ async def test_tracking(provider: Any, clip: Clip, binary: bool) -> None:
         "interval": {"start_frame": 0, "end_frame": len(clip.frames) - 1, "direction": "forward"},
     }
     flat = await provider.tracking(pixano.TrackingInput(**ask, points=[[clip.click]], labels=[[1]]))
-    assert flat.status == "SUCCESS" and flat.data.objects_ids == [5] * len(clip.frames)
+    assert flat.status == "SUCCESS"
+    assert flat.data.objects_ids == [5] * len(clip.frames)
     assert np.mean([iou(m, t) for m, t in zip(flat.data.masks, clip.truth)]) > 0.6
     keyframes = [{"frame_index": 0, "points": [{"x": x, "y": y, "label": 1}], "box": None}]
     job = await provider.submit_tracking_job(pixano.TrackingInput(**ask, keyframes=keyframes))
@@ -76,7 +81,8 @@ async def test_tracking(provider: Any, clip: Clip, binary: bool) -> None:
         await asyncio.sleep(0.05)
         job = await provider.get_tracking_job(job.job_id)
     assert job.status == "completed", job.detail
-    assert job.data.masks == flat.data.masks and job.data.frame_indexes == flat.data.frame_indexes
+    assert job.data.masks == flat.data.masks
+    assert job.data.frame_indexes == flat.data.frame_indexes
     assert (await provider.cancel_tracking_job(job.job_id)).status == "completed"
 
 

@@ -28,16 +28,21 @@ async def test_list_and_info(provider: Any) -> None:
     assert tasks["sam2-demo-video"] == "video_mask_generation"
     assert tasks["owlv2-demo"] == "detection"
     found = await provider.list_models(task=pixano.InferenceTask.DETECTION)
-    assert [m.name for m in found] == ["owlv2-demo"] and found[0].status
+    assert [m.name for m in found] == ["owlv2-demo"]
+    assert found[0].status
     info = await provider.get_server_info()
-    assert info.models_to_task == tasks and info.version != "unknown"
+    assert info.models_to_task == tasks
+    assert info.version != "unknown"
 
 
 async def test_warm_up_and_clicks_as_the_page_sends_them(provider: Any, photo: Photo) -> None:
     """First no prompt at all; then clicks that send features and the last answer's logits back as they came."""
     one = {"model": "sam2-demo", "image": photo.png, "num_multimask_outputs": 1, "multimask_output": False}
-    warm = (await provider.image_mask_generation(pixano.ImageMaskGenerationInput(**one, return_image_embedding=True))).data
-    assert warm.image_embedding is not None and warm.high_resolution_features
+    warm = (
+        await provider.image_mask_generation(pixano.ImageMaskGenerationInput(**one, return_image_embedding=True))
+    ).data
+    assert warm.image_embedding is not None
+    assert warm.high_resolution_features
     features = {
         "image_embedding": warm.image_embedding,
         "high_resolution_features": warm.high_resolution_features,
@@ -47,9 +52,11 @@ async def test_warm_up_and_clicks_as_the_page_sends_them(provider: Any, photo: P
     first = await provider.image_mask_generation(
         pixano.ImageMaskGenerationInput(**one, **features, points=[[photo.click]], labels=[[1]])
     )
-    assert first.status == "SUCCESS" and first.data.image_embedding is None
+    assert first.status == "SUCCESS"
+    assert first.data.image_embedding is None
     mask, score = first.data.masks[0][0], first.data.scores.values[0]
-    assert iou(mask, photo.truth) > 0.7 and 0 < score <= 1
+    assert iou(mask, photo.truth) > 0.7
+    assert 0 < score <= 1
     assert first.data.mask_logits.shape[0] == 1
     points = [[photo.click, [photo.click[0] + 6, photo.click[1] + 6]]]
     second = await provider.image_mask_generation(
@@ -58,9 +65,7 @@ async def test_warm_up_and_clicks_as_the_page_sends_them(provider: Any, photo: P
         )
     )
     assert iou(second.data.masks[0][0], photo.truth) > 0.7
-    box = await provider.image_mask_generation(
-        pixano.ImageMaskGenerationInput(**one, **features, boxes=[photo.box])
-    )
+    box = await provider.image_mask_generation(pixano.ImageMaskGenerationInput(**one, **features, boxes=[photo.box]))
     assert iou(box.data.masks[0][0], photo.truth) > 0.7
     # The same click without the features gives the same mask.
     plain = await provider.image_mask_generation(
@@ -107,7 +112,8 @@ async def test_tracking_job_with_keyframes(provider: Any, clip: Clip) -> None:
 
 async def test_tracking_sync(provider: Any, clip: Clip) -> None:
     result = await provider.video_mask_generation(tracking(clip))
-    assert result.status == "SUCCESS" and len(result.data.masks) == len(clip.frames)
+    assert result.status == "SUCCESS"
+    assert len(result.data.masks) == len(clip.frames)
     assert np.mean([iou(m, t) for m, t in zip(result.data.masks, clip.truth)]) > 0.6
 
 
@@ -122,7 +128,8 @@ async def test_cancelled_job(provider: Any, clip: Clip) -> None:
 async def test_detection(provider: Any, photo: Photo) -> None:
     ask = {"image": photo.uri, "model": "owlv2-demo", "classes": [photo.words], "box_threshold": 0.1}
     data = (await provider.detection(pixano.DetectionInput(**ask))).data
-    assert np.abs(np.array(data.boxes[0]) - photo.box).max() < 40 and set(data.classes) == {photo.words}
+    assert np.abs(np.array(data.boxes[0]) - photo.box).max() < 40
+    assert set(data.classes) == {photo.words}
 
 
 async def test_vlm(provider: Any, photo: Photo) -> None:
@@ -132,7 +139,8 @@ async def test_vlm(provider: Any, photo: Photo) -> None:
     ask = {"prompt": "What is this?", "images": [uri], "max_new_tokens": 4, "temperature": 0.0}
     if models:
         data = (await provider.vlm(pixano.VLMInput(model=models[0].name, **ask))).data
-        assert data.usage.completion_tokens <= 4 and isinstance(data.generated_text, str)
+        assert data.usage.completion_tokens <= 4
+        assert isinstance(data.generated_text, str)
         return
     with pytest.raises(pixano.InferenceRequestError) as refused:
         await provider.vlm(pixano.VLMInput(model="sam2-demo", **ask))
@@ -145,4 +153,5 @@ async def test_errors_keep_their_status(provider: Any, photo: Photo) -> None:
         ask = {"model": "sam2-demo", "image": photo.png, **change}
         with pytest.raises(pixano.InferenceRequestError) as refused:
             await provider.image_mask_generation(pixano.ImageMaskGenerationInput(**ask))
-        assert refused.value.status_code == status and refused.value.request_id
+        assert refused.value.status_code == status
+        assert refused.value.request_id

@@ -24,7 +24,8 @@ async def test_answers_are_pixanos_own_types(photo: Photo, clip: Clip) -> None:
     assert type(result) is pixano.ImageMaskGenerationResult
     assert type(result.data) is pixano.ImageMaskGenerationOutput
     assert type(result.data.masks[0][0]) is pixano.CompressedRLEData
-    assert type(result.data.mask_logits) is pixano.NDArrayData and isinstance(result.data.mask_logits.values, list)
+    assert type(result.data.mask_logits) is pixano.NDArrayData
+    assert isinstance(result.data.mask_logits.values, list)
     assert max(iou(mask, photo.truth) for mask in result.data.masks[0]) > 0.7
     ask = {"video": clip.frames[:2], "model": "sam2-demo-video", "objects_ids": [0], "frame_indexes": [0]}
     tracked = await provider.video_mask_generation(pixano.VideoMaskGenerationInput(**ask, points=[[clip.click]]))

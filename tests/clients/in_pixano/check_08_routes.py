@@ -22,9 +22,7 @@ from tests.clients.material import Clip, Photo, iou
 
 
 @pytest.fixture(params=["pixano-inference", "edge"])
-def app(
-    request: pytest.FixtureRequest, url: str, photo: Photo, clip: Clip, monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def app(request: pytest.FixtureRequest, url: str, photo: Photo, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of Pixano's routes, connected."""
     register(settings={"threads": 1})
     dataset = SimpleNamespace(
@@ -59,11 +57,13 @@ def test_warm_up_and_clicks(app: Any, photo: Photo) -> None:
     warm = app.post("/inference/image_mask_generation", json={**ask, "return_image_embedding": True})
     assert warm.status_code == 200, warm.text
     data = warm.json()["data"]
-    assert data["image_embedding"] and data["high_resolution_features"]
+    assert data["image_embedding"]
+    assert data["high_resolution_features"]
     features = {key: data[key] for key in ("image_embedding", "high_resolution_features")}
     click = {**ask, **features, "points": [[photo.click]], "labels": [[1]], "return_logits": True}
     first = app.post("/inference/image_mask_generation", json=click).json()["data"]
-    assert iou(first["masks"][0][0], photo.truth) > 0.7 and first["scores"]["values"][0] > 0
+    assert iou(first["masks"][0][0], photo.truth) > 0.7
+    assert first["scores"]["values"][0] > 0
     again = {**click, "mask_input": first["mask_logits"], "boxes": [photo.box], "points": None, "labels": None}
     second = app.post("/inference/image_mask_generation", json=again).json()["data"]
     assert iou(second["masks"][0][0], photo.truth) > 0.7
@@ -128,10 +128,12 @@ def test_vlm(app: Any) -> None:
     body = {"prompt": "Hello", "dataset_id": "d", "image_ids": ["v"], "max_new_tokens": 4, "temperature": 0}
     if models:
         answer = app.post("/inference/vlm", json={**body, "model": models[0]["name"]})
-        assert answer.status_code == 200 and answer.json()["data"]["usage"]["completion_tokens"] <= 4
+        assert answer.status_code == 200
+        assert answer.json()["data"]["usage"]["completion_tokens"] <= 4
         return
     answer = app.post("/inference/vlm", json={**body, "model": "sam2-demo"})
-    assert answer.status_code == 400 and answer.json()["detail"]
+    assert answer.status_code == 400
+    assert answer.json()["detail"]
     pytest.skip("no model for text is served: its error was checked, an answer was not")
 
 
@@ -151,5 +153,6 @@ def test_the_provider_is_both(app: Any) -> None:
 
     assert is_provider_registered("edge")
     provider = get_provider("edge", url="http://localhost:1", api_key="k")
-    assert isinstance(provider, InferenceProvider) and isinstance(provider, EdgeProvider)
+    assert isinstance(provider, InferenceProvider)
+    assert isinstance(provider, EdgeProvider)
     assert provider.name == "edge"
