@@ -22,7 +22,7 @@ from .answers import dumps, rle
 from .arrays import WireArray
 from .errors import ApiError, api_error
 from .legacy_schemas import DetectionRequest, MaskRequest, TextRequest, TrackingRequest
-from .state import Server, until_gone
+from .state import Server
 
 _STEP = 1 << 15
 """Numbers written at a time."""
@@ -128,7 +128,7 @@ async def answer_masks(server: Server, request: Request, wire: MaskRequest, imag
     """Masks, of `image` where that was uploaded beside the request."""
     given = await server.on_thread(wire.to_input, image)
     work = server.provider.image_mask_generation(given, server.settings.segmentation_timeout_s)
-    result = await until_gone(request, work)
+    result = await server.answered(request, "segmentation", work)
     return await server.respond(envelope(result, masks(result.data)))
 
 
@@ -137,19 +137,19 @@ async def answer_tracking(
 ) -> Response:
     """Objects through a clip, of `frames` where these were uploaded beside the request."""
     work = server.provider.video_mask_generation(wire.to_input(frames), server.settings.tracking_timeout_s)
-    result = await until_gone(request, work)
+    result = await server.answered(request, "tracking", work)
     return await server.respond(envelope(result, rows(result.data)))
 
 
 async def answer_boxes(server: Server, request: Request, wire: DetectionRequest) -> Response:
     """Boxes of named classes."""
     work = server.provider.image_zero_shot_detection(wire.to_input(), server.settings.detection_timeout_s)
-    result = await until_gone(request, work)
+    result = await server.answered(request, "detection", work)
     return await server.respond(envelope(result, boxes(result.data)))
 
 
 async def answer_text(server: Server, request: Request, wire: TextRequest) -> Response:
     """Text about images."""
     work = server.provider.text_image_conditional_generation(wire.to_input(), server.settings.vlm_timeout_s)
-    result = await until_gone(request, work)
+    result = await server.answered(request, "vlm", work)
     return await server.respond(envelope(result, text(result.data)))
