@@ -35,4 +35,3 @@ def test_in_pixano(check: str, live: Live, tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    print(done.stdout)

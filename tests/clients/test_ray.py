@@ -75,7 +75,8 @@ def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _wait(url: str, server: subprocess.Popen[Any], log: Path) -> None:
     deadline = time.monotonic() + START_S
     while True:
-        assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"the server did not start: {log.read_text()[-4000:]}")
         try:
             if httpx.get(f"{url}/v1/ready", timeout=5).status_code == 200:
                 return

@@ -64,4 +64,5 @@ async def test_a_dropped_provider_frees_its_models(photo: Photo) -> None:
 def test_the_launcher_starts_pixanos_command() -> None:
     command = [sys.executable, "-m", "pixano_edge.engine.plugins.pixano_app", "server", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "run" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout
