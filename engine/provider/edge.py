@@ -24,7 +24,7 @@ from .catalogue import Catalogue, Store
 from .detection import detect
 from .directory import Directory
 from .errors import InferenceError, InvalidRequestError, ModelNotFoundError, ProviderNotFoundError, provider_errors
-from .families import TASKS, LoadedModel, Opener, open_model
+from .families import IMAGES, TASKS, LoadedModel, Opener, open_model
 from .hardware import read_hardware
 from .jobs import JOB_CAP, JOB_TTL, JobStore, MemoryJobStore
 from .jobs_sqlite import SAVED_JOB_TTL, SqliteJobStore
@@ -166,9 +166,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         One request holds one image (with any number of prompts), so `supports_batching` is False.
         """
         tasks = {info.task for info in await self.list_models()}
-        return ProviderCapabilities(
-            [t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side
-        )
+        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side)
 
     async def list_models(self, task: InferenceTask | str | None = None) -> list[ModelInfo]:
         """Models that requests may name: loaded ones, and with `autoload` the bundles of the store. Loads nothing.
@@ -200,6 +198,32 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
                 )
             )
         return found
+
+    def stored(self, name: str) -> Path:
+        """Folder of a bundle of the store; an addition of Pixano Edge to the interface. Reads the disk.
+
+        Raises:
+            ModelNotFoundError, InvalidRequestError: There is none, or that is no name.
+        """
+        with provider_errors():
+            return self._catalogue.locate(ModelConfig(name, "")).path
+
+    async def preload(self, name: str, timeout: float | None = None) -> None:
+        """Loads a model that `list_models` offers and waits for it; an addition of Pixano Edge to the interface.
+
+        Raises:
+            ModelNotFoundError: None is offered by that name.
+            InferenceError: It does not load, or not in time.
+        """
+        deadline = Deadline(timeout)
+        with provider_errors():
+            infos, _ = await self._in_files(self._directory.offered, deadline)
+            task = next((info.task for info in infos if info.name == name), IMAGES)
+            slot = await self._held(name, InferenceTask(task), deadline)
+            try:
+                await wait_for(slot.ready, deadline, f"Loading model '{name}'")
+            finally:
+                self._table.let_go(slot)
 
     def observe(self, observer: Observer | None) -> None:
         """Has the time of every stage told from now on; an addition of Pixano Edge to the interface. Stages:

@@ -1,4 +1,4 @@
-"""What a monitor may read of the models without waiting: queues, caches, and the time of each stage as it is measured."""
+"""What a monitor may read of the models without waiting: queues, caches, and the time of each stage as it comes."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..provider.callers import asking
 from .errors import error_response, request_id
 
 OPEN_PATHS = frozenset(
@@ -66,8 +67,13 @@ class AuthMiddleware:
         self._prefixes = tuple(open_prefixes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or self._is_open(scope["path"]):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if not self._keys or self._is_open(scope["path"]):
+            # Without keys, whoever shares an address shares a turn at a busy model.
+            with asking((scope.get("client") or ("",))[0]):
+                await self.app(scope, receive, send)
             return
         key = given_key(dict(scope["headers"]))
         if key is None:
@@ -76,7 +82,8 @@ class AuthMiddleware:
         elif not self._keys.accept(key):
             refused = error_response(403, "The API key is not one of this server's.", request_id(scope))
         else:
-            await self.app(scope, receive, send)
+            with asking(hashlib.sha256(key).hexdigest()[:16]):
+                await self.app(scope, receive, send)
             return
         await refused(scope, receive, send)
 

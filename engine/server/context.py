@@ -1,4 +1,4 @@
-"""The outermost layer: request id, the access log, and the last resort for errors that nobody foresaw."""
+"""The outermost layer: request id, access log, metrics, and the last resort for errors that nobody foresaw."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import HIDDEN, error_response
+from .metrics import METHODS, OTHER, Metrics
 from .state import CLIENT_CLOSED, ClientGone
 
 log = logging.getLogger("pixano_edge.server")
 access = logging.getLogger("pixano_edge.server.access")
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_PROBES = ("/health", "/ready", "/metrics", "/info")
 
 
 class ContextMiddleware:
-    """Gives every request its id, ``X-Request-ID`` as sent where that is plain text, else a new one."""
+    """Gives every request its id, ``X-Request-ID`` as sent where that is plain text, else a new one.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: The rest.
+        metrics: Counts requests.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,6 +41,7 @@ class ContextMiddleware:
         identity = sent.decode() if _ID.fullmatch(sent) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = identity
         status = 0
+        method = scope["method"] if scope["method"] in METHODS else OTHER
         begun = time.perf_counter()
 
         async def tagged(message: Message) -> None:
@@ -41,6 +51,7 @@ class ContextMiddleware:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", identity.encode())]}
             await send(message)
 
+        self._metrics.in_progress.labels(method).inc()
         try:
             await self.app(scope, receive, tagged)
         except ClientGone:
@@ -51,12 +62,22 @@ class ContextMiddleware:
                 raise  # half an answer is out: only closing the connection can tell
             await error_response(500, HIDDEN, identity)(scope, receive, tagged)
         finally:
-            seconds = time.perf_counter() - begun
-            access.info(
-                "%s %s %d %.1f ms",
-                scope["method"],
-                scope["path"],
-                status,
-                seconds * 1e3,
-                extra={"request_id": identity},
-            )
+            self._metrics.in_progress.labels(method).dec()
+            self._note(scope, method, status, time.perf_counter() - begun, identity)
+
+    def _note(self, scope: Scope, method: str, status: int, seconds: float, identity: str) -> None:
+        route: Any = scope.get("route")
+        path = getattr(route, "path", None) or OTHER
+        self._metrics.requests.labels(method, path, str(status)).inc()
+        self._metrics.duration.labels(method, path).observe(seconds)
+        level = logging.DEBUG if scope["path"].endswith(_PROBES) and status < 500 else logging.INFO
+        if access.isEnabledFor(level):
+            fields = {
+                "request_id": identity,
+                "method": method,
+                "path": scope["path"][:200],
+                "status": status,
+                "ms": round(seconds * 1e3, 1),
+                "client": (scope.get("client") or ("",))[0],
+            }
+            access.log(level, "request", extra=fields)

@@ -5,27 +5,17 @@ Its clients read ``/app/...`` of `legacy_tasks`, too. The binary routes and thos
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from . import legacy
 from . import legacy_schemas as schemas
 from .answers import dumps
-from .bodies import parse_json, read_request, validated
+from .bodies import read_request, read_upload
 from .errors import ApiError
 from .state import Server
-
-M = TypeVar("M", bound=schemas.LegacyModel)
-
-METADATA_BYTES = 32 << 20
-"""Most that the JSON part of an upload may have."""
-
-MAX_FILES = 100_000
-"""Frames of one upload; the limit of the body comes first."""
 
 
 def router(server: Server) -> APIRouter:
@@ -84,47 +74,6 @@ def router(server: Server) -> APIRouter:
         return Response(dumps(job(status)), media_type="application/json")
 
     return routes
-
-
-async def read_upload(
-    server: Server, request: Request, model: type[M], part: str, field: str | None = None
-) -> tuple[M, list[bytes]]:
-    """A request sent as ``multipart/form-data``: its JSON in the part `metadata`, text or a file, and files.
-
-    Args:
-        server: Has the threads.
-        request: As it came.
-        model: What the JSON is.
-        part: Name of the files' parts.
-        field: Of the JSON, what the files stand for; None for `part`.
-
-    Raises:
-        ApiError: 400 where a part is missing or damaged, 422 where the JSON is not such a request.
-    """
-    try:
-        form = await request.form(max_files=MAX_FILES, max_fields=16, max_part_size=METADATA_BYTES)
-    except (MultiPartException, HTTPException) as error:
-        raise ApiError(400, f"The body is not a multipart form: {getattr(error, 'detail', error)}") from None
-    try:
-        metadata = form.get("metadata")
-        if isinstance(metadata, UploadFile):
-            content = await metadata.read(METADATA_BYTES + 1)
-        else:
-            content = (metadata or "").encode()
-        if not content or len(content) > METADATA_BYTES:
-            raise ApiError(400, "Send the request without its media as JSON in the part 'metadata', of 32 MiB at most.")
-        files = [await file.read() for file in form.getlist(part) if isinstance(file, UploadFile)]
-        if not files:
-            raise ApiError(400, f"Send the media as files in parts called '{part}'.")
-    finally:
-        await form.close()
-    try:
-        value = await server.on_thread(parse_json, content)
-    except ApiError as error:
-        raise ApiError(400, error.message) from None
-    if isinstance(value, dict):
-        value[field or part] = ""  # the files stand for it
-    return validated(model, value), files
 
 
 def job(status: Any) -> dict[str, Any]:

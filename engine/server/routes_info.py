@@ -1,4 +1,4 @@
-"""Health, readiness, what the box is, and its models."""
+"""Health, readiness, metrics, and what the box is. Answered without a key."""
 
 from __future__ import annotations
 
@@ -7,64 +7,86 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from ..errors import EdgeError
+from ..provider.states import DEPLOYING, RUNNING
+from . import openapi
 from .answers import CAPABILITIES, dumps
+from .metrics import CONTENT_TYPE
+from .models import model_entries
 from .state import Server
-
-RUNNING = "RUNNING"
 
 
 def router(server: Server) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    @routes.get("/health")
-    @routes.get("/v1/health")
+    def get(name: str, summary: str, responses: dict[int | str, Any]) -> Any:
+        """Registers a route with and without the version."""
+
+        def register(handler: Any) -> Any:
+            routes.get(f"/v1/{name}", summary=summary, responses=responses, response_model=None)(handler)
+            routes.get(f"/{name}", include_in_schema=False, response_model=None)(handler)
+            return handler
+
+        return register
+
+    @get("health", "Whether the process answers", openapi.answer("Health"))
     async def health() -> dict[str, str]:
         return {"status": "healthy"}
 
-    @routes.get("/ready")
-    @routes.get("/v1/ready")
+    @get("ready", "Whether every model can answer now", {**openapi.answer("Ready"), **openapi.answer("Ready", 503)})
     async def ready() -> Response:
-        models = await model_entries(server)
-        info = await server.provider.get_server_info()
-        states = {m["name"]: m["status"] for m in models}
-        is_ready = all(state == RUNNING for state in states.values())
-        body = {"ready": is_ready, "models": states, "models_loaded": info.models_loaded, "version": info.version}
+        models = {entry["name"]: entry["status"] for entry in await model_entries(server)}
+        models.update(dict.fromkeys(server.starting, DEPLOYING))
+        is_ready = not server.stopping and DEPLOYING not in models.values()
+        body = {
+            "ready": is_ready,
+            "models": models,
+            "models_loaded": sum(state.status == RUNNING for state in server.provider.model_states()),
+            "version": openapi.VERSION,
+        }
         return Response(dumps(body), 200 if is_ready else 503, media_type="application/json")
 
-    @routes.get("/info")
-    @routes.get("/v1/info")
-    async def info() -> dict[str, Any]:
+    @get("metrics", "Metrics for Prometheus", openapi.TEXT)
+    async def metrics() -> Response:
+        snapshot = server.metrics.snapshot
+        snapshot.models = server.provider.model_states()
+        try:
+            snapshot.memory = (await server.provider.get_server_info()).gpu_info.get("memory", [])
+            snapshot.jobs = await server.provider.job_counts()
+        except EdgeError:  # the provider is closing: what is known otherwise still counts
+            snapshot.memory, snapshot.jobs = [], {}
+        return Response(await server.on_thread(server.metrics.text), media_type=CONTENT_TYPE)
+
+    @get("info", "What this box is and does", openapi.answer("Info"))
+    async def info() -> Response:
         found = await server.provider.get_server_info()
-        models = await model_entries(server)
-        return {
+        entries = await model_entries(server)
+        body = {
             "appName": found.app_name,
             "appVersion": found.app_version,
+            "appDescription": found.app_description,
             "numCpus": found.num_cpus,
             "numGpus": found.num_gpus,
             "numNodes": found.num_nodes,
             "gpusUsed": float(len(found.gpus_used)),
-            "models": [m["name"] for m in models],
-            "modelsStatus": {m["name"]: m["status"] for m in models},
+            "models": [entry["name"] for entry in entries],
+            "modelsStatus": {entry["name"]: entry["status"] for entry in entries},
+            "modelsToTask": found.models_to_task,
+            "modelsToCapability": {n: CAPABILITIES[t] for n, t in found.models_to_task.items() if t in CAPABILITIES},
+            "modelsLoaded": found.models_loaded,
+            "ready": found.ready and not server.starting,
+            "gpuInfo": found.gpu_info,
+            "versions": found.versions,
+            "warnings": [*found.warnings, *server.warnings],
+            "jobs": [_public(job) for job in found.jobs],
+            "latency": server.stats.latency(),
         }
-
-    @routes.get("/v1/models")
-    async def models() -> list[dict[str, Any]]:
-        return await model_entries(server)
+        return Response(await server.on_thread(dumps, body), media_type="application/json")
 
     return routes
 
 
-async def model_entries(server: Server) -> list[dict[str, Any]]:
-    """The list of models as the protocol has it; loads nothing."""
-    return [
-        {
-            "name": info.name,
-            "capability": CAPABILITIES[info.task],
-            "modelClass": info.model_class,
-            "modelPath": info.model_path,
-            "status": RUNNING,
-            "interface": None,
-        }
-        for info in await server.provider.list_models()
-    ]
+def _public(job: dict[str, Any]) -> dict[str, Any]:
+    """A job without its id, with which anybody could read or cancel it: this route asks for no key."""
+    return {key: value for key, value in job.items() if key != "job_id"}

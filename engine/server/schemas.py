@@ -1,4 +1,4 @@
-"""Requests of the v1 protocol. camelCase or snake_case, unknown keys ignored; large strings are passed on, not copied."""
+"""Requests of the v1 protocol: camelCase or snake_case, unknown keys ignored; large texts are passed on, not copied."""
 
 from __future__ import annotations
 

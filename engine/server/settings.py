@@ -19,6 +19,7 @@ from ..provider.settings import (
     DEFAULT_MAX_VIDEO_BYTES,
 )
 from ..provider.worker import QUEUE_DEPTH
+from .echoes import MAX_TEXT_BYTES
 
 PREFIXES = ("PIXANO_EDGE_", "PIXANO_INFERENCE_")
 """Of environment variables; the first one wins. The second is what Pixano's own inference server reads."""
@@ -26,7 +27,15 @@ PREFIXES = ("PIXANO_EDGE_", "PIXANO_INFERENCE_")
 DEFAULT_PORT = 7463
 
 _MIB = 1 << 20
-_LISTS = ("api_keys", "media_url_host_allowlist", "media_roots", "cors_allow_origins", "preload", "bundle_roots")
+_LISTS = (
+    "api_keys",
+    "media_url_hosts",
+    "media_url_host_allowlist",
+    "media_roots",
+    "cors_allow_origins",
+    "preload",
+    "bundle_roots",
+)
 
 
 class ServerSettings(BaseModel):
@@ -43,12 +52,16 @@ class ServerSettings(BaseModel):
         preload: Models to load at start.
         device, backend, precision, threads, cache_mb: Of models that are loaded on demand; see `EdgeProvider`.
         queue_depth: Requests that may wait per model, and clips it may track in at once.
+        jobs: File in which tracking jobs outlive the server, or the folder of a ``jobs.sqlite``; None for memory.
+        embedding_handles: Answer with a few numbers that stand for an image embedding, instead of 22 MB.
+        echo_mb: MiB of sent embeddings that are kept, to know them again when they come back.
         max_request_body_bytes: Larger bodies are refused with 413, whether they say their length or not.
         media_allow_url: Fetch images and videos from http(s) addresses.
-        media_url_host_allowlist: Hosts that may be fetched from; empty for all.
-        media_allow_private_ips: Fetch from private, loopback and link-local addresses, too.
-        media_max_redirects, media_connect_timeout_s, media_read_timeout_s: Of such fetches.
+        media_url_hosts, media_url_host_allowlist, media_allow_private_ips, media_max_redirects,
+            media_connect_timeout_s, media_read_timeout_s, media_total_timeout_s, media_video_timeout_s,
+            media_ca_file: Of such fetches; see `FetchPolicy`.
         media_roots: Folders whose files requests may name; empty for none.
+        body_timeout_s: Seconds that a client may send nothing in the middle of a body, until 408.
         media_max_image_bytes, media_max_video_bytes: Of one encoded file.
         media_max_image_pixels: Width times height, checked on the header before decoding.
         segmentation_timeout_s, detection_timeout_s, tracking_timeout_s, vlm_timeout_s: Seconds until 504.
@@ -74,13 +87,21 @@ class ServerSettings(BaseModel):
     threads: int | None = Field(None, ge=1)
     cache_mb: float = Field(DEFAULT_CACHE_MB, ge=0)
     queue_depth: int = Field(QUEUE_DEPTH, ge=1)
+    jobs: Path | None = None
+    embedding_handles: bool = False
+    echo_mb: int = Field(MAX_TEXT_BYTES >> 20, ge=0)
     max_request_body_bytes: int = Field(100 * _MIB, ge=1)
+    body_timeout_s: float = Field(60.0, gt=0)
     media_allow_url: bool = False
+    media_url_hosts: tuple[str, ...] = ()
     media_url_host_allowlist: tuple[str, ...] = ()
     media_allow_private_ips: bool = False
     media_max_redirects: int = Field(3, ge=0)
     media_connect_timeout_s: float = Field(5.0, gt=0)
     media_read_timeout_s: float = Field(30.0, gt=0)
+    media_total_timeout_s: float = Field(60.0, gt=0)
+    media_video_timeout_s: float = Field(300.0, gt=0)
+    media_ca_file: Path | None = None
     media_roots: tuple[Path, ...] = ()
     media_max_image_bytes: int = Field(DEFAULT_MAX_BYTES, ge=1)
     media_max_video_bytes: int = Field(DEFAULT_MAX_VIDEO_BYTES, ge=1)
