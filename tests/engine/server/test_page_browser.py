@@ -181,14 +181,6 @@ def test_a_box_is_dragged(user: User, provider: Recorder) -> None:
         provider, (DEMO / "scene-3.png").read_bytes(), boxes=[[160, 120, 440, 400]], multimask_output=False
     )
     assert differs(shown & free, at_size(mask, shown.shape) & free) < 0.01
-    truth = next(
-        o
-        for p in json.loads((DEMO / "demo.json").read_text())["pictures"]
-        if p["file"] == "scene-3.png"
-        for o in p["objects"]
-        if o["name"] == "orange plain triangle"
-    )["truth"]
-    assert mask_iou(shown, at_size(decode_rle(truth), shown.shape)) > 0.7, "it is the triangle"
 
 
 def test_pixels_as_stored_whatever_exif_says(user: User, provider: Recorder, tmp_path: Path) -> None:
@@ -352,7 +344,7 @@ def test_tracking_is_cancelled_and_a_job_from_the_list(user: User, provider: Rec
     [job] = running()
     user.page.get_by_role("tab", name="This box").click()
     user.page.get_by_role("button", name=f"Cancel {job['job_id']}").click()
-    user.page.locator(".jobs li").wait_for(state="detached")
+    user.page.locator(".jobs li", has_text="canceled").wait_for()
     assert answer_of(lambda: provider.get_video_mask_generation_job(job["job_id"])).status == "canceled"
     user.page.get_by_role("tab", name="Track").click()
     assert "cancel" in user.settled("track", "ancel").lower()
@@ -504,6 +496,8 @@ COLOURS = """([selector, tab]) => {
 def test_both_themes_can_be_read(watched: Any, scheme: str) -> None:
     user, _ = watched(color_scheme=scheme)
     user.open()
+    user.page.get_by_role("tab", name="This box").click()
+    user.page.locator(".models td").first.wait_for()
     ground = luminance(user.page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert ground > 0.8 if scheme == "light" else ground < 0.02
     for selector, tab in (
@@ -619,6 +613,9 @@ def test_what_the_box_is(user: User, provider: Recorder) -> None:
     user.page.wait_for_timeout(2500)
     cells = row.locator("td").all_inner_texts()
     assert int(cells[2]) >= 4
+    latency = user.page.request.get(f"{user.url}/v1/info").json()["latency"]
+    [mine] = [one for one in latency if (one["model"], one["capability"]) == ("sam2-demo", "segmentation")]
+    assert int(cells[2]) == mine["count"]
     assert all(cell.endswith("s") for cell in cells[3:6]), cells
     versions = user.page.locator("#panel-box section", has_text="Versions").inner_text()
     for name, version in answer_of(provider.get_server_info).versions.items():
@@ -674,23 +671,3 @@ def test_damaged_run_lengths_are_refused(user: User) -> None:
         with pytest.raises(Exception, match="runs"):
             user.page.evaluate(DECODE, [base, {"size": [4, 5], "counts": counts}, 4, 5])
     assert user.page.evaluate(DECODE, [base, {"size": [4, 5], "counts": [3, 5, 12]}, 5, 4])[0] == 5
-
-
-def test_percentiles_from_buckets(user: User) -> None:
-    user.open()
-    text = (
-        '# TYPE t histogram\nt_bucket{le="0.1",model="a"} 2\nt_bucket{le="0.2",model="a"} 6\n'
-        't_bucket{le="+Inf",model="a"} 10\nt_count{model="a"} 10\nt_sum{model="a"} 3.5\n'
-        't_bucket{le="+Inf",model="b\\"c"} 0\nt_count{model="b\\"c"} 0\nother 3\n'
-    )
-    found = user.page.evaluate(
-        """async ([base, text]) => {
-          const { histograms, quantile, samples } = await import(`${base}/metrics.js`);
-          const found = histograms(samples(text), "t", ["model"]);
-          const a = found.get("a");
-          const values = [0.1, 0.5, 0.99].map(q => quantile(a, q));
-          return [a.count, a.sum, ...values, quantile(found.get('b"c'), 0.5)];
-        }""",
-        [page_base(user), text],
-    )
-    assert found == [10, 3.5, pytest.approx(0.05), pytest.approx(0.175), 0.2, None]
