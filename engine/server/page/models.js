@@ -3,6 +3,14 @@
 import { call } from "./api.js";
 import { el, field, fill } from "./dom.js";
 
+const EXPORT = "Export one with “pixano-edge export” and put its bundle into the server's store";
+const ADVICE = {
+  segmentation: `${EXPORT}, or start the server with --demo.`,
+  detection: `${EXPORT}, or start the server with --demo.`,
+  tracking: `${EXPORT}, or start the server with --demo.`,
+  vlm: `${EXPORT}.`,
+};
+
 /** The list of models; `changed` listeners run when a name, a capability or a state in it is another one. */
 export class Models {
   constructor() {
@@ -36,7 +44,7 @@ export class Models {
     if (this.list === null) return { message: "Asking the box for its models…" };
     return {
       message: `This box serves no model that ${what}.`,
-      action: "Export one with “pixano-edge export” and put its bundle into the server's store.",
+      action: ADVICE[capability],
     };
   }
 }

@@ -1,7 +1,7 @@
 // Clicks and boxes on one picture, and the masks that answer them.
 
 import { floats, plane, send, withImage } from "./api.js";
-import { announce, bytes, choice, colourOf, el, fill, seconds, Status } from "./dom.js";
+import { announce, bytes, choice, colourOf, el, fill, saveBlob, seconds, Status } from "./dom.js";
 import { modelSelect } from "./models.js";
 import { Mask, paint } from "./rle.js";
 import { KEYS } from "./stage.js";
@@ -281,9 +281,7 @@ async function saveMask(mask, name) {
   const words = new Uint32Array(pixels.data.buffer);
   for (let i = 0; i < words.length; i += 1) words[i] = inside[i] ? 0xffffffff : 0xff000000;
   canvas.getContext("2d").putImageData(pixels, 0, 0);
-  const address = URL.createObjectURL(await canvas.convertToBlob({ type: "image/png" }));
-  el("a", { href: address, download: `${name.replace(/\.[^.]*$/, "")}-mask.png` }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+  saveBlob(await canvas.convertToBlob({ type: "image/png" }), `${name.replace(/\.[^.]*$/, "")}-mask.png`);
 }
 
 /** A small canvas of the picture with one mask. */

@@ -3,6 +3,7 @@
 import { call, lines, orThrow, send } from "./api.js";
 import { demoClip, ofFiles, ofVideo } from "./clip.js";
 import { announce, byId, bytes, choice, colourOf, css, dot, el, field, fill, seconds, Status } from "./dom.js";
+import { rememberJob } from "./jobs.js";
 import { modelSelect } from "./models.js";
 import { Mask } from "./rle.js";
 
@@ -314,6 +315,7 @@ export class Track {
     if (this.asJob.checked) {
       const job = await call("POST", "v1/inference/tracking/jobs", body, { signal });
       run.job = job.jobId;
+      rememberJob(job.jobId);
       path = `v1/jobs/${encodeURIComponent(job.jobId)}/frames?from=0`;
     }
     const response = run.job ? await send("GET", path, undefined, { signal }) : await send("POST", path, body, { signal });
