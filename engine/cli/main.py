@@ -40,6 +40,7 @@ _KNOWN = {
     "info": _Known("Show this machine, or the facts of one bundle."),
     "kit": _Known("Make, verify and install kits for boxes without a network."),
     "segment": _Known("Segment an image or a folder of images."),
+    "serve": _Known("Serve models to Pixano over HTTP.", "server", "fastapi"),
     "track": _Known("Track objects through a video."),
     "verify": _Known("Check a bundle on this machine against its golden samples."),
 }
@@ -47,10 +48,13 @@ _KNOWN = {
 # Module that is missing at run time -> the extra that brings it.
 _EXTRA_OF_MODULE = {
     "cryptography": "kit",
+    "fastapi": "server",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
+    "orjson": "server",
     "packaging": "kit",
+    "prometheus_client": "server",
     "psutil": "benchmarks",
     "pynvml": "cuda",
     "safetensors": "export",
@@ -59,6 +63,7 @@ _EXTRA_OF_MODULE = {
     "tokenizers": "detection",
     "torch": "export",
     "transformers": "export",
+    "uvicorn": "server",
 }
 
 _BASE_MODULES = frozenset(("PIL", "cv2", "numpy", "pycocotools", "pydantic", "rich"))

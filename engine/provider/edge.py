@@ -24,9 +24,10 @@ from .catalogue import Catalogue, Store
 from .detection import detect
 from .directory import Directory
 from .errors import InferenceError, InvalidRequestError, ModelNotFoundError, ProviderNotFoundError, provider_errors
-from .families import TASKS, LoadedModel, Opener, open_model
+from .families import IMAGES, TASKS, LoadedModel, Opener, open_model
 from .hardware import read_hardware
-from .jobs import JOB_CAP, JOB_TTL, MemoryJobStore
+from .jobs import JOB_CAP, JOB_TTL, JobStore, MemoryJobStore
+from .jobs_sqlite import SAVED_JOB_TTL, SqliteJobStore
 from .media import MediaPolicy
 from .models import ModelTable, Slot
 from .placement import auto_gpus
@@ -42,6 +43,7 @@ from .settings import (
     LoadOptions,
     read_limits,
 )
+from .states import DEPLOYING, RUNNING, ModelState, Observer
 from .types import (
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
@@ -96,12 +98,15 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             ``PIXANO_EDGE_MEMORY``, and without that 80 % of RAM and 90 % of each GPU. What other processes use counts
             too, unless the limit is in bytes. Idle models are unloaded, the least recently used first, when another
             one needs the room; they come back at their next request.
-        job_ttl: Seconds that a tracking job is kept after its end.
+        jobs: Keeps tracking jobs: a file, or the folder of a ``jobs.sqlite``, in which they outlive this process (see
+            `SqliteJobStore`), any `JobStore`, or None for memory. Closed with the provider.
+        job_ttl: Seconds that a tracking job is kept after its end; None for an hour in memory, a week in a file.
         job_cap: Tracking jobs that are kept; one more drops the oldest ended one, or is refused when all run.
         opener: Opens bundles; replaced in tests.
 
     Raises:
         InvalidRequestError: A setting is out of range.
+        JobStoreError: The file of jobs is in use, newer, another program's, or cannot be opened.
     """
 
     def __init__(
@@ -123,7 +128,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         max_video_bytes: int = DEFAULT_MAX_VIDEO_BYTES,
         queue_depth: int = QUEUE_DEPTH,
         memory_limits: Limit | str | Mapping[str, Limit | str] | None = None,
-        job_ttl: float = JOB_TTL,
+        jobs: JobStore | Path | str | None = None,
+        job_ttl: float | None = None,
         job_cap: int = JOB_CAP,
         opener: Opener = open_model,
     ) -> None:
@@ -136,7 +142,10 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         self._table = ModelTable(opener, queue_depth, budget, auto_gpus)
         self._directory = Directory(self._catalogue, self._table, self._options, autoload)
         self._media = MediaPolicy(media_roots)
-        jobs = MemoryJobStore(job_ttl, job_cap)
+        if jobs is None:
+            jobs = MemoryJobStore(JOB_TTL if job_ttl is None else job_ttl, job_cap)
+        elif isinstance(jobs, str | Path):
+            jobs = SqliteJobStore(jobs, SAVED_JOB_TTL if job_ttl is None else job_ttl, job_cap)
         self._video = VideoService(self._table, self._hold_tracking, self._media, jobs, queue_depth)
         self._files = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixano-edge-files")
         self._closed = False
@@ -146,14 +155,18 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """``edge``."""
         return "edge"
 
+    @property
+    def max_image_side(self) -> int:
+        """Side in pixels of the largest square image that is accepted."""
+        return min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
+
     async def get_capabilities(self) -> ProviderCapabilities:
         """Tasks of the models that `list_models` offers.
 
         One request holds one image (with any number of prompts), so `supports_batching` is False.
         """
         tasks = {info.task for info in await self.list_models()}
-        side = min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
-        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=side)
+        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side)
 
     async def list_models(self, task: InferenceTask | str | None = None) -> list[ModelInfo]:
         """Models that requests may name: loaded ones, and with `autoload` the bundles of the store. Loads nothing.
@@ -165,6 +178,63 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             infos, _ = await self._in_files(self._directory.offered)
         wanted = None if task is None else str(getattr(task, "value", task))
         return [info for info in infos if wanted in (None, info.task)]
+
+    def model_states(self) -> list[ModelState]:
+        """Models in memory or on their way there; an addition of Pixano Edge to the interface. Returns at once."""
+        found = []
+        for slot in self._table.slots():
+            waiting, steps = slot.worker.pending
+            model, ready = slot.model, slot.ready.done()
+            found.append(
+                ModelState(
+                    slot.base or slot.name,
+                    slot.task,
+                    RUNNING if model is not None and ready else DEPLOYING,
+                    "" if model is None else model.device,
+                    waiting,
+                    steps,
+                    slot.worker.depth,
+                    None if model is None or model.cache is None else model.cache(),
+                )
+            )
+        return found
+
+    def stored(self, name: str) -> Path:
+        """Folder of a bundle of the store; an addition of Pixano Edge to the interface. Reads the disk.
+
+        Raises:
+            ModelNotFoundError, InvalidRequestError: There is none, or that is no name.
+        """
+        with provider_errors():
+            return self._catalogue.locate(ModelConfig(name, "")).path
+
+    async def preload(self, name: str, timeout: float | None = None) -> None:
+        """Loads a model that `list_models` offers and waits for it; an addition of Pixano Edge to the interface.
+
+        Raises:
+            ModelNotFoundError: None is offered by that name.
+            InferenceError: It does not load, or not in time.
+        """
+        deadline = Deadline(timeout)
+        with provider_errors():
+            infos, _ = await self._in_files(self._directory.offered, deadline)
+            task = next((info.task for info in infos if info.name == name), IMAGES)
+            slot = await self._held(name, InferenceTask(task), deadline)
+            try:
+                await wait_for(slot.ready, deadline, f"Loading model '{name}'")
+            finally:
+                self._table.let_go(slot)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Has the time of every stage told from now on; an addition of Pixano Edge to the interface. Stages:
+        ``load``, ``queue``, ``decode_image``, ``encode`` or ``cached_features``, ``decode_masks``, ``pack``,
+        ``detect`` and ``track`` (one prompt or frame)."""
+        self._table.observer = observer
+
+    async def job_counts(self) -> dict[str, int]:
+        """Tracking jobs that are kept, by state; an addition of Pixano Edge to the interface."""
+        with provider_errors():
+            return await self._in_files(self._video.counts)
 
     async def get_server_info(self) -> ServerInfo:
         """State of the machine and the models now; see `ServerInfo` for the layout of `gpu_info`."""
@@ -393,6 +463,30 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         with provider_errors():
             return await self._in_files(lambda: self._video.cancel(job_id), Deadline(timeout))
 
+    async def resume_video_mask_generation_job(
+        self, job_id: str, timeout: float = 30.0
+    ) -> VideoMaskGenerationJobStatus:
+        """Lets a failed job go on after its last frame, for example one that ran when the server stopped; an addition
+        of Pixano Edge to the interface.
+
+        The frames that are there stay, and can be read meanwhile. They are computed again without new rows, since what
+        follows depends on them: the result is that of a job which was never interrupted, and the time is that of the
+        whole clip. ``metadata["frames_replayed"]`` tells how far that is. Of a job that runs this is no news.
+
+        Raises:
+            JobNotFoundError: No such job.
+            InvalidRequestError: It is completed or canceled, or its clip is not kept.
+            ModelNotFoundError, TaskNotSupportedError, ModelBusyError, JobStoreError: As at its submission; it can be
+                resumed later. When a frame comes out otherwise than before, the job fails and says so.
+        """
+        with provider_errors():
+            return await self._video.resume(job_id, Deadline(timeout))
+
+    async def jobs(self) -> list[VideoMaskGenerationJobStatus]:
+        """Every job that is kept, oldest first, without ``data``; an addition of Pixano Edge to the interface."""
+        with provider_errors():
+            return await self._in_files(self._video.jobs)
+
     async def watch_job(
         self, job_id: str, from_frame: int = 0, timeout: float | None = None
     ) -> AsyncIterator[TrackedFrame]:
@@ -469,6 +563,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
     def _server_info(self) -> ServerInfo:
         infos, faults = self._directory.offered()
         jobs = self._video.running()
+        faults = {**faults, **{f"jobs {i}": text for i, text in enumerate(self._video.warnings)}}
         return server_info(infos, faults, self._table, read_hardware(), not self._closed, jobs)
 
     async def _in_files(self, work: Callable[[], T], deadline: Deadline | None = None) -> T:

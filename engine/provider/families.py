@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
@@ -19,6 +19,9 @@ from .errors import TaskNotSupportedError
 from .settings import LoadOptions
 from .types import InferenceTask
 from .worker import Job
+
+if TYPE_CHECKING:
+    from ..models.sam2.cache import CacheStats
 
 Array = npt.NDArray[Any]
 
@@ -85,6 +88,7 @@ class LoadedModel:
         tracks: Whether its bundle has what tracking needs.
         trackers: Open trackers of `video`, whose memories count as this model's.
         detector: Answers requests for boxes, where it was loaded for that; used on the model's own thread only.
+        cache: Counters of its cache of embeddings, from any thread; None where it has none.
     """
 
     predictor: MaskPredictor | None
@@ -104,6 +108,7 @@ class LoadedModel:
     tracks: bool = False
     trackers: set[Tracker] = field(default_factory=set)
     detector: Detector | None = None
+    cache: Callable[[], CacheStats] | None = None
 
     def close(self) -> None:
         """Frees the sessions, their memory and temporary files."""
@@ -232,6 +237,7 @@ def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | N
     )
     loaded = _loaded(bundle, kind, options, cleanup, predictor.info())
     loaded.predictor, loaded.shrink, loaded.use = predictor, predictor.cache.clear, predictor.memory
+    loaded.cache = predictor.cache.stats
     return loaded
 
 
@@ -252,6 +258,7 @@ def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | No
     loaded = _loaded(bundle, kind, options, cleanup, video.info())
     loaded.task = InferenceTask.VIDEO_MASK_GENERATION
     loaded.predictor, loaded.shrink, loaded.video = video.predictor, video.predictor.cache.clear, video
+    loaded.cache = video.predictor.cache.stats
     one = map_bytes(video.predictor.constants, video.video)
 
     def use() -> MemoryUse:
