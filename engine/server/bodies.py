@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,9 +87,22 @@ def _check_json(request: Request) -> None:
 
 
 async def read_request(
-    server: Server, request: Request, model: type[M], convert: Callable[[M], T] | None = None
+    server: Server,
+    request: Request,
+    model: type[M],
+    convert: Callable[[M], T] | None = None,
+    hashed_bytes: int | None = None,
 ) -> Any:
     """The body as a request, or as what `convert` makes of it, on a thread where the body is large.
+
+    Its digest is noted in the request's state, for `Server.answered`.
+
+    Args:
+        server: Has the threads.
+        request: As it came.
+        model: What the JSON is.
+        convert: Makes more of it.
+        hashed_bytes: Largest body that is compared with those under way; None for any.
 
     Raises:
         ApiError: 408, 415, or 422.
@@ -97,6 +111,8 @@ async def read_request(
     body = await read_body(server, request)
 
     def read() -> Any:
+        if hashed_bytes is None or len(body) <= hashed_bytes:
+            request.state.body_digest = hashlib.sha256(body).digest()
         wire = validated(model, parse_json(body))
         return wire if convert is None else convert(wire)
 
@@ -137,6 +153,10 @@ async def read_upload(
         await form.close()
 
     def read() -> M:
+        digest = hashlib.sha256(content)
+        for file in files:
+            digest.update(hashlib.sha256(file).digest())
+        request.state.body_digest = digest.digest()
         try:
             value = parse_json(content)
         except ApiError as error:
@@ -145,7 +165,7 @@ async def read_upload(
             value[field or part] = ""  # the files stand for it
         return validated(model, value)
 
-    return (read() if len(content) <= SMALL else await server.on_thread(read)), files
+    return await server.on_thread(read), files
 
 
 class _Parser(MultiPartParser):
