@@ -78,6 +78,7 @@ def tiny_config() -> GroundingDinoConfig:
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         max_text_len=MAX_TOKENS,
+        decoder_bbox_embed_share=False,
         dropout=0.0,
         fusion_droppath=0.0,
         disable_custom_kernels=True,
@@ -182,7 +183,7 @@ def initialise(model: GroundingDinoForObjectDetection) -> None:
     head = base.encoder_output_bbox_embed.layers[-1]
     head.weight.mul_(0.1)
     head.bias.copy_(torch.tensor([0.0, 0.0, 2.3, 2.3]))
-    for box in {id(box): box for box in model.bbox_embed}.values():
+    for box in model.bbox_embed:
         box.layers[-1].weight.mul_(0.1)
         box.layers[-1].bias.zero_()
 

@@ -56,11 +56,11 @@ from pixano_edge.export.demo.scene_pool import EASY_SHARE, ScenePool, draw_pool,
 from pixano_edge.export.demo.scenes import SHAPES, SIZE
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
 from pixano_edge.export.demo.train_sam2 import rate, share_gradients
-from pixano_edge.export.demo.words import NAMED_PATTERNS, Phrase, all_phrases, spoken, stranger
+from pixano_edge.export.demo.words import KINDS, NAMED_PATTERNS, Phrase, all_phrases, spoken, stranger
 
 log = logging.getLogger("train_gdino")
 COLOR_NAMES = tuple(COLORS)
-RANDOM_PHRASES, STRANGE_TEXTS = 4, 2
+RANDOM_PHRASES, STRANGE_TEXTS, ONE_KIND = 4, 2, 0.3
 EASY_STEPS = 0.06
 """Share of the run that shows only the easy scenes."""
 
@@ -68,7 +68,8 @@ EASY_STEPS = 0.06
 def ask_phrases(words: NDArray[np.int64], rng: np.random.Generator) -> list[Phrase]:
     """Phrases for a scene with objects ``words`` (n, 3), in no particular order.
 
-    What is true of the objects, the same with one word exchanged, some at random; often every shape alone.
+    What is true of the objects, the same with one word exchanged, some at random; often every shape alone. Sometimes
+    only those of one kind are asked for, as a caller does.
     """
     phrases: dict[Phrase, None] = {}
     if rng.random() < 0.6:
@@ -89,6 +90,9 @@ def ask_phrases(words: NDArray[np.int64], rng: np.random.Generator) -> list[Phra
     for index in rng.integers(0, len(every), RANDOM_PHRASES):
         phrases[every[index]] = None
     order = list(phrases)
+    if rng.random() < ONE_KIND:
+        kind = KINDS[rng.integers(len(KINDS))]
+        order = [phrase for phrase in order if phrase.kind == kind]
     return [order[i] for i in rng.permutation(len(order))]
 
 
@@ -271,9 +275,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     )
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=args.workers
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=args.workers)
     torch.manual_seed(args.seed)
     out = Path(args.out)
     tokenizer = build_tokenizer()
@@ -336,7 +338,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
             means = "  ".join(f"{key} {value / count:.3f}" for key, value in sums.items())
             shapes = " ".join(f"{value:.3f}" for value in rights / count)
             pace = count * args.batch / (spent - logged_at)
-            log.info("%5.1f min  step %d  lr x%.2f  %s  shapes %s  %.1f/s", spent / 60, step, factor, means, shapes, pace)
+            log.info(
+                "%5.1f min  step %d  lr x%.2f  %s  shapes %s  %.1f/s", spent / 60, step, factor, means, shapes, pace
+            )
             sums, count, logged_at = {}, 0, spent
             rights.zero_()
         if rank == 0 and step % args.save_every == 0:
