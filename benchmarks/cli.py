@@ -395,7 +395,7 @@ def detect_quality(
     bundle: Annotated[
         list[str] | None,
         typer.Option(
-            help="Bundle folder, or a name in the local store; may be given several times. Default: both of the package."
+            help="Bundle folder, or a name in the local store; may be repeated. Default: both detectors of the package."
         ),
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,

@@ -132,7 +132,6 @@ def thaw(model: GroundingDinoForObjectDetection) -> None:
             if type(child).__name__ == "GroundingDinoFrozenBatchNorm2d":
                 setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
     model.requires_grad_(True)
-    model.model.text_backbone.set_attn_implementation("eager")  # its backward pass is much faster on a CPU
 
 
 def freeze(model: GroundingDinoForObjectDetection) -> GroundingDinoForObjectDetection:
@@ -167,8 +166,8 @@ def initialise(model: GroundingDinoForObjectDetection) -> None:
     text.token_type_embeddings.weight.zero_()
     base.query_position_embeddings.weight.normal_(std=0.2)
     base.level_embed.normal_(std=0.3)
-    # Scores are products of normed states with normed tokens: small, and most of them "no" at the start. States keep
-    # their size: the decoder takes its second layer's boxes from states before the norm, with what is trained behind it.
+    # Scores are products of normed states with normed tokens: small, and most of them "no" at the start. The states'
+    # norm changes them little: the decoder moves boxes by states before it, with a head that is trained behind it.
     common = torch.randn(WIDTH)
     common *= 2 / common.norm()
     last = base.encoder.layers[-1].text_enhancer_layer.layer_norm_after

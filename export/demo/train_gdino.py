@@ -381,5 +381,6 @@ if __name__ == "__main__":
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     draw_pool(Path(arguments.pool or Path(arguments.out) / "pool"), arguments.scenes, arguments.seed, arguments.workers)
-    print(f"scenes: {(time.monotonic() - started) / 60:.1f} min", flush=True)
+    sys.stdout.write(f"scenes: {(time.monotonic() - started) / 60:.1f} min\n")
+    sys.stdout.flush()
     spawn(train, args=(arguments,), nprocs=arguments.workers)

@@ -87,7 +87,7 @@ def require_supported(config: Any) -> None:
     if wrong:
         raise ExportError(
             f"config.json describes a Grounding DINO that is not covered: {'; '.join(wrong)}.",
-            "Checkpoints like IDEA-Research/grounding-dino-tiny and -base are exported, and such with a ResNet as backbone.",
+            "Checkpoints like IDEA-Research/grounding-dino-tiny and -base are exported, also with a ResNet backbone.",
         )
 
 
