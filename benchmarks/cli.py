@@ -458,10 +458,15 @@ def track_quality(
 
 @app.command(name="detect-quality")
 def detect_quality(
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "owlv2-demo",
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Bundle folder, or a name in the local store; may be repeated. Default: both detectors of the package."
+        ),
+    ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
     first: Annotated[int, typer.Option(min=0, help="Seed of the first held-out scene.")] = FIRST_SEED,
-    precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Variant of the bundles.")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the scenes, one thread each.")] = 1,
     output: OutputOption = None,
     as_json: JsonOption = False,
@@ -473,11 +478,11 @@ def detect_quality(
     """
     if importlib.util.find_spec("skimage") is None:
         raise MissingDependencyError("skimage", "benchmarks", "The textures of the scenes")
-    from .detection_quality import BASELINE, COLUMNS, evaluate, table_rows
+    from .detection_quality import BASELINE, COLUMNS, DEMOS, evaluate, table_rows
 
-    folder = resolve_bundle(bundle)
+    folders = [resolve_bundle(name) for name in bundle or DEMOS]
     with progress("Scenes", scenes, enabled=not as_json) as steps:
-        result = evaluate(folder, scenes, first, precision=precision, jobs=jobs, on_scene=steps.step)
+        result = evaluate(folders, scenes, first, precision=precision, jobs=jobs, on_scene=steps.step)
 
     def show() -> None:
         every = result.of(result.bundle)
@@ -486,7 +491,9 @@ def detect_quality(
             f"{first}, {every.absent} phrases asked for in vain; 95 % intervals by jackknife over scenes\n"
         )
         typer.echo(markdown(COLUMNS, table_rows(result)))
-        typer.echo(f"\nlead over {BASELINE}: {100 * result.lead():.1f} points of AP50")
+        for name in result.bundles:
+            typer.echo(f"\n{name}: lead over {BASELINE} {100 * result.lead(bundle=name):.1f} points of AP50", nl=False)
+        typer.echo()
 
     content = {"benchmark": "detect-quality", "first": first, **result.to_dict()}
     _report({**content, "environment": environment(1)}, show, as_json, output)
