@@ -117,7 +117,15 @@ def choices(bundle: Bundle, graph: str, precision: str) -> list[Choice]:
         BundleError: No such graph.
     """
     found = [
-        Choice(graph, name, v.precision, v.target, v.file, bundle.manifest.files[v.file].sha256, bundle.specs[graph])
+        Choice(
+            graph,
+            name,
+            v.precision,
+            v.target,
+            v.file,
+            bundle.manifest.files[v.file].sha256,
+            bundle.spec(graph, v.precision, v.target),
+        )
         for name, v in _variants(bundle, graph).items()
         if precision in (name, v.precision)
     ]

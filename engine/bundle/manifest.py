@@ -139,6 +139,21 @@ class DetectionParity(_Model):
     """Largest difference of the scores of a matched pair."""
 
 
+class GenerationParity(_Model):
+    """Greedy answers of the exported graphs compared with PyTorch's `generate`, token by token."""
+
+    variant: str
+    prompts: int
+    tokens: int
+    """Of PyTorch's answers, over all prompts."""
+    equal: int
+    """Of the exported graphs' own tokens, how many are PyTorch's, up to the first difference of each answer."""
+    ties: int
+    """First differences where PyTorch's two best logits lie within twice the logits' error bar."""
+    max_rel: float
+    """Largest error of the logits at any step over PyTorch's tokens, relative to the largest logit."""
+
+
 class ParityReport(_Model):
     """Figures taken at export against the PyTorch original on the same weights."""
 
@@ -152,6 +167,8 @@ class ParityReport(_Model):
     """Empty for a bundle that does not track."""
     detections: list[DetectionParity] = []
     """Of a detector."""
+    generations: list[GenerationParity] = []
+    """Of a model that answers in text."""
     tolerance: dict[str, float]
     passed: bool
 
@@ -169,15 +186,15 @@ class GoldenSample(_Model):
 class Preprocess(_Model):
     """How an image becomes the model input."""
 
-    resize: Literal["antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge"] = (
+    resize: Literal["antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge", "tiles"] = (
         "antialias-bilinear-square"
     )
     """``padded-square``: black below or on the right, then resized (OWLv2); ``bicubic-square``: OWL-ViT;
-    ``shortest-edge``: aspect ratio kept (Grounding DINO)."""
+    ``shortest-edge``: aspect ratio kept (Grounding DINO); ``tiles``: see the contract of SmolVLM."""
     image_size: int
-    """Side of the model input, or its shortest edge."""
+    """Side of the model input or of a tile, or the input's shortest edge."""
     longest_edge: int | None = None
-    """Of ``shortest-edge``: what the other one may be at most."""
+    """Of ``shortest-edge``: what the other one may be at most. Of ``tiles``: what the longer one is resized to."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     channel_order: Literal["RGB"] = "RGB"

@@ -324,14 +324,22 @@ def _open_sessions(
     options = {"graphs": False} if found.backend == TENSORRT and not attempt.capture else None
     sessions: dict[str, Session] = {}
     with contextlib.ExitStack() as own:
-        for name, spec in attempt.specs.items():
+        for name in attempt.specs:
             attempt.check()
+            spec = spec_of(attempt.bundle, name, found, attempt.specs[name])
             sessions[name] = open_session(
                 found.files[name], spec, on, backend=found.backend, threads=attempt.asked.threads, options=options
             )
             own.callback(sessions[name].close)
         opened.enter_context(own.pop_all())
     return sessions
+
+
+def spec_of(bundle: Bundle, graph: str, found: Combination, asked: GraphSpec) -> GraphSpec:
+    """The contract of a graph in a combination: `asked`, unless the family's graphs differ by precision and target."""
+    if bundle.specs.get(graph) != asked:
+        return asked
+    return bundle.spec(graph, found.precision, TENSORRT if found.backend == TENSORRT else "onnx")
 
 
 def _precisions(bundle: Bundle) -> list[str]:
