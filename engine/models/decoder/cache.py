@@ -23,7 +23,7 @@ class KvCache(abc.ABC):
         session: Of the decoder.
         constants: Of the decoder.
         slots: Tokens that it holds.
-        logits: Where the logits go, (1, V) float32; shared by the caches of a model.
+        logits: Where the logits go, (1, V) float32, its own.
 
     Attributes:
         slots: Tokens that it holds.

@@ -54,7 +54,8 @@ class Lane:
         self.turn = 0
         self.number = number
         self.sampler = Sampler(session.constants.vocab_size)
-        self.cache = make_cache(session.decoder, session.constants, session.slots, session.logits)
+        logits = session.device.empty((1, session.constants.vocab_size), "float32")
+        self.cache = make_cache(session.decoder, session.constants, session.slots, logits)
         self._session = session
         self._keys: Keys = np.zeros(session.slots, np.int64)
         self._positions = np.zeros((3, 1), np.int32)
@@ -85,7 +86,7 @@ class Lane:
             positions: (3, S) rotary positions, for a decoder that takes them.
 
         Returns:
-            (V,) logits after the last token; a view that the next run of any conversation overwrites.
+            (V,) logits after the last token; a view that this conversation's next run overwrites.
 
         Raises:
             DeviceError, DeviceMemoryError: The session is closed, or the back end failed.
@@ -160,7 +161,6 @@ class DecoderSession:
         slots: Tokens of prompt and answer together.
         lanes: Conversations at once.
         positions: Whether the decoder takes rotary positions.
-        logits: (1, V) float32, written by every run.
     """
 
     def __init__(
@@ -173,7 +173,6 @@ class DecoderSession:
         self.slots = slots
         self.lanes = lanes
         self.positions = needs_positions(decoder)
-        self.logits = self.device.empty((1, constants.vocab_size), "float32")
         self.token = np.zeros((1, 1), np.int64)
         self.embed_one = embed.prepare({"S": 1}, owner=self)
         self._changed = threading.Condition()
@@ -259,15 +258,16 @@ class DecoderSession:
                     raise DeviceError("The model is closed.", "Open the bundle again.")
                 common = {lane: lane.common(keys) for lane in self._free}
                 best = max(self._free, key=lambda lane: (common[lane], -lane.turn), default=None)
-                # A cache that helps nothing but may help its own conversation again is left alone while there is room.
-                if best is not None and (common[best] or not best.length or len(self._all) >= self.lanes):
+                room = len(self._all) < self.lanes
+                # A cache most of which would be lost may help its own conversation again: it is left while there is
+                # room for another one.
+                if best is not None and (2 * common[best] >= best.length or not room):
+                    if 2 * common[best] < best.length:
+                        best = min(self._free, key=lambda lane: lane.turn)
                     self._free.remove(best)
                     return best
-                if len(self._all) < self.lanes:
+                if room:
                     lane = Lane(self, len(self._all))
                     self._all.append(lane)
                     return lane
-                if best is not None:
-                    self._free.remove(best)
-                    return best
                 self._changed.wait()
