@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,7 +128,7 @@ class VisionLanguageModel(Protocol):
 
     def stream(
         self, conversation: Conversation, images: Sequence[Rgb], options: GenerationOptions | None = None
-    ) -> Iterator[Piece | Generated | None]:
+    ) -> Generator[Piece | Generated | None, None, None]:
         """The answer in pieces, and at last as a whole. None says that a step is done which made no token.
 
         Nothing runs before the first piece is asked for, and nothing between two: whoever stops asking and closes the

@@ -138,7 +138,7 @@ class SmolVlmModel(DecoderModel):
     def prepare(self, conversation: Conversation, images: Sequence[Rgb]) -> Prompt:
         """See `DecoderModel.prepare`."""
         c = self.constants
-        grids = [tile_grid(*image.shape[:2], c.longest_edge, c.image_size, c.split) for image in images]
+        grids = [tile_grid(image.shape[0], image.shape[1], c.longest_edge, c.image_size, c.split) for image in images]
         texts = [image_text(c, rows, columns) for rows, columns in grids]
         ids = np.array(
             encode_conversation(conversation, self._template, self.tokenizer, c.image_token, texts.__getitem__),
