@@ -26,7 +26,7 @@ from ..text.messages import Conversation, read_conversation
 from ..text.pieces import Detokenizer, StopStrings
 from ..text.tokenizer import TextTokenizer
 from .base import LENGTH, MAX_IMAGES, STOP, STOP_STRING, Generated, GenerationOptions, Piece, Rgb, Usage
-from .session import PREFILL_TOKENS, DecoderSession, Floats, Keys, Lane
+from .session import PREFILL_TOKENS, DecoderSession, Floats, Ids, Keys, Lane
 
 M = TypeVar("M", bound="DecoderModel")
 
@@ -55,14 +55,14 @@ class Prompt:
     """A prompt as the decoder takes it.
 
     Attributes:
-        ids: (N,) int64 token ids.
+        ids: (N,) int32 token ids.
         keys: (N,) int64 what each slot depends on, see `image_keys`; text tokens are their own keys.
         images: In the order of the prompt.
         positions: (3, N) int32 rotary positions, for a decoder that takes them.
         next_position: Rotary position of the answer's first token.
     """
 
-    ids: Keys
+    ids: Ids
     keys: Keys
     images: tuple[ImagePart, ...] = ()
     positions: npt.NDArray[np.int32] | None = None

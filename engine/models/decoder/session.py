@@ -26,6 +26,7 @@ PREFILL_TOKENS = 256
 """Tokens of a prompt that one run takes: long enough for matrix products, short enough to let others run between."""
 
 Keys = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
@@ -68,7 +69,7 @@ class Lane:
 
     def prefill(
         self,
-        ids: Keys,
+        ids: Ids,
         keys: Keys,
         start: int,
         rows: npt.NDArray[np.int64] | None = None,
@@ -78,7 +79,7 @@ class Lane:
         """Runs a part of a prompt; the slots from `start` on are forgotten first, also when the run fails.
 
         Args:
-            ids: (S,) token ids, at least one.
+            ids: (S,) int32 token ids, at least one.
             keys: (S,) what the slots are remembered by.
             start: Slot of the first one, at most `length`.
             rows: Which of the S are image tokens.
@@ -173,7 +174,7 @@ class DecoderSession:
         self.slots = slots
         self.lanes = lanes
         self.positions = needs_positions(decoder)
-        self.token = np.zeros((1, 1), np.int64)
+        self.token = np.zeros((1, 1), np.int32)
         self.embed_one = embed.prepare({"S": 1}, owner=self)
         self._changed = threading.Condition()
         self._all: list[Lane] = [Lane(self, 0)]

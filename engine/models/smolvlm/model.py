@@ -142,10 +142,10 @@ class SmolVlmModel(DecoderModel):
         texts = [image_text(c, rows, columns) for rows, columns in grids]
         ids = np.array(
             encode_conversation(conversation, self._template, self.tokenizer, c.image_token, texts.__getitem__),
-            np.int64,
+            np.int32,
         )
         places = np.flatnonzero(ids == c.image_token_id)
-        keys, parts, at = ids.copy(), [], 0
+        keys, parts, at = ids.astype(np.int64), [], 0
         for image, (rows, columns) in zip(images, grids):
             count = (rows * columns + 1) * c.image_seq_len
             slots = places[at : at + count]

@@ -306,7 +306,7 @@ async def test_failing_back_end(
 
     async def read() -> None:
         async for chunk in provider.stream_text_image_conditional_generation(_request()):
-            seen.append(chunk.text)
+            seen.append(chunk.text)  # noqa: PERF401
 
     with pytest.raises(kind):
         await read()
