@@ -138,7 +138,7 @@ def _variants(bundle: Bundle, graph: str) -> Mapping[str, GraphVariant]:
         raise BundleError(
             f"Bundle '{bundle.manifest.name}' has no graph '{graph}'.", f"Known: {', '.join(sorted(bundle.specs))}."
         )
-    return held.variants
+    return {name: variant for name, variant in held.variants.items() if not variant.onnxruntime_only}
 
 
 def choose(bundle: Bundle, graphs: Sequence[str] = (), precisions: Sequence[str] = ()) -> list[Choice]:

@@ -63,6 +63,8 @@ class GraphVariant(_Model):
     weight_bytes: int | None = None
     """Bytes of the weights once loaded, where the file does not hold them like that: they lie in another graph's file,
     or in a narrower type. None: as the file's size says."""
+    onnxruntime_only: bool = False
+    """Has operators of ONNX Runtime's own, or belongs to a variant with such: nothing is built from it."""
 
 
 class Graph(_Model):
@@ -147,11 +149,11 @@ class GenerationParity(_Model):
     tokens: int
     """Of PyTorch's answers, over all prompts."""
     equal: int
-    """Of the exported graphs' own tokens, how many are PyTorch's, up to the first difference of each answer."""
+    """Tokens that the exported graphs choose too, each after PyTorch's tokens before it."""
     ties: int
-    """First differences where PyTorch's two best logits lie within twice the logits' error bar."""
+    """Of the others, those where PyTorch's two best logits lie within twice the bar of fp32's error."""
     max_rel: float
-    """Largest error of the logits at any step over PyTorch's tokens, relative to the largest logit."""
+    """Largest error of the logits at any step, relative to the largest logit."""
 
 
 class ParityReport(_Model):
