@@ -311,7 +311,8 @@ def clicks_while_tracking(
             idle.append(_click(client, body))
         step("clicks while tracking")
         job = {
-            "model": tracked, "video": [frames[i % len(frames)] for i in range(count)], "objectsIds": [1], "frameIndexes": [0],
+            "model": tracked, "video": [frames[i % len(frames)] for i in range(count)], "objectsIds": [1],
+            "frameIndexes": [0],
             "keyframes": [{"frameIndex": 0, "prompts": {"points": [{"x": 480, "y": 270, "label": 1}]}}],
         }  # fmt: skip
         status, answer, _ = client.post(JOBS, json.dumps(job).encode())
