@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import random
+import signal
 import socket
 import statistics
 import threading
