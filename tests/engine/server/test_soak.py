@@ -241,7 +241,8 @@ def _soak(folder: Path, bedroom: Path, seconds: float, growth: float) -> None:
         _, found, trace = server.log().partition("Traceback")
         assert not found, trace[:4000]
         process = server.process
-    assert process.returncode == 0
+    # uvicorn ends in order, then hands the signal on; a process that hung would have been killed (-9).
+    assert process.returncode in (0, -signal.SIGTERM)
 
 
 def test_twenty_seconds_of_everything(tmp_path: Path, bedroom: Path, demo_bundle: Path) -> None:
