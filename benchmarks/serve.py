@@ -1,4 +1,4 @@
-"""What HTTP adds to the engine: the requests of Pixano's page, many clients at once, and clicks while a clip is tracked.
+"""What HTTP adds to the engine: the requests of Pixano's page, many clients at once, clicks while a clip is tracked.
 
 The server is a process of its own. Beside it, the same requests go to an `EdgeProvider` in this process, in turns with
 those over HTTP. The overhead is paired: seconds until the answer's last byte, less what the engine took for that very
@@ -108,7 +108,7 @@ class WaitRow:
 def served(bundle: Path, threads: int, **environ: str) -> Iterator[ServerProcess]:
     """A server that has the bundle as `NAME`."""
     with tempfile.TemporaryDirectory(prefix="pixano-edge-bench-") as folder:
-        (Path(folder) / NAME).symlink_to(bundle, target_is_directory=True)
+        (Path(folder) / NAME).symlink_to(bundle.resolve(), target_is_directory=True)
         settings = {
             "PIXANO_EDGE_THREADS": str(threads), "PIXANO_EDGE_DEVICE": "cpu", "PIXANO_EDGE_MAX_REQUEST_BODY_BYTES":
             str(200 << 20), **environ,
@@ -122,7 +122,7 @@ class _Engine:
 
     def __init__(self, bundle: Path, threads: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pixano-edge-bench-")
-        (Path(self._folder.name) / NAME).symlink_to(bundle, target_is_directory=True)
+        (Path(self._folder.name) / NAME).symlink_to(bundle.resolve(), target_is_directory=True)
         self._loop = asyncio.new_event_loop()
         self._edge = EdgeProvider(store=self._folder.name, device="cpu", threads=threads)
 
@@ -154,10 +154,10 @@ def measure(bundle: Bundle, *, rounds: int, threads: int, step: Callable[[str], 
         EdgeError: A request failed.
     """
     pixels = photo()
-    engine = _Engine(bundle.path, threads)
+    engine = _Engine(bundle.root, threads)
     rows: list[Row] = []
     try:
-        with served(bundle.path, threads) as server, Client(server.port) as client:
+        with served(bundle.root, threads) as server, Client(server.port) as client:
             page = _Page(client, engine, pixels)
             step(WARM_NEW)
             rows.append(page.times(WARM_NEW, max(3, rounds // 10)))
@@ -166,7 +166,7 @@ def measure(bundle: Bundle, *, rounds: int, threads: int, step: Callable[[str], 
                 rows.append(page.times(case, rounds))
         step(HANDLE)
         with (
-            served(bundle.path, threads, PIXANO_EDGE_EMBEDDING_HANDLES="true") as server,
+            served(bundle.root, threads, PIXANO_EDGE_EMBEDDING_HANDLES="true") as server,
             Client(server.port) as client,
         ):
             rows.append(_Page(client, engine, pixels).times(HANDLE, rounds))
@@ -252,7 +252,7 @@ def load(
     """Clients that each click somewhere else on the same photo, the next time when the answer is there."""
     image = jpeg_uri(photo())
     rows = []
-    with served(bundle.path, threads) as server:
+    with served(bundle.root, threads) as server:
         with Client(server.port) as client:
             client.post(SEGMENTATION, click_body(NAME, image, 100, 100))
         for count in clients:
@@ -296,9 +296,10 @@ def clicks_while_tracking(
 
     image = jpeg_uri(photo())
     wide = cv2.resize(photo(), (1100, 540), interpolation=cv2.INTER_AREA)
-    frames = [jpeg_uri(wide[:, i : i + 960]) for i in range(0, 128, 4)]
+    frames = [jpeg_uri(wide[:, i : i + 960], 75) for i in range(0, 128, 4)]
+    count = 12 + 4 * clicks  # a click waits for a frame at most, and comes 1 to 2 frames after the one before
     rng = np.random.default_rng(0)
-    with served(bundle.path, threads) as server, Client(server.port) as client:
+    with served(bundle.root, threads) as server, Client(server.port) as client:
         step("clicks without a job")
         tracked = f"{NAME}-video"  # loads all graphs, so that the clicks before and during the job meet one model
         body = click_body(tracked, image, 400, 300)
@@ -310,7 +311,8 @@ def clicks_while_tracking(
             idle.append(_click(client, body))
         step("clicks while tracking")
         job = {
-            "model": tracked, "video": frames * 60, "objectsIds": [1], "frameIndexes": [0],
+            "model": tracked, "video": [frames[i % len(frames)] for i in range(count)], "objectsIds": [1],
+            "frameIndexes": [0],
             "keyframes": [{"frameIndex": 0, "prompts": {"points": [{"x": 480, "y": 270, "label": 1}]}}],
         }  # fmt: skip
         status, answer, _ = client.post(JOBS, json.dumps(job).encode())
@@ -326,6 +328,8 @@ def clicks_while_tracking(
         times, passed = [], []
         for _ in range(clicks):
             time.sleep(float(rng.uniform(1.0, 2.0)) * frame)
+            if not watch.is_alive():
+                raise EdgeError("The tracking job ended before the last click.", "Use a slower model, or fewer clicks.")
             before = len(watch.times)
             times.append(_click(client, body))
             passed.append(len(watch.times) - before)
@@ -380,8 +384,8 @@ def wait_text(row: WaitRow) -> str:
     """One line for people."""
     return (
         f"click while tracking: p50 {1000 * row.click.p50:.0f} ms, p99 {1000 * row.click.p99:.0f} ms; alone "
-        f"{1000 * row.idle.p50:.0f} ms; a frame {1000 * row.frame.p50:.0f} ms; waited p50 {row.frames.p50:.2f}, at most "
-        f"{row.most_frames:.2f} frames; at most {row.frames_passed} frame(s) ended while one waited"
+        f"{1000 * row.idle.p50:.0f} ms; a frame {1000 * row.frame.p50:.0f} ms; waited p50 {row.frames.p50:.2f}, at "
+        f"most {row.most_frames:.2f} frames; at most {row.frames_passed} frame(s) ended while one waited"
     )
 
 

@@ -44,7 +44,9 @@ class ServerProcess:
     def __init__(
         self, store: Path, environ: Mapping[str, str] | None = None, options: tuple[str, ...] = (), seconds: float = 120
     ) -> None:
-        command = [sys.executable, "-m", "pixano_edge.engine.cli", "serve", "--port", "0", "--store", str(store)]
+        # The command's own module: works in a tree whose entry points are not installed, too.
+        start = "from pixano_edge.engine.cli.serve import app; app()"
+        command = [sys.executable, "-c", start, "--port", "0", "--store", str(store)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
             [*command, *options], stdout=self._log, stderr=subprocess.STDOUT, env={**os.environ, **(environ or {})}
