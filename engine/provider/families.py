@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from ..contracts import grounding_dino, owlv2, sam2, sam2_video
 from ..models.detection.base import Detector
+from ..models.sam2.cache import EmbeddingKey
 from ..runtime.memory import MemoryUse
 from .convert import LogitsMemory
 from .errors import TaskNotSupportedError
+from .seen import SeenImages
 from .settings import LoadOptions
 from .types import InferenceTask
 from .worker import Job
@@ -33,6 +35,10 @@ class MaskPredictor(Protocol):
     def constants(self) -> sam2.Sam2Constants: ...
 
     def encode(self, image: Array) -> Any: ...
+
+    def key(self, digest: bytes) -> EmbeddingKey: ...
+
+    def recall(self, digest: bytes, size: tuple[int, int]) -> Any: ...
 
     def embedding_from_arrays(self, image_embed: Array, high_res: Any, original_size: Any) -> Any: ...
 
@@ -81,6 +87,7 @@ class LoadedModel:
         warnings: Fallbacks taken at loading.
         cleanup: Folder to remove when the model is freed.
         memory: Scores of recent answers, for mask inputs that come back.
+        seen: Images of recent requests, by their encoded form.
         use: Tells what the model takes now; called on the model's own thread. None where nothing can be told.
         warm: Whether it ran at loading already, so that its activations have their memory.
         shrink: Drops caches that can be computed again, after memory ran out; called on the model's own thread.
@@ -101,6 +108,7 @@ class LoadedModel:
     warnings: tuple[str, ...] = ()
     cleanup: Path | None = None
     memory: LogitsMemory = field(default_factory=LogitsMemory)
+    seen: SeenImages = field(default_factory=SeenImages)
     use: Callable[[], MemoryUse] | None = None
     warm: bool = False
     shrink: Callable[[], None] | None = None

@@ -7,7 +7,7 @@ validates (the provider does, and raises). Two names are ours: `EdgeMaskGenerati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -245,12 +245,18 @@ class EdgeMaskGenerationInput(ImageMaskGenerationInput):
     Attributes:
         mask_input: Low-resolution logits of an earlier answer: ``[m, m]``, ``[1, m, m]``, ``[P, 1, m, m]``.
         return_logits: Send low-resolution logits back.
-        answer_arrays: Answer with `ArrayData`; an addition of Pixano Edge.
+        answer_arrays: Answer with `ArrayData`; an addition of Pixano Edge, as all that follow.
+        echoed: Features that a server knows to be its own, instead of `image_embedding`; see `seen.EchoedFeatures`.
+        embedding_handle: What stands for features, instead of them; see `seen.handle_of`.
+        wants_embedding: Whether the features of a key are to be in the answer; None for always.
     """
 
     mask_input: NDArrayData | None = None
     return_logits: bool = False
     answer_arrays: bool = False
+    echoed: Any = None
+    embedding_handle: bytes | None = None
+    wants_embedding: Callable[[Any], bool] | None = None
 
 
 @dataclass
@@ -265,9 +271,13 @@ class ImageMaskGenerationOutput:
 
 @dataclass
 class EdgeMaskGenerationOutput(ImageMaskGenerationOutput):
-    """`ImageMaskGenerationOutput` with logits: ``[M, m, m]`` for one prompt, else ``[P, M, m, m]``."""
+    """`ImageMaskGenerationOutput` with logits: ``[M, m, m]`` for one prompt, else ``[P, M, m, m]``.
+
+    `embedding_key` is what the features depend on (`EmbeddingKey`); None when the request brought its own.
+    """
 
     mask_logits: NDArrayData | None = None
+    embedding_key: Any = None
 
 
 @dataclass

@@ -122,14 +122,25 @@ def rle(mask: CompressedRLEData) -> dict[str, Any]:
     return {"size": list(mask.size), "counts": mask.counts.decode("ascii")}
 
 
-def segmentation(output: Any) -> dict[str, Any]:
-    """Data of a mask answer."""
+def segmentation(
+    output: Any, features: tuple[WireArray | None, list[WireArray | None] | None] | None = None
+) -> dict[str, Any]:
+    """Data of a mask answer.
+
+    Args:
+        output: The provider's.
+        features: Image embedding and finer maps as they are to be sent; None for those of `output`.
+    """
     finer: Sequence[NDArrayData] | None = output.high_resolution_features
+    embedding, maps = features or (
+        wire_array(output.image_embedding),
+        None if finer is None else [wire_array(f) for f in finer],
+    )
     return {
         "masks": [[rle(mask) for mask in masks] for masks in output.masks],
         "scores": wire_array(output.scores),
-        "imageEmbedding": wire_array(output.image_embedding),
-        "highResolutionFeatures": None if finer is None else [wire_array(f) for f in finer],
+        "imageEmbedding": embedding,
+        "highResolutionFeatures": maps,
         "maskLogits": wire_array(getattr(output, "mask_logits", None)),
     }
 

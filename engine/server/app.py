@@ -10,8 +10,9 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from ..provider import EdgeProvider
-from . import legacy_inference, legacy_tasks, openapi, routes_info, routes_jobs, routes_models, routes_v1
-from .auth import AuthMiddleware, Keys
+from . import legacy_inference, legacy_tasks, openapi, page, routes_info, routes_jobs, routes_models, routes_v1
+from .auth import OPEN_PATHS, AuthMiddleware, Keys
+from .callers import CallerMiddleware
 from .context import ContextMiddleware
 from .errors import HANDLERS
 from .guard import BrowserGuard
@@ -57,10 +58,16 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
     app.state.server = server
     for routes in (routes_info, routes_models, routes_v1, routes_jobs, legacy_tasks, legacy_inference):
         app.include_router(routes.router(server))
+    app.include_router(page.router())
     openapi.install(app, bool(settings.api_keys))
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes)
-    app.add_middleware(AuthMiddleware, keys=Keys(settings.api_keys))
+    app.add_middleware(CallerMiddleware, keyed=bool(settings.api_keys))
+    # The page asks for a key itself, so its files are open.
+    open_paths = {*OPEN_PATHS, page.DOCUMENT_PATH}
+    app.add_middleware(
+        AuthMiddleware, keys=Keys(settings.api_keys), open_paths=open_paths, open_prefixes=(page.PREFIX,)
+    )
     if settings.cors_allow_origins:
         app.add_middleware(
             CORSMiddleware,

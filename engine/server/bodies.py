@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,9 +87,22 @@ def _check_json(request: Request) -> None:
 
 
 async def read_request(
-    server: Server, request: Request, model: type[M], convert: Callable[[M], T] | None = None
+    server: Server,
+    request: Request,
+    model: type[M],
+    convert: Callable[[M], T] | None = None,
+    hashed_bytes: int | None = None,
 ) -> Any:
     """The body as a request, or as what `convert` makes of it, on a thread where the body is large.
+
+    Its digest is noted in the request's state, for `Server.answered`.
+
+    Args:
+        server: Has the threads.
+        request: As it came.
+        model: What the JSON is.
+        convert: Makes more of it.
+        hashed_bytes: Largest body that is compared with those under way; None for any.
 
     Raises:
         ApiError: 408, 415, or 422.
@@ -97,6 +111,8 @@ async def read_request(
     body = await read_body(server, request)
 
     def read() -> Any:
+        if hashed_bytes is None or len(body) <= hashed_bytes:
+            request.state.body_digest = hashlib.sha256(body).digest()
         wire = validated(model, parse_json(body))
         return wire if convert is None else convert(wire)
 
@@ -116,7 +132,7 @@ async def read_upload(
         field: Of the JSON, what the files stand for; None for `part`.
 
     Returns:
-        The request, with an empty text for `field`, and the files in their order.
+        The request, with nothing in `field`, and the files in their order.
 
     Raises:
         ApiError: 400 where a part is missing or damaged, 408, 422 where the JSON is not such a request.
@@ -137,15 +153,19 @@ async def read_upload(
         await form.close()
 
     def read() -> M:
+        digest = hashlib.sha256(content)
+        for file in files:
+            digest.update(hashlib.sha256(file).digest())
+        request.state.body_digest = digest.digest()
         try:
             value = parse_json(content)
         except ApiError as error:
             raise ApiError(400, f"The part 'metadata' is not JSON: {error.message[0]['msg']}.") from None
         if isinstance(value, dict):
-            value[field or part] = ""  # the files stand for it
+            value[field or part] = "" if part == "image" else []  # the files stand for it
         return validated(model, value)
 
-    return (read() if len(content) <= SMALL else await server.on_thread(read)), files
+    return await server.on_thread(read), files
 
 
 class _Parser(MultiPartParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING, Any
 
+from ..provider.seen import EchoedFeatures
 from ..provider.types import (
     ArrayData,
     EdgeMaskGenerationInput,
@@ -14,9 +15,11 @@ from ..provider.types import (
 from ..provider.video_types import EdgeVideoMaskGenerationInput
 from . import schemas
 from .arrays import read_array
+from .echoes import is_handle, read_handle
 from .media import is_url
 
 if TYPE_CHECKING:
+    from .echoes import Answering, Echoes
     from .media import Media
 
 
@@ -24,16 +27,43 @@ def _array(value: schemas.WireNDArray | None, what: str) -> ArrayData | None:
     return None if value is None else read_array(value.shape, value.data, what)
 
 
-def mask_input(wire: schemas.SegmentationRequest, media: Media, image: bytes | None = None) -> EdgeMaskGenerationInput:
-    """Masks; of `image` where that was uploaded beside the request."""
-    finer = wire.high_resolution_features
+def mask_input(
+    wire: schemas.SegmentationRequest,
+    media: Media,
+    image: bytes | None = None,
+    echoes: Echoes | None = None,
+    answering: Answering | None = None,
+) -> EdgeMaskGenerationInput:
+    """Masks.
+
+    Args:
+        wire: The request.
+        media: Reads its image.
+        image: Uploaded beside the request.
+        echoes: Knows features that were sent before, which are then not decoded.
+        answering: Says which features the answer needs.
+    """
+
+    def features() -> tuple[Any, Any]:
+        finer = wire.high_resolution_features
+        return (
+            _array(wire.image_embedding, "imageEmbedding"),
+            None if finer is None else [_array(f, f"highResolutionFeatures[{i}]") for i, f in enumerate(finer)],
+        )
+
+    handle = read_handle(_array(wire.image_embedding, "imageEmbedding")) if is_handle(wire.image_embedding) else None
+    known = None
+    if handle is None and echoes is not None:
+        known = echoes.recognise(wire.image_embedding, wire.high_resolution_features)
+    embedding, finer = features() if handle is None and known is None else (None, None)
     return EdgeMaskGenerationInput(
         image=media.decoded(wire.image) if image is None else image,
         model=wire.model,
-        image_embedding=_array(wire.image_embedding, "imageEmbedding"),
-        high_resolution_features=None
-        if finer is None
-        else [read_array(f.shape, f.data, f"highResolutionFeatures[{i}]") for i, f in enumerate(finer)],
+        image_embedding=embedding,
+        high_resolution_features=finer,
+        echoed=None if known is None else EchoedFeatures(known, features),
+        embedding_handle=handle,
+        wants_embedding=None if answering is None else answering.wanted,
         reset_predictor=wire.reset_predictor,
         points=wire.points,
         labels=wire.labels,

@@ -6,6 +6,7 @@ everywhere, though these clients cannot send one.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import datetime, timezone
@@ -127,8 +128,12 @@ def text(output: Any) -> dict[str, Any]:
 async def answer_masks(server: Server, request: Request, wire: MaskRequest, image: bytes | None = None) -> Response:
     """Masks, of `image` where that was uploaded beside the request."""
     given = await server.on_thread(wire.to_input, image)
-    work = server.provider.image_mask_generation(given, server.settings.segmentation_timeout_s)
-    result = await server.answered(request, "segmentation", work)
+    result = await server.answered(
+        request,
+        "segmentation",
+        lambda: server.provider.image_mask_generation(given, math.inf),
+        server.settings.segmentation_timeout_s,
+    )
     return await server.respond(envelope(result, masks(result.data)))
 
 
@@ -136,20 +141,35 @@ async def answer_tracking(
     server: Server, request: Request, wire: TrackingRequest, frames: list[bytes] | None = None
 ) -> Response:
     """Objects through a clip, of `frames` where these were uploaded beside the request."""
-    work = server.provider.video_mask_generation(wire.to_input(frames), server.settings.tracking_timeout_s)
-    result = await server.answered(request, "tracking", work)
+    given = wire.to_input(frames)
+    result = await server.answered(
+        request,
+        "tracking",
+        lambda: server.provider.video_mask_generation(given, math.inf),
+        server.settings.tracking_timeout_s,
+    )
     return await server.respond(envelope(result, rows(result.data)))
 
 
 async def answer_boxes(server: Server, request: Request, wire: DetectionRequest) -> Response:
     """Boxes of named classes."""
-    work = server.provider.image_zero_shot_detection(wire.to_input(), server.settings.detection_timeout_s)
-    result = await server.answered(request, "detection", work)
+    given = wire.to_input()
+    result = await server.answered(
+        request,
+        "detection",
+        lambda: server.provider.image_zero_shot_detection(given, math.inf),
+        server.settings.detection_timeout_s,
+    )
     return await server.respond(envelope(result, boxes(result.data)))
 
 
 async def answer_text(server: Server, request: Request, wire: TextRequest) -> Response:
     """Text about images."""
-    work = server.provider.text_image_conditional_generation(wire.to_input(), server.settings.vlm_timeout_s)
-    result = await server.answered(request, "vlm", work)
+    given = wire.to_input()
+    result = await server.answered(
+        request,
+        "vlm",
+        lambda: server.provider.text_image_conditional_generation(given, math.inf),
+        server.settings.vlm_timeout_s,
+    )
     return await server.respond(envelope(result, text(result.data)))

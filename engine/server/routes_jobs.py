@@ -18,6 +18,8 @@ from .routes_v1 import fetched_video, read_tracking, read_tracking_upload
 from .state import Server
 from .streams import NDJSON, SSE, begin
 
+SUBMIT_TIMEOUT_S = 30.0
+
 _SUBMIT = {**openapi.answer("JobStatus", 202), **openapi.errors(400, 404, 415, 422, 503)}
 _JOB = {**openapi.answer("JobStatus"), **openapi.errors(404)}
 
@@ -26,9 +28,14 @@ def router(server: Server) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/v1")
 
-    async def submit(given: Any) -> Response:
+    async def submit(request: Request, given: Any) -> Response:
         given.video = await fetched_video(server, given.video)
-        return await server.respond(answers.job(await server.provider.submit_video_mask_generation_job(given)), 202)
+        # Joined like every other request: a client that asks again shall not start a second job.
+        digest = getattr(request.state, "body_digest", None)
+        status = await server.once(
+            request, digest, lambda: server.provider.submit_video_mask_generation_job(given, SUBMIT_TIMEOUT_S)
+        )
+        return await server.respond(answers.job(status), 202)
 
     @routes.post(
         "/inference/tracking/jobs",
@@ -39,7 +46,7 @@ def router(server: Server) -> APIRouter:
         response_model=None,
     )
     async def submit_json(request: Request) -> Response:
-        return await submit(await read_tracking(server, request))
+        return await submit(request, await read_tracking(server, request))
 
     @routes.post(
         "/inference/tracking/jobs/binary",
@@ -50,7 +57,7 @@ def router(server: Server) -> APIRouter:
         response_model=None,
     )
     async def submit_binary(request: Request) -> Response:
-        return await submit(await read_tracking_upload(server, request))
+        return await submit(request, await read_tracking_upload(server, request))
 
     @routes.get("/jobs/{job_id}", summary="State of a job, and its result", responses=_JOB, response_model=None)
     async def state(job_id: str) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,10 +11,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..provider.errors import TaskNotSupportedError
+from ..provider.types import ImageMaskGenerationResult
 from . import answers, inputs, openapi, schemas
 from .bodies import read_request, read_upload
+from .echoes import Answering
 from .errors import ApiError
 from .state import Server
+
+HASHED_BYTES = 4 << 20
+"""Largest body of a mask request that is compared with those under way. Larger ones echo features, for which only the
+decoder runs; and what takes long, the encoder, is shared by the content of the image in any case."""
 
 _ERRORS = openapi.errors(400, 404, 415, 422, 503, 504)
 
@@ -28,33 +35,59 @@ def router(server: Server) -> APIRouter:
             path, summary=summary, responses={**found, **_ERRORS}, openapi_extra=body, response_model=None
         )
 
-    async def segment(request: Request, given: Any) -> Response:
+    # The time limit is the waiter's; the work has none of its own, so that whoever asks again can join it.
+
+    async def segment(request: Request, given: Any, sent: Answering) -> Response:
         given.image = await server.media.fetched(given.image)
-        work = server.provider.image_mask_generation(given, server.settings.segmentation_timeout_s)
-        result = await server.answered(request, "segmentation", work)
-        return await server.respond(lambda: answers.envelope(result, "segmentation", answers.segmentation(result.data)))
+        asked = given.return_image_embedding
+
+        async def compute() -> tuple[ImageMaskGenerationResult, Answering]:
+            return await server.provider.image_mask_generation(given, math.inf), sent
+
+        timeout = server.settings.segmentation_timeout_s
+        result, known = await server.answered(request, "segmentation", compute, timeout)
+
+        def body() -> dict[str, Any]:
+            data = answers.segmentation(result.data, known.arrays(result.data, asked))
+            return answers.envelope(result, "segmentation", data)
+
+        return await server.respond(body)
 
     async def detect(request: Request, given: Any) -> Response:
         given.image = await server.media.fetched(given.image)
-        work = server.provider.image_zero_shot_detection(given, server.settings.detection_timeout_s)
-        result = await server.answered(request, "detection", work)
+        result = await server.answered(
+            request,
+            "detection",
+            lambda: server.provider.image_zero_shot_detection(given, math.inf),
+            server.settings.detection_timeout_s,
+        )
         return await server.respond(lambda: answers.envelope(result, "detection", answers.detection(result.data)))
 
     async def track(request: Request, given: Any) -> Response:
         given.video = await fetched_video(server, given.video)
-        work = server.provider.video_mask_generation(given, server.settings.tracking_timeout_s)
-        result = await server.answered(request, "tracking", work)
+        result = await server.answered(
+            request,
+            "tracking",
+            lambda: server.provider.video_mask_generation(given, math.inf),
+            server.settings.tracking_timeout_s,
+        )
         return await server.respond(lambda: answers.envelope(result, "tracking", answers.tracking(result.data)))
 
     async def describe(request: Request, given: Any) -> Response:
-        work = server.provider.text_image_conditional_generation(given, server.settings.vlm_timeout_s)
-        result = await server.answered(request, "vlm", work)
+        result = await server.answered(
+            request,
+            "vlm",
+            lambda: server.provider.text_image_conditional_generation(given, math.inf),
+            server.settings.vlm_timeout_s,
+        )
         return await server.respond(lambda: answers.envelope(result, "vlm", answers.vlm(result.data)))
 
     @post("/segmentation", "Masks on one image", "SegmentationAnswer", openapi.body(schemas.SegmentationRequest))
     async def segmentation(request: Request) -> Response:
-        convert = partial(inputs.mask_input, media=server.media)
-        return await segment(request, await read_request(server, request, schemas.SegmentationRequest, convert))
+        sent = server.echoes.answering()
+        convert = partial(inputs.mask_input, media=server.media, echoes=server.echoes, answering=sent)
+        given = await read_request(server, request, schemas.SegmentationRequest, convert, HASHED_BYTES)
+        return await segment(request, given, sent)
 
     @post(
         "/segmentation/binary",
@@ -64,7 +97,9 @@ def router(server: Server) -> APIRouter:
     )
     async def segmentation_binary(request: Request) -> Response:
         wire, image = await one_image(server, request, schemas.SegmentationRequest)
-        return await segment(request, await server.on_thread(inputs.mask_input, wire, server.media, image))
+        sent = server.echoes.answering()
+        given = await server.on_thread(inputs.mask_input, wire, server.media, image, server.echoes, sent)
+        return await segment(request, given, sent)
 
     @post("/detection", "Boxes of named classes", "DetectionAnswer", openapi.body(schemas.DetectionRequest))
     async def detection(request: Request) -> Response:

@@ -19,6 +19,7 @@ from ..provider.settings import (
     DEFAULT_MAX_VIDEO_BYTES,
 )
 from ..provider.worker import QUEUE_DEPTH
+from .echoes import MAX_TEXT_BYTES
 
 PREFIXES = ("PIXANO_EDGE_", "PIXANO_INFERENCE_")
 """Of environment variables; the first one wins. The second is what Pixano's own inference server reads."""
@@ -47,11 +48,13 @@ class ServerSettings(BaseModel):
         allow_anonymous: Bind an address beyond loopback without keys.
         store: Folder of the model store; None for the user's own.
         demo: Offer the packaged demo bundles.
-        jobs: File (or folder of a ``jobs.sqlite``) in which tracking jobs outlive the process; None for memory.
         bundle_roots: Folders besides the store from which ``POST /v1/models`` may load bundles by path.
         preload: Models to load at start.
         device, backend, precision, threads, cache_mb: Of models that are loaded on demand; see `EdgeProvider`.
         queue_depth: Requests that may wait per model, and clips it may track in at once.
+        jobs: File in which tracking jobs outlive the server, or the folder of a ``jobs.sqlite``; None for memory.
+        embedding_handles: Answer with a few numbers that stand for an image embedding, instead of 22 MB.
+        echo_mb: MiB of sent embeddings that are kept, to know them again when they come back.
         max_request_body_bytes: Larger bodies are refused with 413, whether they say their length or not.
         media_allow_url: Fetch images and videos from http(s) addresses.
         media_url_hosts, media_url_host_allowlist, media_allow_private_ips, media_max_redirects,
@@ -76,7 +79,6 @@ class ServerSettings(BaseModel):
     allow_anonymous: bool = False
     store: Path | None = None
     demo: bool = False
-    jobs: Path | None = None
     bundle_roots: tuple[Path, ...] = ()
     preload: tuple[str, ...] = ()
     device: str = "auto"
@@ -85,6 +87,9 @@ class ServerSettings(BaseModel):
     threads: int | None = Field(None, ge=1)
     cache_mb: float = Field(DEFAULT_CACHE_MB, ge=0)
     queue_depth: int = Field(QUEUE_DEPTH, ge=1)
+    jobs: Path | None = None
+    embedding_handles: bool = False
+    echo_mb: int = Field(MAX_TEXT_BYTES >> 20, ge=0)
     max_request_body_bytes: int = Field(100 * _MIB, ge=1)
     body_timeout_s: float = Field(60.0, gt=0)
     media_allow_url: bool = False

@@ -15,9 +15,12 @@ from starlette.responses import Response
 
 from ..errors import EdgeError
 from ..provider import EdgeProvider
+from ..provider.callers import caller
 from ..provider.errors import ModelNotFoundError
 from .answers import PiecesResponse, pieces
+from .echoes import Echoes
 from .errors import status_of
+from .flights import Flights
 from .media import Media
 from .metrics import Metrics
 from .settings import ServerSettings
@@ -62,12 +65,39 @@ class Server:
         self.warnings: list[str] = []
         self.starting: set[str] = set(settings.preload)
         self.stopping = False
+        self.echoes = Echoes(settings.embedding_handles, settings.echo_mb << 20)
+        self.flights = Flights()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pixano-edge-wire")
         provider.observe(self.metrics.stage)
 
     async def on_thread(self, work: Callable[..., T], *values: Any) -> T:
         """Runs what would hold up the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
+
+    async def once(
+        self,
+        request: Request,
+        digest: bytes | None,
+        compute: Callable[[], Coroutine[Any, Any, T]],
+        timeout: float | None = None,
+        **options: Any,
+    ) -> T:
+        """What `compute` returns, computed once for equal requests of one caller; see `flights`. Ends when the client
+        hangs up.
+
+        Args:
+            request: Its body must have been read.
+            digest: Of the body, as `bodies` notes it; None computes in any case.
+            compute: Without a timeout of its own.
+            timeout: Seconds that this request waits.
+            options: More of `Flights.join`.
+
+        Raises:
+            ClientGone: It hung up.
+            InferenceTimeoutError: The time is over.
+        """
+        key = None if digest is None else (caller(), request.scope["path"], digest)
+        return await until_gone(request, self.flights.join(key, compute, timeout, **options))
 
     async def respond(self, value: Any, status: int = 200) -> Response:
         """A JSON response, written on a thread; `value` may be a function that makes the value there."""
@@ -77,27 +107,34 @@ class Server:
 
         return PiecesResponse(await self.on_thread(written), status)
 
-    async def answered(self, request: Request, capability: str, work: Coroutine[Any, Any, T]) -> T:
-        """`until_gone`, counted.
+    async def answered(
+        self,
+        request: Request,
+        capability: str,
+        compute: Callable[[], Coroutine[Any, Any, T]],
+        timeout: float | None = None,
+    ) -> T:
+        """`once` for an inference request, counted.
 
         Args:
-            request: Whose body has been read.
+            request: Read by one of the functions of `bodies`, which note its digest.
             capability: On the wire.
-            work: Of the provider; its result has `metadata` and `processing_time`.
+            compute: Returns a result of the provider, or a tuple that begins with one.
+            timeout: Seconds that this request waits.
         """
         try:
-            result = await until_gone(request, work)
+            found = await self.once(request, getattr(request.state, "body_digest", None), compute, timeout)
         except ClientGone:
             self.metrics.errors.labels(capability, str(CLIENT_CLOSED)).inc()
             raise
         except EdgeError as error:
             self.metrics.errors.labels(capability, str(status_of(error))).inc()
             raise
-        found: Any = result
-        model, seconds = str(found.metadata["model_name"]), float(found.processing_time)
+        result: Any = found[0] if isinstance(found, tuple) else found
+        model, seconds = str(result.metadata["model_name"]), float(result.processing_time)
         self.metrics.inference.labels(model, capability).observe(seconds)
         self.stats.answered(model, capability, seconds)
-        return result
+        return found
 
     async def preload(self) -> None:
         """Loads the models that the settings name, one after the other; a failure becomes a warning."""
@@ -124,6 +161,7 @@ class Server:
         """Closes what this server made."""
         self.stopping = True
         self.provider.observe(None)
+        self.flights.close()
         if self.owned:
             await self.provider.close()
         self.media.close()

@@ -75,6 +75,9 @@ class FakePredictor:
             embed, (np.full((1, 4, 32, 32), 1, np.float32), np.full((1, 8, 16, 16), 2, np.float32)), image.shape[:2]
         )
 
+    def recall(self, digest: bytes, size: tuple[int, int]) -> None:
+        return None  # has no cache
+
     def embedding_from_arrays(self, image_embed: Any, high_res: Any, original_size: Any) -> FakeEmbedding:
         if image_embed.shape != (32, 8, 8) or [h.shape for h in high_res] != [(4, 32, 32), (8, 16, 16)]:
             raise PromptError("wrong embedding shape", "send it as received")
