@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..provider.errors import InvalidRequestError
@@ -41,7 +42,8 @@ class FlatNDArray(LegacyModel):
         if not isinstance(self.values, list):
             raise InvalidRequestError(f"{what} must have a list of values.", "Send back what you received.")
         try:
-            array = flat_to_array(self.values, self.shape)
+            with np.errstate(over="ignore"):  # too large for float32 is infinite, which is refused later
+                array = flat_to_array(self.values, self.shape)
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidRequestError(f"{what} is malformed: {error}.", "Send back what you received.") from error
         return ArrayData(array.reshape(-1), list(self.shape))
@@ -67,8 +69,9 @@ class MaskRequest(LegacyModel):
     def to_input(self, media: Media, image: bytes | None = None) -> EdgeMaskGenerationInput:
         """The provider's request, of `image` where that was uploaded beside; decodes and converts, so off the loop."""
         finer = self.high_resolution_features
+        source: Any = media.decoded(self.image) if image is None else image
         return EdgeMaskGenerationInput(
-            image=media.decoded(self.image) if image is None else image,
+            image=source,
             model=self.model,
             image_embedding=_array(self.image_embedding, "image_embedding"),
             high_resolution_features=None
