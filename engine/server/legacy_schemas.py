@@ -193,7 +193,8 @@ class TextRequest(LegacyModel):
     async def to_input(self, media: Media) -> TextImageConditionalGenerationInput:
         """The provider's request, with what URLs name fetched."""
         tokens = MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-        return await text_input(self.model_copy(update={"max_new_tokens": tokens}), media)
+        request: Any = self.model_copy(update={"max_new_tokens": tokens})  # the fields of a `VlmRequest`
+        return await text_input(request, media)
 
 
 def _array(value: FlatNDArray | None, what: str) -> ArrayData | None:
