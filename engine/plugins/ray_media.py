@@ -54,7 +54,7 @@ def video(source: Any) -> Source | list[Source]:
     return _resolved(source, rules.get_media_policy().max_video_bytes)
 
 
-def limits() -> dict[str, int]:
+def limits() -> dict[str, Any]:
     """The policy's limits as keywords of `EdgeProvider`; those that are turned off stay our own."""
     policy = rules.get_media_policy()
     found = {

@@ -6,6 +6,7 @@ Only the dataset is a stand-in: it answers with the bytes of one photo or clip.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,8 @@ from pixano_edge.engine.provider.pixano import register
 from tests.clients.material import Clip, Photo, iou
 
 
-@pytest.fixture(params=["pixano-inference", "edge"])
-def app(request: pytest.FixtureRequest, url: str, photo: Photo, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture(scope="module", params=["pixano-inference", "edge"])
+def app(request: pytest.FixtureRequest, url: str, photo: Photo, clip: Clip) -> Iterator[Any]:
     """A client of Pixano's routes, connected."""
     register(settings={"threads": 1})
     dataset = SimpleNamespace(
@@ -31,12 +32,12 @@ def app(request: pytest.FixtureRequest, url: str, photo: Photo, clip: Clip, monk
             (start_frame + i, frame, "image/png") for i, frame in enumerate(clip.frames[:batch_size])
         ],
     )
-    monkeypatch.setattr(routes, "_get_dataset", lambda dataset_id, settings: dataset)
     settings = Settings()
     app = FastAPI()
     app.include_router(routes.router)
     app.dependency_overrides[get_settings] = lambda: settings
-    with TestClient(app) as client:
+    with pytest.MonkeyPatch.context() as patch, TestClient(app) as client:
+        patch.setattr(routes, "_get_dataset", lambda dataset_id, settings: dataset)
         answer = client.post("/inference/connect", params={"provider_type": request.param, "url": url})
         assert answer.status_code == 200, answer.text
         name = answer.json()["provider"]
