@@ -28,7 +28,7 @@ export class Stage {
     host.classList.add("stage");
     this.empty = el("p", { class: "empty", text: empty });
     this.canvas = el("canvas", {
-      tabIndex: 0, role: "application", hidden: true, "aria-label": `${label}. Arrow keys move a crosshair.`,
+      tabIndex: 0, role: "application", hidden: true, "aria-label": `${label}. Arrow keys move a crosshair, Enter marks a point, B begins a box.`,
     });
     host.append(this.empty, this.canvas);
     this.overlay = document.createElement("canvas");
