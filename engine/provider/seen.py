@@ -28,7 +28,7 @@ class Seen:
 class SeenImages:
     """Size and digest of pixels by the digest of a file or ``data:`` URI. Not locked: one model, one thread.
 
-    The digest is SHA-256, which processors of today have in hardware (1.3 GB/s where BLAKE2b does 0.7): 1 ms for a photo
+    The digest is SHA-256, which processors have in hardware (1.3 GB/s where BLAKE2b does 0.7): 1 ms for a photo
     of 2 megapixels, where decoding it and the digest of its pixels take 30.
 
     Args:

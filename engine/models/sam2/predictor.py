@@ -199,9 +199,7 @@ class Sam2ImagePredictor:
 
     def key(self, digest: bytes) -> EmbeddingKey:
         """What the features of an image depend on here; `digest` is its `pixel_digest`."""
-        return EmbeddingKey(
-            self._bundle_hash, self._variant, f"{self._encoder.backend}@{self._device.name}", digest
-        )
+        return EmbeddingKey(self._bundle_hash, self._variant, f"{self._encoder.backend}@{self._device.name}", digest)
 
     def recall(self, digest: bytes, size: tuple[int, int]) -> Embedding | None:
         """Features of an image that was encoded before, without its pixels; None when they are not in the cache.
