@@ -6,7 +6,7 @@ import { Jobs } from "./jobs.js";
 
 const EVERY = 2000;
 const POINTS = 60; // of a model's curve: two minutes
-const STATES = { RUNNING: "in memory", NOT_STARTED: "on disk, loads when asked", DEPLOYING: "loading", DEPLOY_FAILED: "does not load" };
+const STATES = { RUNNING: "on disk, loads when asked", NOT_STARTED: "on disk", DEPLOYING: "loading", DEPLOY_FAILED: "does not load" };
 
 export class Box {
   constructor(app, panel) {
@@ -111,11 +111,11 @@ export class Box {
   row(model, gpu) {
     const latency = (this.info.latency ?? []).find((one) => one.model === model.name && one.capability === model.capability);
     const device = deviceOf(model.name, gpu.model_to_device ?? {});
-    const there = model.status === "RUNNING";
-    const state = STATES[model.status] ?? model.status.toLowerCase();
+    // RUNNING is what a request may name, loaded or not.
+    const state = model.loaded ? ["in memory", device].filter(Boolean).join(", ") : (STATES[model.status] ?? model.status.toLowerCase());
     return el("tr", {},
       el("th", { scope: "row", text: model.name }), el("td", { text: model.capability }),
-      el("td", {}, el("span", { class: there ? "lamp on" : "lamp", "aria-hidden": "true" }), there && device ? `${state}, ${device}` : state),
+      el("td", {}, el("span", { class: model.loaded ? "lamp on" : "lamp", "aria-hidden": "true" }), state),
       el("td", { class: "number", text: String(latency?.count ?? 0) }),
       [50, 90, 99].map((p) => el("td", { class: "number", text: seconds((latency?.[`p${p}Ms`] ?? NaN) / 1000) })),
       el("td", {}, curve(this.curves.get(`${model.name}\t${model.capability}`) ?? [])),

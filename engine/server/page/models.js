@@ -51,8 +51,9 @@ export class Models {
 
 /** A labelled select of the models of one capability; `value` is the name, "" for none. */
 export function modelSelect(models, capability, label, onChange) {
-  const select = el("select", { on: { change: () => onChange(select.value) } });
-  const node = field(label, select, { wide: true });
+  const select = el("select", { on: { change: () => { advise(); onChange(select.value); } } });
+  const node = field(label, select, { wide: true, hint: "…" });
+  const hint = node.querySelector(".hint");
   const update = () => {
     const names = models.of(capability).map((model) => model.name);
     const kept = names.includes(select.value) ? select.value : (names[0] ?? "");
@@ -60,7 +61,12 @@ export function modelSelect(models, capability, label, onChange) {
     fill(select, names.map((name) => el("option", { value: name, text: name })));
     select.value = kept;
     select.disabled = !names.length;
+    advise();
     if (kept !== before) onChange(kept);
+  };
+  const advise = () => {
+    hint.textContent = "A small model that knows drawn shapes only, for the demo scenes.";
+    hint.hidden = !/^(sam2|owlv2)-demo(-video|-image)?$/.test(select.value);
   };
   models.changed.add(update);
   node.select = select;

@@ -51,7 +51,7 @@ export class Segment {
       el("details", {},
         el("summary", { text: "Options and keys" }),
         el("label", { class: "check" }, this.refine, " Refine: send the last mask along with the next click"),
-        keyTable(),
+        keyTable([["1 2 3", "choose a mask"]]),
       ),
     );
     app.models.changed.add(() => this.tell());
@@ -297,11 +297,11 @@ function thumbnail(image, mask) {
   return canvas;
 }
 
-/** Keys of the picture as a table. */
-export function keyTable() {
+/** Keys of the picture as a table, with those that one tool has in addition. */
+export function keyTable(more) {
   return el("table", { class: "keys" },
     el("caption", { text: "Keys, while the picture has the focus" }),
-    el("tbody", {}, [...KEYS, ["1 2 3", "choose a mask"]].map(([keys, text]) =>
+    el("tbody", {}, [...KEYS, ...more].map(([keys, text]) =>
       el("tr", {}, el("th", { scope: "row" }, el("kbd", { text: keys })), el("td", { text })))),
   );
 }

@@ -232,6 +232,31 @@ def test_a_very_large_picture_and_one_pixel(user: User, provider: Recorder, tmp_
     assert user.drawn("image-stage").shape[0] > 100, "one pixel is shown large enough to be hit"
 
 
+GIVE = """async ([kind, address, name]) => {
+  const content = await (await fetch(address)).blob();
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([content], name, { type: content.type }));
+  const options = { bubbles: true, cancelable: true };
+  const event = kind === 'drop'
+    ? new DragEvent('drop', { ...options, dataTransfer: transfer })
+    : new ClipboardEvent('paste', { ...options, clipboardData: transfer });
+  document.body.dispatchEvent(event);
+  return event.defaultPrevented;
+}"""
+
+
+def test_pictures_are_dropped_and_pasted(user: User) -> None:
+    user.open()
+    for kind in ("drop", "paste"):
+        address = f"{page_base(user)}/demo/scene-2.png"
+        taken = user.page.evaluate(GIVE, [kind, address, f"{kind}.png"])
+        assert taken or kind == "paste", "the browser does not leave the page for a dropped file"
+        user.page.locator("#image-facts", has_text=f"{kind}.png: 512").wait_for()
+    user.page.get_by_role("tab", name="Track").click()
+    user.page.evaluate(GIVE, ["drop", address, "frame.png"])
+    user.page.locator("#clip-facts", has_text="1 frame,").wait_for()
+
+
 # Detecting
 
 
@@ -554,7 +579,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(watched: Any, provider: Recorder
         user, watch = watched(guarded)
         watch.allowed |= {"401", "403"}
         user.open()
-        field = user.page.get_by_label("This box asks for an API key")
+        field = user.page.get_by_label("API key of this box")
         field.wait_for()
         assert "API key" in user.settled("segment", "key")
         field.fill("wrong")
