@@ -132,7 +132,7 @@ async def read_upload(
         field: Of the JSON, what the files stand for; None for `part`.
 
     Returns:
-        The request, with an empty text for `field`, and the files in their order.
+        The request, with nothing in `field`, and the files in their order.
 
     Raises:
         ApiError: 400 where a part is missing or damaged, 408, 422 where the JSON is not such a request.
@@ -162,7 +162,7 @@ async def read_upload(
         except ApiError as error:
             raise ApiError(400, f"The part 'metadata' is not JSON: {error.message[0]['msg']}.") from None
         if isinstance(value, dict):
-            value[field or part] = ""  # the files stand for it
+            value[field or part] = "" if part == "image" else []  # the files stand for it
         return validated(model, value)
 
     return await server.on_thread(read), files

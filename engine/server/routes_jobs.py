@@ -147,13 +147,12 @@ async def _lines(request: Request, frames: AsyncGenerator[Any, None]) -> AsyncIt
 
 async def _events(request: Request, chunks: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
     """Pieces of text as server-sent events; the last event has the whole text and the usage, or is the error."""
-    written, sent, usage = [], False, None
+    sent, output = False, None
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                usage = getattr(chunk, "usage", None) or usage
+                output = chunk.output or output
                 if chunk.text:
-                    written.append(chunk.text)
                     yield b"data: " + answers.dumps({"text": chunk.text}) + b"\n\n"
                     sent = True
     except EdgeError as error:
@@ -161,8 +160,8 @@ async def _events(request: Request, chunks: AsyncGenerator[Any, None]) -> AsyncI
             raise
         yield b"data: " + _error(request, error) + b"\n\n"
         return
-    last = {"usage": None if usage is None else answers.usage(usage), "generatedText": "".join(written)}
-    yield b"data: " + answers.dumps(last) + b"\n\n"
+    if output is not None:
+        yield b"data: " + answers.dumps(answers.vlm(output)) + b"\n\n"
 
 
 def _error(request: Request, error: EdgeError) -> bytes:

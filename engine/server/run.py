@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
@@ -44,6 +45,19 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
+    """How uvicorn runs the application; logging is configured apart."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
+    )
+
+
 def serve(settings: ServerSettings, announce: Callable[[str], None] = lambda url: None) -> None:
     """Serves until SIGINT or SIGTERM: no new connection then, requests under way have `shutdown_timeout_s` to end,
     models are unloaded, and jobs that run are marked by their store.
@@ -61,15 +75,6 @@ def serve(settings: ServerSettings, announce: Callable[[str], None] = lambda url
     try:
         app = create_app(settings)
         announce(url_of(listening))
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(uvicorn_config(app, settings)).run(sockets=[listening])
     finally:
         listening.close()
