@@ -121,7 +121,8 @@ def main() -> None:
                 )  # fmt: skip
                 got = json.loads(done.stdout)
                 sys.stdout.write(
-                    f"{Path(file).stem}: weights {size / 1e6:.0f} MB, {sessions} session(s) {got['memory'] / 1e6:.0f} MB,"
+                    f"{Path(file).stem}: weights {size / 1e6:.0f} MB, {sessions} session(s)"
+                    f" {got['memory'] / 1e6:.0f} MB,"
                     f" prefill of {FILLED} {1e3 * got['prefill']:.0f} ms, step {1e3 * got['step']:.1f} ms"
                     f" = {size / got['step'] / 1e9:.1f} GB/s\n"
                 )

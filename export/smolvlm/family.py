@@ -171,8 +171,9 @@ class SmolVlmFamily:
         # One unit in the last place of pixels near 1.
         equal = mine.shape == pixels.shape and float(np.abs(mine - pixels).max()) <= 1e-6
         if not same or not equal:
+            what = "pixels" if same else "tokens"
             raise ExportError(
-                f"The engine's {'tokens' if not same else 'pixels'} of '{photo.name}' are not the original processor's.",
+                f"The engine's {what} of '{photo.name}' are not the original processor's.",
                 "Please report this with the checkpoint's name.",
             )
 
