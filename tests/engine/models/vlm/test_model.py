@@ -100,7 +100,7 @@ def test_no_image_is_fine(model: SmolVlmModel) -> None:
 
 
 def test_template_that_fails(model: SmolVlmModel) -> None:
-    model._template = ChatTemplate("{{ messages[7].content }}")
+    model.template = ChatTemplate("{{ messages[7].content }}")
     with pytest.raises(BundleError, match="chat template fails"):
         model.generate(ask(), [IMAGE])
     assert at_rest(model)
