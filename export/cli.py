@@ -190,6 +190,29 @@ def smolvlm(
     _export_vlm(export_smolvlm, checkpoint, output, name, variants, photos, question, licence, revision, force, as_json)
 
 
+@app.command("qwen2.5-vl")
+def qwen2_5_vl(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id (Qwen/Qwen2.5-VL-3B-Instruct) or transformers folder.")],
+    output: OutputOption,
+    name: NameOption = None,
+    variants: VlmVariantsOption = "fp32,fp16",
+    photos: PhotosOption = None,
+    question: QuestionOption = None,
+    licence: LicenceOption = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export Qwen2.5-VL: answers in text about images of any size.
+
+    Writes the graphs as ONNX, measures features and the logits of every step of greedy answers against PyTorch, and
+    leaves no bundle when they differ.
+    """
+    from pixano_edge.export.qwen2_5_vl import export_qwen_vl
+
+    _export_vlm(export_qwen_vl, checkpoint, output, name, variants, photos, question, licence, revision, force, as_json)
+
+
 def _export_vlm(
     export: Callable[..., Path],
     checkpoint: str,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from ..contracts import grounding_dino, owlv2, sam2, sam2_video, smolvlm
+from ..contracts import grounding_dino, owlv2, qwen2_5_vl, sam2, sam2_video, smolvlm
 from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError
 from .engines import ENGINES_FOLDER, INDEX_NAME, EngineIndex, read_index
@@ -34,10 +34,12 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {
     **dict.fromkeys(owlv2.FAMILIES, owlv2.family_graphs),
     grounding_dino.FAMILY: grounding_dino.family_graphs,
     smolvlm.FAMILY: smolvlm.family_graphs,
+    qwen2_5_vl.FAMILY: qwen2_5_vl.family_graphs,
 }
 # Families whose graphs look different from outside by precision and target: the same, with both.
 _VARIED: dict[str, Callable[[dict[str, Any], str, str], dict[str, GraphSpec]]] = {
     smolvlm.FAMILY: smolvlm.family_graphs,
+    qwen2_5_vl.FAMILY: qwen2_5_vl.family_graphs,
 }
 
 

@@ -188,13 +188,15 @@ class GoldenSample(_Model):
 class Preprocess(_Model):
     """How an image becomes the model input."""
 
-    resize: Literal["antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge", "tiles"] = (
-        "antialias-bilinear-square"
-    )
+    resize: Literal[
+        "antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge", "tiles", "patches"
+    ] = "antialias-bilinear-square"
     """``padded-square``: black below or on the right, then resized (OWLv2); ``bicubic-square``: OWL-ViT;
-    ``shortest-edge``: aspect ratio kept (Grounding DINO); ``tiles``: see the contract of SmolVLM."""
+    ``shortest-edge``: aspect ratio kept (Grounding DINO); ``tiles``: see the contract of SmolVLM;
+    ``patches``: see that of Qwen2.5-VL."""
     image_size: int
-    """Side of the model input or of a tile, or the input's shortest edge."""
+    """Side of the model input or of a tile, or the input's shortest edge; of ``patches``, what both sides are whole
+    multiples of."""
     longest_edge: int | None = None
     """Of ``shortest-edge``: what the other one may be at most. Of ``tiles``: what the longer one is resized to."""
     mean: tuple[float, float, float]

@@ -23,11 +23,19 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class GraphRun:
-    """Inputs of a vision graph and PyTorch's outputs for them."""
+    """Inputs of a vision graph and PyTorch's outputs for them.
+
+    Attributes:
+        graph: Name of the graph.
+        feeds: Inputs.
+        want: Outputs.
+        rows: Which rows of the graph's outputs, all but the last dimension flattened, are compared; None: everything.
+    """
 
     graph: str
     feeds: Arrays
     want: Arrays
+    rows: npt.NDArray[np.int64] | None = None
 
 
 @dataclass

@@ -19,6 +19,9 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessorPil,
@@ -198,6 +201,65 @@ def write_smolvlm(
         "image_seq_len": (grid // model.config.scale_factor) ** 2,
     }
     (folder / "processor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def qwen_config(tied: bool = True) -> Qwen2_5_VLConfig:
+    """A small configuration: windows of 2 by 2 units, one layer that sees the whole image."""
+
+    def ids(name: str) -> int:
+        return token_id(name, QWEN_TOKENS)
+
+    text = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 320, "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+        "bos_token_id": ids("<|endoftext|>"), "eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"),
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
+        "out_hidden_size": 64, "in_channels": 3,
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=tied,
+    )
+
+
+def qwen_model(seed: int = 0, tied: bool = True) -> Any:
+    """A seeded, sharpened Qwen2.5-VL, float32, eval mode."""
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(qwen_config(tied)).eval()
+    sharpen(model.model.language_model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, value in model.model.visual.named_parameters():
+            if value.dim() > 1:
+                width = value[0].numel()
+                value.copy_(torch.randn(value.shape, generator=generator) * 1.3 / width**0.5)
+            elif "bias" in name:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+            else:
+                value.copy_(1 + 0.2 * torch.randn(value.shape, generator=generator))
+    model.generation_config.eos_token_id = [token_id("<|im_end|>", QWEN_TOKENS), token_id("<|endoftext|>", QWEN_TOKENS)]
+    return model
+
+
+def write_qwen(folder: Path, *, seed: int = 0, tied: bool = True, max_pixels: int = 4096, model: Any = None) -> Path:
+    """A checkpoint folder with model, tokeniser, chat template and processor settings; returns it."""
+    model = model if model is not None else qwen_model(seed, tied)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, QWEN_TOKENS, QWEN_TEMPLATE, "<|im_end|>")
+    vision = model.config.vision_config
+    Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 256, "longest_edge": max_pixels}, patch_size=vision.patch_size, merge_size=2
+    ).save_pretrained(folder)
     return folder
 
 

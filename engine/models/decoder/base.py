@@ -35,6 +35,7 @@ class GenerationOptions:
         max_new_tokens: Most tokens of the answer, 1 or more; prompt and answer together must fit the context.
         sampling: How tokens are chosen.
         stops: Strings that end the answer and are not part of it.
+        go_on: Go on after the model's end token, to `max_new_tokens`: for measurements.
 
     Raises:
         PromptError: A value is out of range.
@@ -43,6 +44,7 @@ class GenerationOptions:
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
+    go_on: bool = False
 
     def __post_init__(self) -> None:
         count = self.max_new_tokens
