@@ -1,4 +1,4 @@
-"""Detection quality of the demo detector on held-out scenes, next to colours and contours with the same questions.
+"""Detection quality of the demo detectors on held-out scenes, next to colours and contours with the same questions.
 
 What is asked, and how answers are judged, is in `export/demo/detect_eval.py`. Torch is not used; scenes need
 scikit-image for its photographs.
@@ -22,6 +22,8 @@ from pixano_edge.engine.bundle import Bundle
 from .seeds import FIRST_SEED
 
 BASELINE = "colours and contours"
+DEMOS = ("grounding-dino-demo", "owlv2-demo")
+"""Bundles of the package that know the words."""
 GROUPS = 20
 """Groups of scenes behind the intervals."""
 
@@ -45,27 +47,31 @@ class Row:
 
 @dataclass(frozen=True)
 class DetectionQuality:
-    """All rows, and how they were taken."""
+    """All rows, and how they were taken; ``bundle`` is the first of the ``bundles`` that were measured."""
 
     scenes: int
-    bundle: str
+    bundles: list[str]
     rows: list[Row]
+
+    @property
+    def bundle(self) -> str:
+        return self.bundles[0]
 
     def of(self, method: str, kind: str = "all") -> Row:
         """One row."""
         return next(row for row in self.rows if (row.method, row.kind) == (method, kind))
 
-    def lead(self, kind: str = "all") -> float:
-        """Points of AP50 (0..1) by which the model leads the baseline."""
-        return self.of(self.bundle, kind).ap50 - self.of(BASELINE, kind).ap50
+    def lead(self, kind: str = "all", bundle: str | None = None) -> float:
+        """Points of AP50 (0..1) by which a model, by default the first, leads the baseline."""
+        return self.of(bundle or self.bundle, kind).ap50 - self.of(BASELINE, kind).ap50
 
     def to_dict(self) -> dict[str, Any]:
         kinds = {row.kind: None for row in self.rows}
-        return asdict(self) | {"lead": {kind: self.lead(kind) for kind in kinds}}
+        return asdict(self) | {"lead": {name: {kind: self.lead(kind, name) for kind in kinds} for name in self.bundles}}
 
 
 def evaluate(
-    bundle: Path | str,
+    bundles: Path | str | Sequence[Path | str],
     scenes: int = 500,
     first: int = FIRST_SEED,
     *,
@@ -74,26 +80,27 @@ def evaluate(
     groups: int = GROUPS,
     on_scene: Callable[[], None] = lambda: None,
 ) -> DetectionQuality:
-    """Measures a bundle on held-out scenes `first`, `first` + 1, ...; equal arguments give equal figures.
+    """Measures bundles on held-out scenes `first`, `first` + 1, ...; equal arguments give equal figures.
 
     Args:
-        bundle: Bundle folder.
+        bundles: Bundle folder, or several whose bundles have different names.
         scenes: Number of scenes.
         first: First held-out seed.
-        precision: Variant of the bundle.
+        precision: Variant of the bundles.
         jobs: Processes that share the scenes, each with one thread; the figures do not depend on it.
         groups: Groups of scenes behind the intervals.
         on_scene: Called after each scene.
     """
-    name = Bundle.open(bundle).manifest.name
+    folders = [str(b) for b in ([bundles] if isinstance(bundles, Path | str) else bundles)]
+    names = [Bundle.open(folder).manifest.name for folder in folders]
     seeds = range(first, first + scenes)
     answers: list[dict[str, Any]] = []
-    with _answers((str(bundle), precision), seeds, jobs) as found:
+    with _answers((folders, precision), seeds, jobs) as found:
         for answer in found:
             answers.append(answer)
             on_scene()
-    rows = [row for method in (name, BASELINE) for row in summarise(method, [a[method] for a in answers], groups)]
-    return DetectionQuality(scenes, name, rows)
+    rows = [row for method in (*names, BASELINE) for row in summarise(method, [a[method] for a in answers], groups)]
+    return DetectionQuality(scenes, names, rows)
 
 
 def summarise(method: str, scenes: Sequence[Any], groups: int) -> list[Row]:
@@ -120,14 +127,15 @@ def summarise(method: str, scenes: Sequence[Any], groups: int) -> list[Row]:
 
 
 @contextmanager
-def _answers(work: tuple[str, str], seeds: range, jobs: int) -> Iterator[Iterable[dict[str, Any]]]:
+def _answers(work: tuple[list[str], str], seeds: range, jobs: int) -> Iterator[Iterable[dict[str, Any]]]:
     """The tallies of each scene, `{method: tallies}`, in the order of the seeds."""
     if jobs == 1:
         _start_worker(*work)
         try:
             yield map(_run_scene, seeds)
         finally:
-            _WORKER.pop("detector").close()
+            for detector in _WORKER.pop("detectors").values():
+                detector.close()
         return
     # Spawned, not forked: ONNX Runtime's and OpenCV's threads do not survive a fork.
     with mp.get_context("spawn").Pool(jobs, _start_worker, work) as pool:
@@ -137,14 +145,13 @@ def _answers(work: tuple[str, str], seeds: range, jobs: int) -> Iterator[Iterabl
 _WORKER: dict[str, Any] = {}
 
 
-def _start_worker(bundle: str, precision: str) -> None:
-    """Opens the bundle once per process, on one thread."""
+def _start_worker(bundles: list[str], precision: str) -> None:
+    """Opens the bundles once per process, on one thread."""
     from pixano_edge.engine.models.detection.opening import open_detector
 
     cv2.setNumThreads(1)
-    opened = Bundle.open(bundle)
-    detector = open_detector(opened, precision=precision, threads=1)
-    _WORKER.update(detector=detector, name=opened.manifest.name)
+    opened = [Bundle.open(bundle) for bundle in bundles]
+    _WORKER["detectors"] = {b.manifest.name: open_detector(b, precision=precision, threads=1) for b in opened}
 
 
 def _run_scene(seed: int) -> dict[str, Any]:
@@ -152,20 +159,26 @@ def _run_scene(seed: int) -> dict[str, Any]:
     from pixano_edge.export.demo.detect_eval import Tallies, ask
     from pixano_edge.export.demo.scenes import generate_scene
 
-    detector = _WORKER["detector"]
+    scene = generate_scene(seed, "heldout")
+    functions: dict[str, Any] = {name: _asker(detector) for name, detector in _WORKER["detectors"].items()}
+    functions[BASELINE] = ContourDetector()
+    answers: dict[str, Any] = {}
+    for method, function in functions.items():
+        answers[method] = Tallies()
+        ask(function, scene, answers[method])
+    return answers
+
+
+def _asker(detector: Any) -> Any:
+    """A detector as `detect_eval.Detect`."""
 
     def detect(
         image: npt.NDArray[np.uint8], classes: Sequence[str], threshold: float
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        found = detector.detect(image, classes, box_threshold=threshold)
+        found = detector.detect(image, classes, box_threshold=threshold, text_threshold=threshold)
         return found.boxes, found.scores, found.labels
 
-    scene = generate_scene(seed, "heldout")
-    answers: dict[str, Any] = {}
-    for method, function in ((_WORKER["name"], detect), (BASELINE, ContourDetector())):
-        answers[method] = Tallies()
-        ask(function, scene, answers[method])
-    return answers
+    return detect
 
 
 COLUMNS = ("method", "phrases", "AP50", "one ranking", "false alarms")

@@ -34,20 +34,29 @@ _KNOWN = {
     "build": _Known("Build TensorRT engines for this GPU, or ahead of time for others."),
     "bundle": _Known("Inspect, pack, unpack and store bundles."),
     "demo": _Known("Segment, search and track the bundled pictures and clip with the bundled models."),
+    "describe": _Known("Describe images, or answer questions about them, in text."),
     "detect": _Known("Find objects by name on an image or a folder of images."),
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),
     "info": _Known("Show this machine, or the facts of one bundle."),
+    "kit": _Known("Make, verify and install kits for boxes without a network."),
     "segment": _Known("Segment an image or a folder of images."),
+    "serve": _Known("Serve models to Pixano over HTTP.", "server", "fastapi"),
     "track": _Known("Track objects through a video."),
     "verify": _Known("Check a bundle on this machine against its golden samples."),
 }
 
 # Module that is missing at run time -> the extra that brings it.
 _EXTRA_OF_MODULE = {
+    "cryptography": "kit",
+    "fastapi": "server",
+    "jinja2": "vlm",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
+    "orjson": "server",
+    "packaging": "kit",
+    "prometheus_client": "server",
     "psutil": "benchmarks",
     "pynvml": "cuda",
     "safetensors": "export",
@@ -56,6 +65,7 @@ _EXTRA_OF_MODULE = {
     "tokenizers": "detection",
     "torch": "export",
     "transformers": "export",
+    "uvicorn": "server",
 }
 
 _BASE_MODULES = frozenset(("PIL", "cv2", "numpy", "pycocotools", "pydantic", "rich"))

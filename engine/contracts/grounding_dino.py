@@ -37,8 +37,6 @@ TOKENIZER = "tokenizer.json"
 MIN_TOKENS = 4
 """Shortest caption: start, one token, dot, end."""
 TYPICAL_TOKENS = 24
-PATCH_SIZE = 4
-"""Pixels per side of Swin's patches; the finest feature map has twice as many per place."""
 TOP_K_LIMIT = 3840
 """TensorRT's TopK takes fewer."""
 
@@ -54,7 +52,8 @@ class GroundingDinoConstants:
         std: Per-channel RGB standard deviation.
         hidden_dim: Channels of text and image features.
         num_queries: Boxes per image.
-        num_levels: Feature maps, from stride 8, each half the size of the one before.
+        num_levels: Feature maps, each half the size of the one before.
+        first_stride: Pixels per side of a place of the finest map, an even number.
         max_text_len: Most tokens of a caption, start and end included.
         start_token: Id of ``[CLS]``.
         end_token: Id of ``[SEP]``.
@@ -69,6 +68,7 @@ class GroundingDinoConstants:
     hidden_dim: int = 256
     num_queries: int = 900
     num_levels: int = 4
+    first_stride: int = 8
     max_text_len: int = 256
     start_token: int = 101
     end_token: int = 102
@@ -79,6 +79,8 @@ class GroundingDinoConstants:
         problems = []
         if not 0 < self.shortest_edge <= self.longest_edge:
             problems.append(f"edges {self.shortest_edge} and {self.longest_edge} do not fit together")
+        elif self.first_stride < 2 or self.first_stride % 2:
+            problems.append(f"a finest stride of {self.first_stride} pixels is not an even number")
         elif self.places(self.shortest_edge, self.shortest_edge) < self.num_queries:
             problems.append(f"{self.num_queries} queries need an image of more than {self.shortest_edge} pixels a side")
         if not 0 < self.num_queries < TOP_K_LIMIT:
@@ -98,7 +100,8 @@ class GroundingDinoConstants:
 
     def places(self, height: int, width: int) -> int:
         """Places of all feature maps of an image of this size, among which the queries are chosen."""
-        count, rows, columns = 0, -(-height // PATCH_SIZE), -(-width // PATCH_SIZE)
+        half = self.first_stride // 2
+        count, rows, columns = 0, -(-height // half), -(-width // half)
         for _ in range(self.num_levels):
             rows, columns = -(-rows // 2), -(-columns // 2)
             count += rows * columns
@@ -107,10 +110,9 @@ class GroundingDinoConstants:
     @property
     def min_edge(self) -> int:
         """Shortest side, beside one of `shortest_edge`, whose feature maps have a place for every query."""
-        step = 2 * PATCH_SIZE
-        edge = step
+        edge = self.first_stride
         while self.places(edge, self.shortest_edge) < self.num_queries:
-            edge += step
+            edge += self.first_stride
         return min(edge, self.shortest_edge)
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from .errors import (
     InferenceTimeoutError,
     InvalidRequestError,
     JobNotFoundError,
+    JobStoreError,
     ModelBusyError,
     ModelNotFoundError,
     OutOfMemoryError,
@@ -17,6 +18,7 @@ from .errors import (
     TaskNotSupportedError,
 )
 from .registry import get_provider, is_provider_registered, list_providers, register_provider
+from .text_types import EdgeTextImageConditionalGenerationInput, TextChunk
 from .types import (
     CompressedRLEData,
     EdgeMaskGenerationInput,
@@ -55,6 +57,7 @@ __all__ = [
     "EdgeMaskGenerationInput",
     "EdgeMaskGenerationOutput",
     "EdgeProvider",
+    "EdgeTextImageConditionalGenerationInput",
     "EdgeVideoMaskGenerationInput",
     "EdgeVideoMaskGenerationOutput",
     "ImageMaskGenerationInput",
@@ -69,6 +72,7 @@ __all__ = [
     "InferenceTimeoutError",
     "InvalidRequestError",
     "JobNotFoundError",
+    "JobStoreError",
     "ModelBusyError",
     "ModelConfig",
     "ModelInfo",
@@ -80,6 +84,7 @@ __all__ = [
     "ProviderNotFoundError",
     "ServerInfo",
     "TaskNotSupportedError",
+    "TextChunk",
     "TextImageConditionalGenerationInput",
     "TextImageConditionalGenerationOutput",
     "TextImageConditionalGenerationResult",

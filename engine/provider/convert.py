@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..models.rle import encode_rle
 from ..models.sam2.prompts import Prompt
 from .errors import InvalidRequestError
-from .types import CompressedRLEData, flat_to_array
+from .types import ArrayData, CompressedRLEData, flat_to_array
 
 Float = npt.NDArray[np.float32]
 
@@ -48,7 +48,7 @@ def _digest(array: Float) -> bytes:
 
 
 def read_array(value: Any, what: str) -> Float:
-    """A request's ``{values, shape}`` as a new float32 array.
+    """A request's ``{values, shape}`` as a new float32 array; of `ArrayData` the memory is used, not copied.
 
     Raises:
         InvalidRequestError: Not of that kind, values and shape disagree, or NaN or infinite values.
@@ -58,7 +58,7 @@ def read_array(value: Any, what: str) -> Float:
         raise InvalidRequestError(f"{what} must be an array with 'values' and 'shape'.", "Send back what you received.")
     try:
         with np.errstate(over="ignore"):
-            array = flat_to_array(values, shape)
+            array = value.to_array() if isinstance(value, ArrayData) else flat_to_array(values, shape)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequestError(f"{what} is malformed: {error}.", "Send a flat list in C order.") from error
     if not np.isfinite(array).all():

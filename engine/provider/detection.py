@@ -34,9 +34,13 @@ def detect(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> Im
     text_threshold = _threshold(request, "text_threshold", TEXT_THRESHOLD)
     classes = check_request(classes, box_threshold, text_threshold)  # before the image, which costs more
     limits = ImageLimits(max_bytes=options.max_image_bytes, max_pixels=options.max_image_pixels)
-    image = decode_image(media.read(getattr(request, "image", None), options.max_image_bytes), limits)
+    with job.stage("decode_image"):
+        image = decode_image(media.read(getattr(request, "image", None), options.max_image_bytes), limits)
     job.check()
-    found = detector.detect(image, classes, box_threshold=box_threshold, text_threshold=text_threshold, check=job.check)
+    with job.stage("detect"):
+        found = detector.detect(
+            image, classes, box_threshold=box_threshold, text_threshold=text_threshold, check=job.check
+        )
     boxes = whole_pixels(found.boxes, (image.shape[0], image.shape[1]))
     return ImageZeroShotDetectionOutput(boxes=boxes.tolist(), scores=found.scores.tolist(), classes=found.names())
 

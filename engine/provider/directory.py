@@ -19,6 +19,7 @@ from .errors import InferenceError, TaskNotSupportedError
 from .families import FAMILIES, IMAGES, VIDEOS, LoadedModel, check_task, does, tasks
 from .models import ModelTable, Slot, Unloaded
 from .settings import LoadOptions
+from .states import DEPLOY_FAILED, DEPLOYING, NOT_STARTED, RUNNING
 from .types import ModelInfo
 
 PROVIDER = "edge"
@@ -86,7 +87,8 @@ class Directory:
         entries, faults = self._catalogue.scan()
         cards = self._cards(entries)
         return [
-            ModelInfo(c.name, c.task, c.checkpoint, c.model_class, PROVIDER) for _, c in sorted(cards.items())
+            ModelInfo(c.name, c.task, c.checkpoint, c.model_class, PROVIDER, self._status(c))
+            for _, c in sorted(cards.items())
         ], faults
 
     def loaded(self, name: str, task: str) -> Slot | None:
@@ -157,6 +159,13 @@ class Directory:
         names = [name] if of is None else [name, of]
         self._withdrawn.update(names)
         return names
+
+    def _status(self, card: Card) -> str:
+        name = card.of or card.name
+        slot = self.loaded(name, card.task)
+        if slot is not None:
+            return RUNNING if slot.model is not None and slot.ready.done() else DEPLOYING
+        return DEPLOY_FAILED if name in self._broken else NOT_STARTED
 
     def _start(self, name: str, card: Card, task: str, base: str | None) -> Slot:
         state = files_state(card.source.path) if card.stored else ()

@@ -24,9 +24,10 @@ from .catalogue import Catalogue, Store
 from .detection import detect
 from .directory import Directory
 from .errors import InferenceError, InvalidRequestError, ModelNotFoundError, ProviderNotFoundError, provider_errors
-from .families import TASKS, LoadedModel, Opener, open_model
+from .families import IMAGES, TASKS, LoadedModel, Opener, open_model
 from .hardware import read_hardware
-from .jobs import JOB_CAP, JOB_TTL, MemoryJobStore
+from .jobs import JOB_CAP, JOB_TTL, JobStore, MemoryJobStore
+from .jobs_sqlite import SAVED_JOB_TTL, SqliteJobStore
 from .media import MediaPolicy
 from .models import ModelTable, Slot
 from .placement import auto_gpus
@@ -42,6 +43,9 @@ from .settings import (
     LoadOptions,
     read_limits,
 )
+from .states import DEPLOYING, RUNNING, ModelState, Observer
+from .text import TextService
+from .text_types import TextChunk
 from .types import (
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
@@ -52,6 +56,8 @@ from .types import (
     ModelInfo,
     ProviderCapabilities,
     ServerInfo,
+    TextImageConditionalGenerationInput,
+    TextImageConditionalGenerationResult,
     VideoMaskGenerationInput,
     VideoMaskGenerationResult,
 )
@@ -96,12 +102,15 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             ``PIXANO_EDGE_MEMORY``, and without that 80 % of RAM and 90 % of each GPU. What other processes use counts
             too, unless the limit is in bytes. Idle models are unloaded, the least recently used first, when another
             one needs the room; they come back at their next request.
-        job_ttl: Seconds that a tracking job is kept after its end.
+        jobs: Keeps tracking jobs: a file, or the folder of a ``jobs.sqlite``, in which they outlive this process (see
+            `SqliteJobStore`), any `JobStore`, or None for memory. Closed with the provider.
+        job_ttl: Seconds that a tracking job is kept after its end; None for an hour in memory, a week in a file.
         job_cap: Tracking jobs that are kept; one more drops the oldest ended one, or is refused when all run.
         opener: Opens bundles; replaced in tests.
 
     Raises:
         InvalidRequestError: A setting is out of range.
+        JobStoreError: The file of jobs is in use, newer, another program's, or cannot be opened.
     """
 
     def __init__(
@@ -123,7 +132,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         max_video_bytes: int = DEFAULT_MAX_VIDEO_BYTES,
         queue_depth: int = QUEUE_DEPTH,
         memory_limits: Limit | str | Mapping[str, Limit | str] | None = None,
-        job_ttl: float = JOB_TTL,
+        jobs: JobStore | Path | str | None = None,
+        job_ttl: float | None = None,
         job_cap: int = JOB_CAP,
         opener: Opener = open_model,
     ) -> None:
@@ -136,8 +146,12 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         self._table = ModelTable(opener, queue_depth, budget, auto_gpus)
         self._directory = Directory(self._catalogue, self._table, self._options, autoload)
         self._media = MediaPolicy(media_roots)
-        jobs = MemoryJobStore(job_ttl, job_cap)
+        if jobs is None:
+            jobs = MemoryJobStore(JOB_TTL if job_ttl is None else job_ttl, job_cap)
+        elif isinstance(jobs, str | Path):
+            jobs = SqliteJobStore(jobs, SAVED_JOB_TTL if job_ttl is None else job_ttl, job_cap)
         self._video = VideoService(self._table, self._hold_tracking, self._media, jobs, queue_depth)
+        self._text = TextService(self._table, self._hold_text, self._media, queue_depth)
         self._files = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixano-edge-files")
         self._closed = False
 
@@ -146,14 +160,18 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """``edge``."""
         return "edge"
 
+    @property
+    def max_image_side(self) -> int:
+        """Side in pixels of the largest square image that is accepted."""
+        return min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
+
     async def get_capabilities(self) -> ProviderCapabilities:
         """Tasks of the models that `list_models` offers.
 
         One request holds one image (with any number of prompts), so `supports_batching` is False.
         """
         tasks = {info.task for info in await self.list_models()}
-        side = min(_MAX_SIDE, math.isqrt(self._options.max_image_pixels))
-        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=side)
+        return ProviderCapabilities([t for t in InferenceTask if t.value in tasks], max_image_size=self.max_image_side)
 
     async def list_models(self, task: InferenceTask | str | None = None) -> list[ModelInfo]:
         """Models that requests may name: loaded ones, and with `autoload` the bundles of the store. Loads nothing.
@@ -166,6 +184,63 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         wanted = None if task is None else str(getattr(task, "value", task))
         return [info for info in infos if wanted in (None, info.task)]
 
+    def model_states(self) -> list[ModelState]:
+        """Models in memory or on their way there; an addition of Pixano Edge to the interface. Returns at once."""
+        found = []
+        for slot in self._table.slots():
+            waiting, steps = slot.worker.pending
+            model, ready = slot.model, slot.ready.done()
+            found.append(
+                ModelState(
+                    slot.base or slot.name,
+                    slot.task,
+                    RUNNING if model is not None and ready else DEPLOYING,
+                    "" if model is None else model.device,
+                    waiting,
+                    steps,
+                    slot.worker.depth,
+                    None if model is None or model.cache is None else model.cache(),
+                )
+            )
+        return found
+
+    def stored(self, name: str) -> Path:
+        """Folder of a bundle of the store; an addition of Pixano Edge to the interface. Reads the disk.
+
+        Raises:
+            ModelNotFoundError, InvalidRequestError: There is none, or that is no name.
+        """
+        with provider_errors():
+            return self._catalogue.locate(ModelConfig(name, "")).path
+
+    async def preload(self, name: str, timeout: float | None = None) -> None:
+        """Loads a model that `list_models` offers and waits for it; an addition of Pixano Edge to the interface.
+
+        Raises:
+            ModelNotFoundError: None is offered by that name.
+            InferenceError: It does not load, or not in time.
+        """
+        deadline = Deadline(timeout)
+        with provider_errors():
+            infos, _ = await self._in_files(self._directory.offered, deadline)
+            task = next((info.task for info in infos if info.name == name), IMAGES)
+            slot = await self._held(name, InferenceTask(task), deadline)
+            try:
+                await wait_for(slot.ready, deadline, f"Loading model '{name}'")
+            finally:
+                self._table.let_go(slot)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Has the time of every stage told from now on; an addition of Pixano Edge to the interface. Stages:
+        ``load``, ``queue``, ``decode_image``, ``encode`` or ``cached_features``, ``decode_masks``, ``pack``,
+        ``detect`` and ``track`` (one prompt or frame)."""
+        self._table.observer = observer
+
+    async def job_counts(self) -> dict[str, int]:
+        """Tracking jobs that are kept, by state; an addition of Pixano Edge to the interface."""
+        with provider_errors():
+            return await self._in_files(self._video.counts)
+
     async def get_server_info(self) -> ServerInfo:
         """State of the machine and the models now; see `ServerInfo` for the layout of `gpu_info`."""
         with provider_errors():
@@ -176,13 +251,13 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
 
         ``config.task`` decides what is loaded and what the name is listed for: with ``image_mask_generation`` the two
         graphs for images, with ``video_mask_generation`` all five, which answer images as well, with
-        ``image_zero_shot_detection`` a detector. A bundle that can track is offered for the other task, too, under a
-        second name: see `Directory`. Loaded for images, it is loaded anew with all graphs when the first request to
-        track comes or when this asks for it.
+        ``image_zero_shot_detection`` a detector, with ``text_image_conditional_generation`` a model that answers in
+        text. A bundle that can track is offered for the other task, too, under a second name: see `Directory`. Loaded
+        for images, it is loaded anew with all graphs when the first request to track comes or when this asks for it.
 
         ``config.path`` is None for the store's bundle of that name, else a bundle folder, a ``.pxe`` file or the
-        name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb and
-        verify, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes. Loading the
+        name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb, verify and
+        context, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes. Loading the
         same again does nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is unpacked to
         the temporary folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the folder.
 
@@ -317,6 +392,55 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """`image_zero_shot_detection` by the name of Pixano 0.8, whose request has the same fields."""
         return await self.image_zero_shot_detection(input_data, timeout)
 
+    async def text_image_conditional_generation(
+        self, input_data: TextImageConditionalGenerationInput, timeout: float = 60.0
+    ) -> TextImageConditionalGenerationResult:
+        """The model's answer to a text, or to chat messages, with any number of images.
+
+        Steps of several answers on one model take turns, and other requests to it go between. What a model knows of a
+        prompt's start, its image for example, is kept for the next prompt: see ``reused_tokens`` in the metadata.
+
+        Args:
+            input_data: Any object with the attributes of `TextImageConditionalGenerationInput`; those of
+                `EdgeTextImageConditionalGenerationInput` are read where present. ``max_new_tokens`` None is 512.
+            timeout: Seconds for waiting, loading and computing.
+
+        Raises:
+            InvalidRequestError: The prompt, an image or a setting is malformed or not allowed, or prompt and answer do
+                not fit the model's context.
+            ModelNotFoundError: No such model, or it was unloaded, also while this ran.
+            TaskNotSupportedError: The model does another task.
+            ModelBusyError: Too many answers of the model are under way or wait.
+            InferenceTimeoutError: No answer in time; the work stops within one token.
+            InferenceError: The back end failed.
+        """
+        started = time.perf_counter()
+        with provider_errors():
+            output, told, model = await self._text.answer(input_data, Deadline(timeout))
+        return TextImageConditionalGenerationResult(
+            data=output,
+            timestamp=datetime.now(timezone.utc),
+            processing_time=time.perf_counter() - started,
+            metadata={**_facts(input_data, model), **told},
+            id=uuid.uuid4().hex,
+        )
+
+    async def vlm(self, input_data: Any, timeout: float = 60.0) -> TextImageConditionalGenerationResult:
+        """`text_image_conditional_generation` by the name of Pixano 0.8, whose request has the same fields."""
+        return await self.text_image_conditional_generation(input_data, timeout)
+
+    async def stream_text_image_conditional_generation(
+        self, input_data: TextImageConditionalGenerationInput, timeout: float | None = None
+    ) -> AsyncIterator[TextChunk]:
+        """The answer in pieces as they come, the last one with the whole of it; an addition of Pixano Edge.
+
+        Leaving the iterator (``aclose``, or the end of its task) stops the work within one token. Raises as
+        `text_image_conditional_generation`, after the pieces that were done.
+        """
+        with provider_errors():
+            async for chunk in self._text.stream(input_data, Deadline(timeout), _facts):
+                yield chunk
+
     async def video_mask_generation(
         self, input_data: VideoMaskGenerationInput, timeout: float = 120.0
     ) -> VideoMaskGenerationResult:
@@ -393,6 +517,34 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         with provider_errors():
             return await self._in_files(lambda: self._video.cancel(job_id), Deadline(timeout))
 
+    async def resume_video_mask_generation_job(
+        self, job_id: str, timeout: float = 30.0
+    ) -> VideoMaskGenerationJobStatus:
+        """Lets a failed job go on after its last frame, for example one that ran when the server stopped; an addition
+        of Pixano Edge to the interface.
+
+        The frames that are there stay, and can be read meanwhile. They are computed again without new rows, since what
+        follows depends on them: the result is that of a job which was never interrupted, and the time is that of the
+        whole clip. ``metadata["frames_replayed"]`` tells how far that is. Of a job that runs this is no news.
+
+        Raises:
+            JobNotFoundError: No such job.
+            InvalidRequestError: It is completed or canceled, or its clip is not kept.
+            ModelNotFoundError, TaskNotSupportedError, ModelBusyError, JobStoreError: As at its submission; it can be
+                resumed later. When a frame comes out otherwise than before, the job fails and says so.
+        """
+        with provider_errors():
+            return await self._video.resume(job_id, Deadline(timeout))
+
+    async def jobs(self) -> list[VideoMaskGenerationJobStatus]:
+        """Every job that is kept, oldest first, without ``data``; an addition of Pixano Edge to the interface."""
+        with provider_errors():
+            return await self._in_files(self._video.jobs)
+
+    def job_state(self, job_id: str) -> str | None:
+        """State of a job, None where there is none; returns at once. An addition of Pixano Edge to the interface."""
+        return self._video.state(job_id)
+
     async def watch_job(
         self, job_id: str, from_frame: int = 0, timeout: float | None = None
     ) -> AsyncIterator[TrackedFrame]:
@@ -415,11 +567,12 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
 
     async def close(self) -> None:
         """Unloads every model after its accepted requests, and refuses everything from now on. Tracking fails at its
-        next frame. May be repeated."""
+        next frame, an answer in text at its next token. May be repeated."""
         self._closed = True
         for freed in self._table.close():
             await wait_for(freed, Deadline(None), "Unloading")
         await self._video.close()
+        await self._text.close()
         self._files.shutdown(wait=False)
 
     async def _answered(
@@ -450,6 +603,9 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
     async def _hold_tracking(self, name: Any, deadline: Deadline) -> Slot:
         return await self._held(name, InferenceTask.VIDEO_MASK_GENERATION, deadline)
 
+    async def _hold_text(self, name: Any, deadline: Deadline) -> Slot:
+        return await self._held(name, InferenceTask.TEXT_GENERATION, deadline)
+
     async def _held(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:
         """The slot of a model that does `task`, kept from being unloaded to make room; `ModelTable.let_go` ends it."""
         while True:
@@ -469,6 +625,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
     def _server_info(self) -> ServerInfo:
         infos, faults = self._directory.offered()
         jobs = self._video.running()
+        faults = {**faults, **{f"jobs {i}": text for i, text in enumerate(self._video.warnings)}}
         return server_info(infos, faults, self._table, read_hardware(), not self._closed, jobs)
 
     async def _in_files(self, work: Callable[[], T], deadline: Deadline | None = None) -> T:

@@ -40,6 +40,13 @@ class JobNotFoundError(InferenceError):
     """No job goes by that id, or it was forgotten after its time; an addition of Pixano Edge to the interface."""
 
 
+class JobStoreError(InferenceError):
+    """Jobs cannot be kept: the disk is full, or the file of jobs is damaged, newer, or another program's.
+
+    An addition of Pixano Edge to the interface. It fails the job, not the provider.
+    """
+
+
 class ModelBusyError(InferenceError):
     """Too many requests wait for this model already; an addition of Pixano Edge to the interface."""
 
@@ -49,6 +56,10 @@ class OutOfMemoryError(InferenceError):
 
     An addition of Pixano Edge to the interface. Other models go on answering.
     """
+
+
+class MissingPixanoError(EdgeError, ImportError):
+    """Pixano, or its inference server, is not installed where a module of this project builds on it."""
 
 
 @contextmanager

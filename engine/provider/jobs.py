@@ -1,8 +1,9 @@
 """Tracking jobs: what is kept of them, and for how long.
 
 `JobStore` is what a job needs kept: plain records and rows that a database can hold, no live object. `MemoryJobStore`
-keeps them in the process. The live part of a job is its `Run`, which writes through `JobLog`; after a restart a store
-on disk would hold records without one, whose state its owner then has to settle.
+keeps them in the process, `jobs_sqlite.SqliteJobStore` on disk. The live part of a job is its `Run`, which writes
+through `JobLog`. After a restart a store on disk holds records without one: it marks them failed, and
+`VideoService.resume` makes a new run of them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
-from .errors import JobNotFoundError, ModelBusyError
+from .errors import InvalidRequestError, JobNotFoundError, ModelBusyError
+from .media import MediaPolicy
 from .video_types import (
     COMPLETED,
+    FAILED,
     RUNNING,
     EdgeVideoMaskGenerationOutput,
     TrackedFrame,
@@ -25,7 +28,7 @@ from .video_types import (
 )
 
 JOB_TTL = 3600.0
-"""Seconds that a job is kept after its end. Not from its start: a longer job would be gone when it is done."""
+"""Seconds that a job is kept in memory after its end. Not from its start: a longer job would be gone when done."""
 JOB_CAP = 500
 """Jobs that are kept; the oldest ended one goes when another comes."""
 
@@ -45,6 +48,8 @@ class JobRecord:
         done: Frames done.
         total: Frames in all; None until the clip is open.
         ended: UTC; None while it runs.
+        resumable: Whether the request is kept, so that the job can go on from its last frame after a failure.
+        replayed: Frames computed again, without a new row, since it was resumed; see `Run`.
     """
 
     job_id: str
@@ -57,6 +62,8 @@ class JobRecord:
     done: int = 0
     total: int | None = None
     ended: datetime | None = None
+    resumable: bool = False
+    replayed: int = 0
 
     def metadata(self) -> dict[str, Any]:
         """JSON-ready facts for a status."""
@@ -67,29 +74,63 @@ class JobRecord:
             "frames_done": self.done,
             "frames_total": self.total,
             "progress": None if not self.total else self.done / self.total,
+            **({"frames_replayed": self.replayed} if self.replayed else {}),
+            **({"resumable": True} if self.resumable and self.state == FAILED else {}),
         }
 
 
 class JobStore(Protocol):
-    """Keeps jobs. Every method may be called from any thread and returns at once."""
+    """Keeps jobs. Every method may be called from any thread.
 
-    def add(self, record: JobRecord) -> None:
-        """A new job; raises ModelBusyError when it holds as many running ones as it may."""
+    `append`, `get`, `frames` and `records` return at once; `add`, `update` of an end, `resume` and `close` may wait for
+    a disk, so they are not for an event loop.
+    """
+
+    @property
+    def warnings(self) -> list[str]:
+        """Faults that the administrator should know of."""
+
+    def add(self, record: JobRecord, request: Any = None, media: MediaPolicy | None = None) -> None:
+        """A new job.
+
+        Args:
+            record: What is known of it.
+            request: What was asked for, for stores that can resume; read by attribute.
+            media: Which files the request may name.
+
+        Raises:
+            ModelBusyError: It holds as many running jobs as it may.
+            JobStoreError: It cannot be kept.
+        """
 
     def update(self, job_id: str, **changes: Any) -> None:
-        """Sets fields of a record. Of a job that is not there nothing happens."""
+        """Sets fields of a record. Of a job that is not there nothing happens.
+
+        Raises:
+            JobStoreError: The job was to end as completed, and not all of its frames could be kept; it has failed.
+        """
 
     def append(self, job_id: str, frame: TrackedFrame) -> None:
-        """One frame more, which counts as done."""
+        """One frame more, which counts as done; raises JobStoreError when frames of this job cannot be kept."""
 
     def get(self, job_id: str) -> JobRecord | None:
         """The record, None where there is none (any more)."""
 
-    def frames(self, job_id: str, start: int = 0) -> list[TrackedFrame]:
-        """Frames from position `start` on, in the order in which they were appended."""
+    def frames(self, job_id: str, start: int = 0, count: int | None = None) -> list[TrackedFrame]:
+        """Frames from position `start` on, at most `count`, in the order in which they were appended."""
 
     def records(self) -> list[JobRecord]:
         """All of them, oldest first."""
+
+    def resume(self, job_id: str) -> tuple[Any, MediaPolicy]:
+        """Makes an ended job run again, its frames kept: the request it was added with, and what may read its clip.
+
+        Raises:
+            InvalidRequestError: It cannot be resumed; says why.
+        """
+
+    def close(self) -> None:
+        """Writes what is left. Nothing is kept afterwards."""
 
 
 class MemoryJobStore:
@@ -110,7 +151,12 @@ class MemoryJobStore:
         self._frames: dict[str, list[TrackedFrame]] = {}
         self._ended: dict[str, float] = {}
 
-    def add(self, record: JobRecord) -> None:
+    @property
+    def warnings(self) -> list[str]:
+        """None: there is nothing that can be damaged."""
+        return []
+
+    def add(self, record: JobRecord, request: Any = None, media: MediaPolicy | None = None) -> None:
         with self._lock:
             self._expire()
             if len(self._jobs) >= self._cap:
@@ -143,14 +189,23 @@ class MemoryJobStore:
             self._expire()
             return self._jobs.get(job_id)
 
-    def frames(self, job_id: str, start: int = 0) -> list[TrackedFrame]:
+    def frames(self, job_id: str, start: int = 0, count: int | None = None) -> list[TrackedFrame]:
         with self._lock:
-            return self._frames.get(job_id, [])[start:]
+            return self._frames.get(job_id, [])[start : None if count is None else start + count]
 
     def records(self) -> list[JobRecord]:
         with self._lock:
             self._expire()
             return list(self._jobs.values())
+
+    def resume(self, job_id: str) -> tuple[Any, MediaPolicy]:
+        raise InvalidRequestError(
+            f"Job '{job_id}' cannot be resumed: jobs are kept in memory here, without their clips.",
+            "Submit it again, or give the provider a file for jobs.",
+        )
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     def _expire(self) -> None:
         now = self._clock()
@@ -174,10 +229,16 @@ class JobLog:
     def append(self, frame: TrackedFrame) -> None:
         self._store.append(self._job_id, frame)
 
-    def read(self, start: int) -> list[TrackedFrame]:
-        return self._store.frames(self._job_id, start)
+    def read(self, start: int, count: int | None = None) -> list[TrackedFrame]:
+        return self._store.frames(self._job_id, start, count)
+
+    def replayed(self, count: int) -> None:
+        self._store.update(self._job_id, replayed=count)
 
     def close(self, state: str, detail: str | None) -> None:
+        record = self._store.get(self._job_id)
+        if state == FAILED and record is not None and record.resumable:
+            detail = f"{detail} {can_be_resumed(record)}"
         self._store.update(self._job_id, state=state, detail=detail, ended=_now())
 
 
@@ -200,15 +261,15 @@ def found(store: JobStore, job_id: Any) -> JobRecord:
     return record
 
 
-def status_of(store: JobStore, job_id: Any) -> VideoMaskGenerationJobStatus:
-    """The state of a job, with the answer once it is complete.
+def status_of(store: JobStore, job_id: Any, rows: bool = True) -> VideoMaskGenerationJobStatus:
+    """The state of a job, with the answer once it is complete, unless `rows` is False.
 
     Raises:
         JobNotFoundError: There is none.
     """
     record = found(store, job_id)
     data = None
-    if record.state == COMPLETED:
+    if record.state == COMPLETED and rows:
         data = EdgeVideoMaskGenerationOutput.of(store.frames(record.job_id))
     return VideoMaskGenerationJobStatus(
         job_id=record.job_id,
@@ -218,6 +279,15 @@ def status_of(store: JobStore, job_id: Any) -> VideoMaskGenerationJobStatus:
         metadata=record.metadata(),
         timestamp=record.submitted,
         processing_time=((record.ended or _now()) - record.submitted).total_seconds(),
+    )
+
+
+def can_be_resumed(record: JobRecord) -> str:
+    """What the reason of a failed job ends with where its request is kept."""
+    total = "" if record.total is None else f" of {record.total}"
+    return (
+        f"{record.done}{total} frames are kept: resume it with POST /v1/jobs/{record.job_id}/resume, or "
+        f"resume_video_mask_generation_job('{record.job_id}')."
     )
 
 

@@ -82,6 +82,13 @@ class MediaPolicy:
             raise _too_large(max_bytes, "video")
         return path
 
+    def file(self, source: str) -> Path | None:
+        """The file that a request may name by this path; None where there is none or it is not allowed."""
+        try:
+            return self._allowed(source, "image")
+        except InvalidRequestError:
+            return None
+
     def _allowed(self, source: str, kind: str) -> Path:
         scheme = _SCHEME.match(source)
         if scheme:

@@ -24,6 +24,7 @@ from .needs import Declared, declared
 from .placement import Plan, candidates, make_room, plan
 from .settings import LoadOptions
 from .slots import Slot, Unloaded
+from .states import Observer
 from .watch import MemoryWatch
 from .worker import QUEUE_DEPTH, Job
 
@@ -61,6 +62,7 @@ class ModelTable:
         self._gpus = gpus
         self._needs = needs
         self._found = Found()
+        self.observer: Observer | None = None
         self._lock = threading.Lock()
         self._slots: dict[str, Slot] = {}
         self._draining: set[Slot] = set()
@@ -144,7 +146,13 @@ class ModelTable:
             ModelNotFoundError: The model was unloaded.
             ModelBusyError: The queue is full.
         """
-        return slot.worker.submit(lambda job: self._request(slot, work, job))
+        queued = time.perf_counter()
+
+        def begun(job: Job) -> T:
+            job.stages["queue"] = time.perf_counter() - queued
+            return self._request(slot, work, job)
+
+        return slot.worker.submit(begun)
 
     def submit_step(self, slot: Slot, work: Callable[[LoadedModel, Job], T], then: Callable[[Future[T]], None]) -> None:
         """Queues one step of long work in the background, see `ModelWorker.submit`; what it takes goes into the books.
@@ -192,10 +200,11 @@ class ModelTable:
         options = self._admit(slot, job)
         assert slot.booking is not None
         try:
-            with self._watch.load(slot.booking) as growth:
+            with self._watch.load(slot.booking) as growth, job.stage("load"):
                 # Set here, on the thread that will free it: when the load was aborted meanwhile, freeing comes right
                 # after, and with it the release of the booking.
                 slot.model = self._opener(slot.source.path, slot.task, options, job)
+            self._tell(slot, job)
             job.check()
             self._watch.loaded(slot.booking, slot.model, slot.tally, growth)
             if not self._make_room(slot.booking, f"'{slot.name}' takes more than it declared"):
@@ -284,11 +293,19 @@ class ModelTable:
         model, booking = slot.model, slot.booking
         assert model is not None
         assert booking is not None
-        with self._watch.request(booking, model, slot.tally):
-            result = work(model, job)
+        try:
+            with self._watch.request(booking, model, slot.tally):
+                result = work(model, job)
+        finally:
+            self._tell(slot, job)
         slot.touch()
         self._make_room(booking, f"requests made '{slot.name}' grow")
         return result
+
+    def _tell(self, slot: Slot, job: Job) -> None:
+        if self.observer is not None:
+            for stage, seconds in job.stages.items():
+                self.observer(slot.base or slot.name, stage, seconds)
 
     def _loaded(self, slot: Slot, done: Future[LoadedModel]) -> None:
         error = done.exception()

@@ -7,7 +7,7 @@ validates (the provider does, and raises). Two names are ours: `EdgeMaskGenerati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -101,13 +101,14 @@ class ModelConfig:
 
 @dataclass
 class ModelInfo:
-    """One model that requests may name."""
+    """One model that requests may name; `status` is one of the words of `states`, None where nobody tells."""
 
     name: str
     task: str
     model_path: str | None = None
     model_class: str | None = None
     provider: str | None = None
+    status: str | None = None
 
 
 @dataclass
@@ -172,6 +173,25 @@ class NDArrayData:
         return flat_to_array(self.values, self.shape)
 
 
+@dataclass
+class ArrayData(NDArrayData):
+    """`NDArrayData` whose `values` is a flat, C-contiguous float32 array instead of a list: for callers that pass
+    arrays on, such as a server. A request with `answer_arrays` is answered with them."""
+
+    values: npt.NDArray[np.float32]  # type: ignore[assignment]
+
+    @classmethod
+    def from_array(cls, array: npt.NDArray[Any]) -> ArrayData:
+        """Keeps a C-contiguous float32 array as it is, which must not change any more; copies others."""
+        flat: npt.NDArray[np.float32] = np.ascontiguousarray(array, np.float32).reshape(-1)
+        return cls(values=flat, shape=list(array.shape))
+
+    def to_array(self) -> npt.NDArray[np.float32]:
+        """The same memory with `shape`; raises ValueError where they do not fit."""
+        found: npt.NDArray[np.float32] = self.values.reshape(self.shape)
+        return found
+
+
 def flat_to_array(values: Any, shape: Sequence[int]) -> npt.NDArray[np.float32]:
     """Flat numbers (list or array) in C order to a new float32 array; raises ValueError where they do not fit."""
     dims = tuple(int(d) for d in shape)
@@ -225,10 +245,18 @@ class EdgeMaskGenerationInput(ImageMaskGenerationInput):
     Attributes:
         mask_input: Low-resolution logits of an earlier answer: ``[m, m]``, ``[1, m, m]``, ``[P, 1, m, m]``.
         return_logits: Send low-resolution logits back.
+        answer_arrays: Answer with `ArrayData`; an addition of Pixano Edge, as all that follow.
+        echoed: Features that a server knows to be its own, instead of `image_embedding`; see `seen.EchoedFeatures`.
+        embedding_handle: What stands for features, instead of them; see `seen.handle_of`.
+        wants_embedding: Whether the features of a key are to be in the answer; None for always.
     """
 
     mask_input: NDArrayData | None = None
     return_logits: bool = False
+    answer_arrays: bool = False
+    echoed: Any = None
+    embedding_handle: bytes | None = None
+    wants_embedding: Callable[[Any], bool] | None = None
 
 
 @dataclass
@@ -243,9 +271,13 @@ class ImageMaskGenerationOutput:
 
 @dataclass
 class EdgeMaskGenerationOutput(ImageMaskGenerationOutput):
-    """`ImageMaskGenerationOutput` with logits: ``[M, m, m]`` for one prompt, else ``[P, M, m, m]``."""
+    """`ImageMaskGenerationOutput` with logits: ``[M, m, m]`` for one prompt, else ``[P, M, m, m]``.
+
+    `embedding_key` is what the features depend on (`EmbeddingKey`); None when the request brought its own.
+    """
 
     mask_logits: NDArrayData | None = None
+    embedding_key: Any = None
 
 
 @dataclass

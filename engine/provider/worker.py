@@ -13,17 +13,21 @@ import asyncio
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from ..errors import CancelledError
+from .callers import caller
 from .errors import InferenceTimeoutError, InvalidRequestError, ModelBusyError, ModelNotFoundError
 
 T = TypeVar("T")
 
 QUEUE_DEPTH = 32
+MOST_CALLERS = 4
+"""Times the depth: what all callers together may have waiting for one model."""
 
 MOST_IN_A_ROW = 8
 """Requests that may pass a waiting background step one after the other, so that many annotators do not stop a job."""
@@ -40,6 +44,16 @@ class Job:
 
     def __init__(self) -> None:
         self._left = threading.Event()
+        self.stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Called by the work: counts the time of the block as that of a stage, in seconds in `stages`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begun
 
     def cancel(self) -> None:
         """Called by the owner who stops waiting."""
@@ -95,12 +109,16 @@ class _Item:
 
 
 class ModelWorker:
-    """Runs the work of one model on its own thread: requests in order, then background steps in order.
+    """Runs the work of one model on its own thread: requests first, then background steps in order.
+
+    Callers take turns, each one's requests in order, so that one who sends many at once does not keep the others
+    waiting. Who asks is `callers.caller()` where `submit` is called.
 
     Args:
         name: Model name, for thread names and messages.
-        depth: Requests that may run or wait; one more is refused at once. Background steps do not count: whoever
-            queues them has one at a time.
+        depth: Requests of one caller that may run or wait; one more is refused at once, as is one beyond
+            `MOST_CALLERS` times as many of all callers. Background steps do not count: whoever queues them has one at
+            a time.
     """
 
     def __init__(self, name: str, depth: int = QUEUE_DEPTH) -> None:
@@ -108,11 +126,12 @@ class ModelWorker:
         self.depth = depth
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"pixano-edge-{name}")
         self._lock = threading.Lock()
-        self._requests: deque[_Item] = deque()
+        self._requests: OrderedDict[str, deque[_Item]] = OrderedDict()
         self._steps: deque[_Item] = deque()
         self._last: _Item | None = None
         self._in_a_row = 0
         self._pending = 0
+        self._of_caller: Counter[str] = Counter()
         self._pending_steps = 0
         self._closed = False
 
@@ -121,6 +140,12 @@ class ModelWorker:
         """Whether nothing runs and nothing waits."""
         with self._lock:
             return self._pending == 0 and self._pending_steps == 0
+
+    @property
+    def pending(self) -> tuple[int, int]:
+        """Requests and background steps that run or wait."""
+        with self._lock:
+            return self._pending, self._pending_steps
 
     def submit(
         self,
@@ -144,10 +169,11 @@ class ModelWorker:
             ModelBusyError: The queue is full.
         """
         job = job or Job()
+        who = caller()
         with self._lock:
             if self._closed:
                 raise ModelNotFoundError(f"Model '{self.name}' was unloaded.", "Load it again with instantiate_model.")
-            if not background and self._pending >= self.depth:
+            if not background and (self._of_caller[who] >= self.depth or self._pending >= MOST_CALLERS * self.depth):
                 raise ModelBusyError(
                     f"{self._pending} requests wait for model '{self.name}' already.", "Try again in a moment."
                 )
@@ -157,9 +183,10 @@ class ModelWorker:
                 self._steps.append(item)
                 self._pending_steps += 1
             else:
-                self._requests.append(item)
+                self._requests.setdefault(who, deque()).append(item)
                 self._pending += 1
-        item.future.add_done_callback(lambda _: self._done(background))
+                self._of_caller[who] += 1
+        item.future.add_done_callback(lambda _: self._done(background, who))
         return job, item.future
 
     def finish(self, last: Callable[[], None]) -> Future[None]:
@@ -186,7 +213,11 @@ class ModelWorker:
         passed = bool(self._steps) and self._in_a_row >= MOST_IN_A_ROW
         if self._requests and not passed:
             self._in_a_row = self._in_a_row + 1 if self._steps else 0
-            return self._requests.popleft()
+            who, items = self._requests.popitem(last=False)
+            item = items.popleft()
+            if items:
+                self._requests[who] = items  # at the end: the others first
+            return item
         if self._steps:
             self._in_a_row = 0
             return self._steps.popleft()
@@ -198,12 +229,15 @@ class ModelWorker:
         job.check()
         return work(job)
 
-    def _done(self, background: bool) -> None:
+    def _done(self, background: bool, who: str) -> None:
         with self._lock:
             if background:
                 self._pending_steps -= 1
             else:
                 self._pending -= 1
+                self._of_caller[who] -= 1
+                if not self._of_caller[who]:
+                    del self._of_caller[who]
 
 
 def settled() -> Future[T]:

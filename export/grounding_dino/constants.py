@@ -12,13 +12,19 @@ from pixano_edge.engine.errors import ContractError, ExportError
 MAX_LEVELS = 5
 """Proposals of a sixth level would be larger than the picture and never be inside it."""
 _BILINEAR = 2
+_FIRST_STAGE = 4
+"""Pixels per side of a place of the first stage, in Swin and in ResNet."""
 _SIZES: dict[tuple[int, tuple[int, ...]], str] = {(96, (2, 2, 6, 2)): "tiny", (128, (2, 2, 18, 2)): "base"}
 
 
 def architecture_name(config: Any) -> str:
     """``grounding-dino-tiny`` or ``-base`` for the published ones, else the backbone's shape."""
     backbone = config.backbone_config
-    key = (int(backbone.embed_dim), tuple(int(d) for d in backbone.depths))
+    depths = tuple(int(d) for d in backbone.depths)
+    if backbone.model_type == "resnet":
+        widths = (int(w) for w in backbone.hidden_sizes)
+        return f"grounding-dino-resnet-{'-'.join(map(str, widths))}-{'-'.join(map(str, depths))}"
+    key = (int(backbone.embed_dim), depths)
     size = _SIZES.get(key) or f"swin-{key[0]}-{'-'.join(map(str, key[1]))}"
     return f"grounding-dino-{size}"
 
@@ -41,6 +47,7 @@ def read_constants(model: Any, folder: Path) -> GroundingDinoConstants:
         "hidden_dim": int(config.d_model),
         "num_queries": int(config.num_queries),
         "num_levels": int(config.num_feature_levels),
+        "first_stride": _first_stride(config.backbone_config),
         "max_text_len": int(config.max_text_len),
         "start_token": start,
         "end_token": end,
@@ -58,7 +65,6 @@ def require_supported(config: Any) -> None:
     """Raises ExportError, with every reason, for an architecture that the graphs do not implement."""
     backbone, text = config.backbone_config, config.text_config
     expected = {
-        "backbone model_type": (backbone.model_type, "swin"),
         "text model_type": (text.model_type, "bert"),
         "two_stage": (bool(config.two_stage), True),
         "embedding_init_target": (bool(config.embedding_init_target), True),
@@ -66,16 +72,14 @@ def require_supported(config: Any) -> None:
         "query_dim": (int(config.query_dim), 4),
     }
     wrong = [f"{key} is {got!r}, expected {want!r}" for key, (got, want) in expected.items() if got != want]
-    if not wrong:
-        if getattr(backbone, "use_absolute_embeddings", False):
-            wrong.append("the backbone has absolute position embeddings")
-        if int(backbone.patch_size) != 4:
-            wrong.append(f"the backbone has patches of {backbone.patch_size} pixels, expected 4")
-        stages = list(backbone.out_features)
-        if stages != ["stage2", "stage3", "stage4"]:
-            wrong.append(f"feature maps come from {stages}, expected stage2 to stage4")
-        if not 3 < int(config.num_feature_levels) <= MAX_LEVELS:
-            wrong.append(f"num_feature_levels is {config.num_feature_levels}, expected 4 or {MAX_LEVELS}")
+    check = {"swin": _swin_problems, "resnet": _resnet_problems}.get(backbone.model_type)
+    if check is None:
+        wrong.append(f"backbone model_type is {backbone.model_type!r}, expected 'swin' or 'resnet'")
+    if check is not None and not wrong:
+        wrong += check(backbone)
+        stages = len(backbone.out_features)
+        if not max(2, stages) <= int(config.num_feature_levels) <= MAX_LEVELS:
+            wrong.append(f"num_feature_levels is {config.num_feature_levels}, expected {stages} to {MAX_LEVELS}")
         if int(config.max_text_len) > int(text.max_position_embeddings):
             wrong.append(
                 f"max_text_len {config.max_text_len} exceeds the text encoder's {text.max_position_embeddings}"
@@ -83,8 +87,36 @@ def require_supported(config: Any) -> None:
     if wrong:
         raise ExportError(
             f"config.json describes a Grounding DINO that is not covered: {'; '.join(wrong)}.",
-            "Checkpoints like IDEA-Research/grounding-dino-tiny and -base are exported.",
+            "Checkpoints like IDEA-Research/grounding-dino-tiny and -base are exported, also with a ResNet backbone.",
         )
+
+
+def _swin_problems(backbone: Any) -> list[str]:
+    wrong = []
+    if getattr(backbone, "use_absolute_embeddings", False):
+        wrong.append("the backbone has absolute position embeddings")
+    if int(backbone.patch_size) != _FIRST_STAGE:
+        wrong.append(f"the backbone has patches of {backbone.patch_size} pixels, expected {_FIRST_STAGE}")
+    stages = list(backbone.out_features)
+    if stages != ["stage2", "stage3", "stage4"]:
+        wrong.append(f"feature maps come from {stages}, expected stage2 to stage4")
+    return wrong
+
+
+def _resnet_problems(backbone: Any) -> list[str]:
+    wrong = []
+    if backbone.downsample_in_first_stage:
+        wrong.append("the backbone's first stage halves the map")
+    stages = [f"stage{number + 1}" for number in range(len(backbone.depths))]
+    taken = list(backbone.out_features)
+    if taken != stages[-len(taken) :] or len(taken) == len(stages):
+        wrong.append(f"feature maps come from {taken}, expected the last of {stages}, from the second on")
+    return wrong
+
+
+def _first_stride(backbone: Any) -> int:
+    """Pixels per side of a place of the finest map: the first stage has four, each further one twice as many."""
+    return int(_FIRST_STAGE * 2 ** (int(backbone.out_features[0].removeprefix("stage")) - 1))
 
 
 def tokenizer_text(folder: Path) -> str:

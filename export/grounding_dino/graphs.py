@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from pixano_edge.engine.contracts import grounding_dino as contract
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.export.grounding_dino.attention import BLOCKED, Attention, DeformableAttention, Fusion, Levels
+from pixano_edge.export.grounding_dino.resnet import ResNetBackbone
 from pixano_edge.export.grounding_dino.swin import SwinBackbone
 
+_BACKBONES: dict[str, type[SwinBackbone] | type[ResNetBackbone]] = {"swin": SwinBackbone, "resnet": ResNetBackbone}
 FAR = 1e4
 """Stands for the infinite logit of a proposal outside the picture: its sigmoid is 1 as well, and fp16 holds it."""
 
@@ -78,7 +80,8 @@ class Detector(nn.Module):
         super().__init__()
         base = model.model
         config = model.config
-        self.backbone = SwinBackbone(base.backbone.conv_encoder.model)
+        backbone = base.backbone.conv_encoder.model
+        self.backbone = _BACKBONES[backbone.config.model_type](backbone)
         self.input_proj = base.input_proj_vision
         self.encoder = nn.ModuleList(_EncoderLayer(layer) for layer in base.encoder.layers)
         self.enc_output, self.enc_output_norm = base.enc_output, base.enc_output_norm

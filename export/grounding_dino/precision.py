@@ -1,6 +1,6 @@
 """What stays in fp32 in the fp16 graphs of Grounding DINO, beside the angles of sine embeddings.
 
-In the detector: all but the Swin backbone. Its encoder ranks some twenty thousand places by scores that nearly tie, and
+In the detector: all but the backbone. Its encoder ranks some twenty thousand places by scores that nearly tie, and
 what sits at which rank decides where a query looks; its decoder adds up small moves of boxes. In fp16 this is known to
 go wrong on TensorRT (github.com/NVIDIA/TensorRT/issues/3413). The text encoder is fp16 as a whole.
 """

@@ -51,9 +51,9 @@ def test_summing_scenes_does_not_change_them() -> None:
 def test_lead_and_table() -> None:
     rows = quality.summarise("model", [scene_tallies(True)] * 2, 2)
     rows += quality.summarise(quality.BASELINE, [scene_tallies(False)] * 2, 2)
-    found = quality.DetectionQuality(2, "model", rows)
+    found = quality.DetectionQuality(2, ["model"], rows)
     assert found.lead() == pytest.approx(1.0)
-    assert found.to_dict()["lead"]["color"] == pytest.approx(1.0)
+    assert found.to_dict()["lead"]["model"]["color"] == pytest.approx(1.0)
     table = quality.table_rows(found)
     assert {len(cells) for cells in table} == {len(quality.COLUMNS)}
     assert table[0][:2] == ("model", "circle (1)")
@@ -65,9 +65,9 @@ def test_a_worker_asks_model_and_baseline(monkeypatch: pytest.MonkeyPatch) -> No
     class Knowing:
         """Answers every class with the box of the first evaluated object of that shape."""
 
-        def detect(self, image: Any, classes: list[str], *, box_threshold: float) -> Any:
+        def detect(self, image: Any, classes: list[str], *, box_threshold: float, text_threshold: float) -> Any:
             assert np.array_equal(image, scene.image)
-            assert box_threshold < 0.1
+            assert box_threshold == text_threshold < 0.1
             pairs = [
                 (k, obj.box)
                 for k, text in enumerate(classes)
@@ -84,7 +84,7 @@ def test_a_worker_asks_model_and_baseline(monkeypatch: pytest.MonkeyPatch) -> No
             found.boxes, found.labels, found.scores = boxes, labels, np.ones(len(pairs), np.float32)
             return found
 
-    monkeypatch.setattr(quality, "_WORKER", {"detector": Knowing(), "name": "model"})
+    monkeypatch.setattr(quality, "_WORKER", {"detectors": {"model": Knowing()}})
     answers = quality._run_scene(quality.FIRST_SEED)
     assert set(answers) == {"model", quality.BASELINE}
     assert summarise(answers["model"])["shape"].ap50 == 1.0

@@ -223,6 +223,15 @@ class EmbeddingCache:
         self._reserved = 0
         self._hits = self._misses = self._evictions = 0
 
+    def find(self, key: EmbeddingKey) -> Features | None:
+        """The features for `key` if they are there, which counts as a hit."""
+        with self._lock:
+            features = self._entries.get(key)
+            if features is not None:
+                self._entries.move_to_end(key)
+                self._hits += 1
+            return features
+
     def get_or_create(self, key: EmbeddingKey, nbytes: int, create: Callable[[], Features]) -> Features:
         """The features for `key`; `create` runs once however many threads ask at the same time.
 

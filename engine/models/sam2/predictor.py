@@ -186,17 +186,35 @@ class Sam2ImagePredictor:
         """
         check_image(image)
         self._check_open()
+        key = None
         if cached:
-            key = EmbeddingKey(
-                self._bundle_hash, self._variant, f"{self._encoder.backend}@{self._device.name}", pixel_digest(image)
-            )
+            key = self.key(pixel_digest(image))
             features = self.cache.get_or_create(key, self._images.nbytes, lambda: self._run_encoder(image))
         else:
             features = self._run_encoder(image)
-        embedding = self._embedding(features, (image.shape[0], image.shape[1]), self._bundle_hash)
+        embedding = self._embedding(features, (image.shape[0], image.shape[1]), self._bundle_hash, key)
         if wait:
             self._chain.wait()
         return embedding
+
+    def key(self, digest: bytes) -> EmbeddingKey:
+        """What the features of an image depend on here; `digest` is its `pixel_digest`."""
+        return EmbeddingKey(self._bundle_hash, self._variant, f"{self._encoder.backend}@{self._device.name}", digest)
+
+    def recall(self, digest: bytes, size: tuple[int, int]) -> Embedding | None:
+        """Features of an image that was encoded before, without its pixels; None when they are not in the cache.
+
+        Args:
+            digest: Its `pixel_digest`.
+            size: Its (height, width).
+
+        Raises:
+            DeviceError: The predictor is closed.
+        """
+        self._check_open()
+        key = self.key(digest)
+        features = self.cache.find(key)
+        return None if features is None else self._embedding(features, size, self._bundle_hash, key)
 
     def predict(
         self,
@@ -384,8 +402,10 @@ class Sam2ImagePredictor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _embedding(self, features: Features, size: tuple[int, int], bundle_hash: str | None) -> Embedding:
-        return Embedding(features, size, bundle_hash, self._device, self._chain.lock)
+    def _embedding(
+        self, features: Features, size: tuple[int, int], bundle_hash: str | None, key: EmbeddingKey | None = None
+    ) -> Embedding:
+        return Embedding(features, size, bundle_hash, self._device, self._chain.lock, key)
 
     def _run_encoder(self, image: npt.NDArray[np.uint8]) -> Features:
         with self._encoder.lock:

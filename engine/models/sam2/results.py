@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ...contracts import sam2
 from ...errors import PromptError
 from ...runtime.base import Device
-from .cache import Features
+from .cache import EmbeddingKey, Features
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class Embedding:
         bundle_hash: Bundle that made the features, or None when a client sent them.
         device: Where the buffers are.
         lock: Held while the device's stream is used.
+        key: What the features depend on; None when a client sent them, or where they were not to be cached.
     """
 
     features: Features
@@ -33,6 +34,7 @@ class Embedding:
     bundle_hash: str | None
     device: Device
     lock: AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext, repr=False)
+    key: EmbeddingKey | None = None
 
     @property
     def image_embed(self) -> npt.NDArray[np.float32]:

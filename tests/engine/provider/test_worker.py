@@ -10,6 +10,7 @@ import time
 import pytest
 
 from pixano_edge.engine.errors import CancelledError
+from pixano_edge.engine.provider.callers import asking, caller
 from pixano_edge.engine.provider.errors import (
     InferenceTimeoutError,
     InvalidRequestError,
@@ -252,3 +253,60 @@ def test_a_request_cancelled_in_the_queue_leaves_its_turn_unused() -> None:
     assert seen == ["kept"]
     until(lambda: worker.idle)
     _finish(worker)
+
+
+# --- many callers ----------------------------------------------------------------------------------------------------
+
+
+def _queued(worker: ModelWorker, who: str, name: str, order: list[str]) -> None:
+    with asking(who):
+        worker.submit(lambda _: order.append(name))
+
+
+def test_callers_take_turns_and_each_ones_requests_stay_in_order() -> None:
+    worker = ModelWorker("m", depth=20)
+    gate = threading.Event()
+    order: list[str] = []
+    worker.submit(lambda _: gate.wait(20))
+    for i in range(6):
+        _queued(worker, "flood", f"f{i}", order)
+    for i in range(2):
+        _queued(worker, "one", f"a{i}", order)
+    _queued(worker, "two", "b0", order)
+    gate.set()
+    worker.finish(lambda: None).result(20)
+    assert order == ["f0", "a0", "b0", "f1", "a1", "f2", "f3", "f4", "f5"]
+
+
+def test_a_full_queue_is_one_callers_own_until_all_together_are_too_many() -> None:
+    worker = ModelWorker("m", depth=3)
+    gate = threading.Event()
+    entered = threading.Event()
+    order: list[str] = []
+    with asking("flood"):
+        worker.submit(lambda _: (entered.set(), gate.wait(20)))
+    assert entered.wait(10)
+    for i in range(2):
+        _queued(worker, "flood", f"f{i}", order)
+    with pytest.raises(ModelBusyError):
+        _queued(worker, "flood", "f2", order)
+    for i in range(9):
+        _queued(worker, f"other {i}", f"o{i}", order)
+    with pytest.raises(ModelBusyError, match="12 requests wait"):
+        _queued(worker, "one more", "x", order)
+    gate.set()
+    worker.finish(lambda: None).result(20)
+    assert order[:3] == ["f0", "o0", "o1"]
+    assert len(order) == 11
+    assert not worker._of_caller  # nothing is kept of callers that are gone
+
+
+async def test_a_caller_is_inherited_by_tasks() -> None:
+    async def who() -> str:
+        await asyncio.sleep(0)
+        return caller()
+
+    with asking("key"):
+        task = asyncio.create_task(who())
+    assert await task == "key"
+    assert caller() == ""

@@ -1,0 +1,221 @@
+"""The parts of the demo's Grounding DINO and of its training: tokens, captions, norms, scenes, losses, calibration."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("skimage", reason="making scenes needs pixano-edge[benchmarks]")
+torch = pytest.importorskip("torch", reason="training needs pixano-edge[export]")
+pytest.importorskip("transformers", reason="training needs pixano-edge[export]")
+
+from transformers import GroundingDinoForObjectDetection  # noqa: E402
+
+from pixano_edge.engine.models.grounding_dino.text import Captioner  # noqa: E402
+from pixano_edge.export.demo import gdino_loss as losses  # noqa: E402
+from pixano_edge.export.demo import gdino_model as small  # noqa: E402
+from pixano_edge.export.demo import train_gdino as training  # noqa: E402
+from pixano_edge.export.demo.calibrate_gdino import shift_scores  # noqa: E402
+from pixano_edge.export.demo.detect_batches import ASKED, NOTHING, UNSURE  # noqa: E402
+from pixano_edge.export.demo.scene_pool import ScenePool, draw_pool, open_pool  # noqa: E402
+from pixano_edge.export.demo.scenes import generate_scene  # noqa: E402
+
+SCENES = 10
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """With batch statistics that are not those it starts with."""
+    torch.manual_seed(0)
+    made = GroundingDinoForObjectDetection(small.tiny_config())
+    small.thaw(made)
+    small.initialise(made)
+    for module in made.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2.0)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return small.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> ScenePool:
+    folder = tmp_path_factory.mktemp("pool")
+    draw_pool(folder, SCENES, 3, processes=1)
+    return open_pool(folder)
+
+
+def step_of(pool: ScenePool, tokenizer: Any, seed: int = 0) -> tuple[Any, Any, losses.Targets]:
+    return training.make_step(pool, training.Captions(tokenizer), np.arange(4), np.random.default_rng(seed))
+
+
+def test_known_words_are_one_token_and_all_others_are_spelled(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("Red circle. striped donut?") == ["red", "circle", ".", "striped", "donut", "?"]
+    assert tokenizer.tokenize("xqz \u0436\u043a") == ["x", "##q", "##z", "\u0436", "##\u043a"]
+    for token, number in small.FIXED_TOKENS.items():
+        assert tokenizer.convert_tokens_to_ids(token) == number
+    assert len(tokenizer) == small.VOCABULARY
+
+
+def test_captions_are_those_of_the_engine(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "spoken", lambda phrase, rng: phrase.text)
+    monkeypatch.setattr(training, "ONE_KIND", 0.0)
+    words = np.array([[0, 0, 0], [4, 2, 1]])
+    ids, match = training.Captions(tokenizer)(words, np.array([True, True]), np.random.default_rng(0))
+    names = [text.strip() for text in tokenizer.decode(ids[1:-1]).split(".")][:-1]
+    captioner = Captioner(tokenizer.backend_tokenizer.to_str(), small.constants())
+    (caption,) = captioner.captions(names)
+    assert list(caption.ids) == ids
+    assert match.shape == (2, len(ids))
+    for start, end, name in zip(caption.edges[::2], caption.edges[1::2], names, strict=True):
+        assert (match[:, start:end] == match[:, start : start + 1]).all(), name
+        assert not match[:, end].any()
+    first = names.index("circle")
+    assert match[:, caption.edges[2 * first]].tolist() == [1.0, 0.0]
+
+
+def test_frozen_norms_answer_as_the_thawed_ones(model: Any, tmp_path: Path) -> None:
+    pixels = torch.randn(1, 3, small.IMAGE_SIZE, small.IMAGE_SIZE)
+    ids = torch.tensor([[101, 1100, 1012, 1101, 1102, 1012, 102]])
+    training.write_folder(model, tmp_path)
+    stock: Any = GroundingDinoForObjectDetection.from_pretrained(tmp_path)
+    changed = copy.deepcopy(stock)
+    with torch.no_grad():
+        wanted = small.predict(model, pixels, ids)
+        found = stock(pixel_values=pixels, input_ids=ids)
+        changed.model.backbone.conv_encoder.model.embedder.embedder.normalization.running_var.mul_(1.3)
+        other = changed(pixel_values=pixels, input_ids=ids)
+    assert torch.allclose(found.pred_boxes, wanted.query_boxes[-1], atol=1e-5)
+    assert torch.allclose(found.logits[..., : ids.shape[1]], wanted.query_logits[-1], atol=1e-4)
+    assert not torch.allclose(other.logits[..., : ids.shape[1]], wanted.query_logits[-1], atol=1e-2)
+
+
+def test_a_pool_holds_the_scenes_of_its_seed(pool: ScenePool, tmp_path: Path) -> None:
+    assert len(pool) == SCENES
+    scene = generate_scene(3 * 10**7 + 5, "train")
+    assert np.array_equal(pool.images[5], scene.image)
+    assert (pool.state[5] != NOTHING).sum() <= len(scene.objects)
+    draw_pool(tmp_path, SCENES, 4, processes=1)
+    assert not np.array_equal(open_pool(tmp_path).images[5], pool.images[5])
+
+
+def test_epochs_show_every_scene_once(pool: ScenePool) -> None:
+    steps, batch = 100, 9
+    rows = list(training.pool_rows(100, steps, batch, 0))
+    easy = int(training.EASY_STEPS * steps)
+    assert np.concatenate(rows[:easy]).max() < 10
+    first = np.concatenate(rows[easy : easy + 10])
+    assert sorted(first) == list(range(10, 100))
+    assert all(np.array_equal(a, b) for a, b in zip(rows, training.pool_rows(100, steps, batch, 0), strict=True))
+
+
+def test_targets_lie_where_the_objects_are(pool: ScenePool, tokenizer: Any) -> None:
+    images, ids, targets = step_of(pool, tokenizer)
+    again, same_ids, _ = step_of(pool, tokenizer)
+    assert torch.equal(images, again) and torch.equal(ids, same_ids)  # noqa: PT018
+    side = targets.owner.shape[1]
+    for row in range(len(images)):
+        for i in range(targets.state.shape[1]):
+            if targets.state[row, i] != ASKED:
+                continue
+            y, x = torch.nonzero(targets.owner[row] == i, as_tuple=True)
+            cx, cy, w, h = (targets.boxes[row, i] * side).tolist()
+            assert abs(x.min() - (cx - w / 2)) <= 2 and abs(x.max() + 1 - (cx + w / 2)) <= 2  # noqa: PT018
+            assert abs(y.min() - (cy - h / 2)) <= 2 and abs(y.max() + 1 - (cy + h / 2)) <= 2  # noqa: PT018
+            assert targets.match[row, i].sum() > 0
+
+
+def perfect(targets: losses.Targets, place: Any = None) -> small.Predictions:
+    """What a model that knows everything would say: one place and one query for each object."""
+    count, slots, tokens = targets.match.shape
+    places = losses.PLACES + 45
+    logits = torch.full((count, places, tokens), -9.0)
+    boxes = torch.full((count, places, 4), 0.1)
+    queries = torch.full((count, small.QUERIES, tokens), -9.0)
+    query_boxes = torch.full((count, small.QUERIES, 4), 0.1)
+    nearest = losses.distances(targets.boxes).argmin(-1)
+    for row in range(count):
+        for i in range(slots):
+            if targets.state[row, i] == ASKED:
+                logits[row, nearest[row, i]] = 18 * targets.match[row, i] - 9
+                boxes[row, nearest[row, i]] = targets.boxes[row, i]
+                queries[row, 39 - i] = 18 * targets.match[row, i] - 9
+                query_boxes[row, 39 - i] = targets.boxes[row, i]
+    return small.Predictions(
+        logits, boxes, queries[None], query_boxes[None], torch.zeros(1, count, small.QUERIES, small.WIDTH),
+        torch.zeros(count, places, small.WIDTH), [],
+    )  # fmt: skip
+
+
+def test_the_right_answers_cost_nothing(pool: ScenePool, tokenizer: Any) -> None:
+    _, _, targets = step_of(pool, tokenizer)
+    out = perfect(targets)
+    found, places, queries = losses.detection_loss(out, targets, choice=0.0)
+    asked = targets.state == ASKED
+    assert torch.equal(places >= 0, asked)
+    assert torch.equal(queries[asked], (39 - torch.arange(asked.shape[1])).expand_as(asked)[asked])
+    assert float(found["place"]) < 0.02
+    assert float(found["query"]) < 0.02
+    assert float(found["qbox"]) < 1e-4
+    # The same answers for other objects cost much.
+    turned = losses.Targets(**{**vars(targets), "match": targets.match.roll(1, 1), "boxes": targets.boxes.roll(1, 1)})
+    turned.state = targets.state
+    wrong, _, _ = losses.detection_loss(out, turned, choice=0.0)
+    assert float(wrong["place"]) > 1
+    assert float(wrong["qbox"]) > 0.3
+
+
+def test_unsure_objects_and_padding_are_left_out(pool: ScenePool, tokenizer: Any) -> None:
+    _, _, targets = step_of(pool, tokenizer)
+    out = perfect(targets)
+    row, slot = (int(v[0]) for v in torch.nonzero(targets.state == ASKED, as_tuple=True))
+    targets.state[row, slot] = UNSURE
+    alone, _, _ = losses.detection_loss(out, targets, choice=0.0)
+    assert float(alone["place"]) < 0.02 and float(alone["query"]) < 0.02  # noqa: PT018
+    targets.state[row, slot] = NOTHING
+    counted, _, _ = losses.detection_loss(out, targets, choice=0.0)
+    assert float(counted["place"]) > 0.1 and float(counted["query"]) > 0.1  # noqa: PT018
+    out.logits[targets.real[:, None].expand_as(out.logits) == 0] = 9.0
+    padded, _, _ = losses.detection_loss(out, targets, choice=0.0)
+    assert float(padded["place"]) == pytest.approx(float(counted["place"]))
+
+
+def test_scores_move_and_boxes_do_not(model: Any) -> None:
+    pixels = torch.randn(1, 3, small.IMAGE_SIZE, small.IMAGE_SIZE)
+    ids = torch.tensor([[101, 1100, 1012, 1101, 1102, 1012, 102]])
+    moved = copy.deepcopy(model)
+    shift_scores(moved, 1.5)
+    with torch.no_grad():
+        before, after = small.predict(model, pixels, ids), small.predict(moved, pixels, ids)
+    rise = after.query_logits[-1] - before.query_logits[-1]
+    assert float(rise.mean()) == pytest.approx(1.5, abs=0.1)
+    assert float(rise.std()) < 0.2
+    assert torch.allclose(before.query_boxes[-1], after.query_boxes[-1], atol=1e-5)
+    assert torch.equal(before.logits, after.logits)
+
+
+def test_a_step_reaches_every_parameter_that_is_used(model: Any, pool: ScenePool, tokenizer: Any) -> None:
+    trained = copy.deepcopy(model).train()
+    here = losses.WhatIsHere(128)
+    optimizers, flat, parameters = training.build_optimizers(trained, here, 1e-3, 2e-3)
+    assert {id(p) for p in parameters} == {id(p) for p in (*trained.parameters(), *here.parameters())}
+    images, ids, targets = step_of(pool, tokenizer)
+    before = copy.deepcopy(trained.state_dict())
+    found, rights = training.step_loss(trained, here, images, ids, targets, 0.5, bf16=False)
+    assert all(torch.isfinite(value) for value in found.values())
+    assert rights.shape == (3,)
+    torch.stack([*found.values()]).sum().backward()
+    flat.take_gradients()
+    for optimizer in optimizers:
+        optimizer.step()
+    same = [name for name, value in trained.state_dict().items() if torch.equal(value, before[name])]
+    # A bias of keys shifts all scores of a softmax alike; nothing else may stand still.
+    assert [n for n in same if not n.endswith(("num_batches_tracked", "key.bias", "k_proj.bias", "position_ids"))] == []
