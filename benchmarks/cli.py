@@ -548,6 +548,40 @@ def track_quality(
     _report({**content, "environment": environment(1)}, show, as_json, output)
 
 
+@app.command(name="describe-quality")
+def describe_quality(
+    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "smolvlm-demo",
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions, of all types alike.")] = 500,
+    captions: Annotated[int, typer.Option(min=1, help="Captions that have to be right as a whole.")] = 100,
+    precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
+    threads: ThreadsOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Exact answers to questions about held-out synthetic scenes, next to each type's most frequent answer.
+
+    Needs no torch. Equal arguments give equal figures; the table is Markdown.
+    """
+    if importlib.util.find_spec("skimage") is None:
+        raise MissingDependencyError("skimage", "benchmarks", "The textures of the scenes")
+    from .describe_quality import COLUMNS, evaluate, table_rows
+
+    folder = resolve_bundle(bundle)
+    with progress("Answers", questions + captions, enabled=not as_json) as steps:
+        result = evaluate(
+            folder, questions, captions=captions, precision=precision, threads=threads, on_answer=steps.step
+        )
+
+    def show() -> None:
+        typer.echo(
+            f"{result.bundle}, {result.precision}; greedy answers, right word for word; 95 % intervals (Wilson)\n"
+        )
+        typer.echo(markdown(COLUMNS, table_rows(result)))
+
+    content = {"benchmark": "describe-quality", **result.to_dict()}
+    _report({**content, "environment": environment(threads)}, show, as_json, output)
+
+
 @app.command(name="detect-quality")
 def detect_quality(
     bundle: Annotated[

@@ -52,15 +52,16 @@ def tiny_config(vocabulary: int, width: int = 192, layers: int = 6, heads: int =
 def cosine_patches(width: int, patch: int = PATCH) -> NDArray[np.float32]:
     """``width`` orthonormal filters (width, 3, patch, patch): the cosine transform of a patch, low frequencies first.
 
-    Three filters in five see the brightness, one the difference of red and blue, one that of green and the others. A
-    picture's content falls with frequency about as 1/f, so each filter is scaled by its frequency: tokens then start
-    with values of about one size.
+    Three filters in five (or all that there are) see the brightness, the others the difference of red and blue and that
+    of green and both. A picture's content falls with frequency about as 1/f, so each filter is scaled by its frequency:
+    tokens then start with values of about one size.
     """
     k, n = np.mgrid[0:patch, 0:patch]
     basis = np.cos(np.pi * k * (2 * n + 1) / (2 * patch)) * np.where(k == 0, 1 / patch, 2 / patch) ** 0.5
     order = sorted((i * i + j * j, i, j) for i in range(patch) for j in range(patch))
     axes = np.array([[1, 1, 1], [1, 0, -1], [-0.5, 1, -0.5]]) / np.array([[3], [2], [1.5]]) ** 0.5
-    counts = [width - 2 * (width // 5), width // 5, width // 5]
+    bright = min(patch * patch, width - 2 * (width // 5))
+    counts = [bright, (width - bright + 1) // 2, (width - bright) // 2]
     filters = []
     for axis, count, gain in zip(axes, counts, (1.0, 2.0, 2.0), strict=True):
         for _, i, j in order[:count]:
