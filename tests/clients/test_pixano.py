@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("check", sorted(path.name for path in CHECKS.glob("check_*.py")))
-def test_in_pixano(check: str, live: Live, tmp_path: Path) -> None:
+def test_in_pixano(check: str, live: Live, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     overlay = "pixano-0.7.2" if "_07_" in check else None
     command = [environments.python("pixano"), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     options = ["-o", "addopts=", "-o", "python_files=check_*.py", "--confcutdir", str(CHECKS), str(CHECKS / check)]
@@ -32,6 +33,10 @@ def test_in_pixano(check: str, live: Live, tmp_path: Path) -> None:
         cwd=environments.ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    terminal: Any = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    for line in done.stdout.splitlines():
+        if line.startswith("SKIPPED"):
+            terminal.write_line(f"in Pixano's environment: {line}")

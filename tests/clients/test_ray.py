@@ -44,6 +44,8 @@ models = [
 ]
 """
 START_S = 300
+PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_gcs_server_request_timeout_seconds": "180"}
+"""Ray starts half a dozen processes; on a busy machine of two cores its own limits are too short."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = environments.folder("ray") / "bin"
     command = [home / "pixano-inference", "--port", port, "--num-gpus", 0, "--config", folder / "models.py"]
     log = folder / "log.txt"
-    variables = {**environments.variables("ray"), "PIXANO_EDGE_HOME": str(folder / "store")}
+    variables = {**environments.variables("ray"), "PIXANO_EDGE_HOME": str(folder / "store"), **PATIENCE}
     with log.open("w") as out:
         server = subprocess.Popen([*map(str, command)], env=variables, stdout=out, stderr=out, start_new_session=True)
     try:
