@@ -60,7 +60,7 @@ def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [home / "pixano-inference", "--port", port, "--num-gpus", 0, "--config", folder / "models.py"]
     log = folder / "log.txt"
     variables = {**environments.variables("ray"), "PIXANO_EDGE_HOME": str(folder / "store")}
-    for attempt in range(ATTEMPTS):
+    for _ in range(ATTEMPTS):
         with log.open("w") as out:
             server = subprocess.Popen(
                 [*map(str, command)], env=variables, stdout=out, stderr=out, start_new_session=True
@@ -76,7 +76,7 @@ def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
             subprocess.run([str(home / "ray"), "stop", "--force"], capture_output=True, timeout=120, check=False)
-    raise AssertionError(f"the server did not start in {attempt + 1} attempts: {log.read_text()[-4000:]}")
+    raise AssertionError(f"the server did not start in {ATTEMPTS} attempts: {log.read_text()[-4000:]}")
 
 
 def _ready(url: str, server: subprocess.Popen[Any]) -> bool:
