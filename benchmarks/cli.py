@@ -168,6 +168,72 @@ def track(
 
 
 @app.command()
+def serve(
+    bundle: Annotated[
+        str | None, typer.Option(help="Bundle of a SAM 2 that tracks; without it a random SAM 2.1 is made.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="Random SAM 2.1 without --bundle: demo, tiny, small, base-plus, large.")
+    ] = "tiny",
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of its input; default: 256 for demo, 1024 for others.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed requests of each kind.")] = 50,
+    clients: Annotated[
+        list[int] | None, typer.Option("--clients", min=1, max=64, help="Clients at once; default: 1, 4, 16.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each number of clients.")] = 15.0,
+    clicks: Annotated[int, typer.Option(min=0, help="Clicks while a clip is tracked; 0 leaves that out.")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the engine.")] = 2,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What HTTP adds to the engine: the requests of Pixano's page, many clients at once, clicks during tracking.
+
+    The server runs in a process of its own, the engine in this one; both get the same requests on a photo of 2
+    megapixels, in turns. The overhead of a request is its time less what the engine took for it, as its answer tells.
+    """
+    from .serve import (
+        COLUMNS,
+        LOAD_COLUMNS,
+        clicks_while_tracking,
+        load,
+        load_rows,
+        measure,
+        table_rows,
+        to_dicts,
+        wait_text,
+    )
+
+    facts = environment(threads)
+    with progress("Preparing", None, enabled=not as_json) as steps:
+        if bundle is None:
+            from .checkpoints import exported_bundle, random_checkpoint
+
+            steps.label("making the random checkpoint")
+            side = image_size or (256 if size == "demo" else 1024)
+            checkpoint = random_checkpoint(size, side, video=True)
+            steps.label("exporting the bundle")
+            opened = open_bundle(str(exported_bundle(checkpoint)))
+        else:
+            opened = open_bundle(bundle)
+        rows = measure(opened, rounds=rounds, threads=threads, step=steps.label)
+        loads = load(opened, clients=clients or (1, 4, 16), seconds=seconds, threads=threads, step=steps.label)
+        wait = clicks_while_tracking(opened, clicks=clicks, threads=threads, step=steps.label) if clicks else None
+
+    def show() -> None:
+        title = f"{opened.manifest.name}, photo of 2 megapixels; times in ms, sizes in MB"
+        print_table(COLUMNS, table_rows(rows), title=title, right=COLUMNS[1:])
+        print_table(LOAD_COLUMNS, load_rows(loads), title="clicks without echo, closed loop", right=LOAD_COLUMNS)
+        if wait is not None:
+            typer.echo(wait_text(wait))
+
+    content = {"benchmark": "serve", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
+    more = {"load": to_dicts(loads), "while_tracking": None if wait is None else asdict(wait)}
+    _report({**content, **more, "environment": facts}, show, as_json, output)
+
+
+@app.command()
 def detect(
     checkpoint: Annotated[
         Path | None, typer.Option(help="OWLv2, OWL-ViT or Grounding DINO checkpoint folder in transformers' format.")

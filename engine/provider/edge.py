@@ -487,6 +487,10 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         with provider_errors():
             return await self._in_files(self._video.jobs)
 
+    def job_state(self, job_id: str) -> str | None:
+        """State of a job, None where there is none; returns at once. An addition of Pixano Edge to the interface."""
+        return self._video.state(job_id)
+
     async def watch_job(
         self, job_id: str, from_frame: int = 0, timeout: float | None = None
     ) -> AsyncIterator[TrackedFrame]:

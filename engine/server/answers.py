@@ -25,6 +25,10 @@ CAPABILITIES: Mapping[str, str] = {
 """Task of the provider -> capability on the wire. Any other word makes a model vanish from Pixano's list."""
 
 
+_WRITE = 64 << 10
+"""Bytes that are worth a write of their own."""
+
+
 def dumps(value: Any) -> bytes:
     """JSON as UTF-8; numpy scalars and arrays are numbers and lists."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -81,17 +85,31 @@ class PiecesResponse(Response):
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
-        self.parts = list(parts)
+        self.parts = list(_joined(parts))
         super().__init__(None, status_code, headers, self.media_type, background)
         self.headers["content-length"] = str(sum(map(len, self.parts)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for part in self.parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        last = len(self.parts) - 1
+        for index, part in enumerate(self.parts):
+            await send({"type": "http.response.body", "body": part, "more_body": index < last})
         if self.background is not None:
             await self.background()
+
+
+def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, small pieces put together; at least one piece."""
+    small: list[bytes] = []
+    size, any_yet = 0, False
+    for part in parts:
+        small.append(part)
+        size += len(part)
+        if size >= _WRITE:
+            yield b"".join(small)
+            small, size, any_yet = [], 0, True
+    if small or not any_yet:
+        yield b"".join(small)
 
 
 def iso(moment: datetime | None) -> str:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from ..errors import EdgeError
 from ..provider.errors import TaskNotSupportedError
+from ..provider.video_types import COMPLETED, RUNNING, VideoMaskGenerationJobStatus
 from . import answers, inputs, openapi, schemas
 from .bodies import read_request
 from .errors import api_error, error_body, request_id
@@ -19,6 +20,8 @@ from .state import Server
 from .streams import NDJSON, SSE, begin
 
 SUBMIT_TIMEOUT_S = 30.0
+SUBMIT_AGAIN_S = 10.0
+"""Seconds in which an equal request gets the job that was started, unless that failed or was canceled."""
 
 _SUBMIT = {**openapi.answer("JobStatus", 202), **openapi.errors(400, 404, 415, 422, 503)}
 _JOB = {**openapi.answer("JobStatus"), **openapi.errors(404)}
@@ -29,13 +32,18 @@ def router(server: Server) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
     async def submit(request: Request, given: Any) -> Response:
-        given.video = await fetched_video(server, given.video)
-        # Joined like every other request: a client that asks again shall not start a second job.
+        async def start() -> VideoMaskGenerationJobStatus:
+            given.video = await fetched_video(server, given.video)
+            return await server.provider.submit_video_mask_generation_job(given, SUBMIT_TIMEOUT_S)
+
+        # A client whose connection broke sends the request again: it must not start a second job.
         digest = getattr(request.state, "body_digest", None)
-        status = await server.once(
-            request, digest, lambda: server.provider.submit_video_mask_generation_job(given, SUBMIT_TIMEOUT_S)
-        )
-        return await server.respond(answers.job(status), 202)
+        begun = await server.once(request, digest, start, patience=0.0, keep=SUBMIT_AGAIN_S, good=going_on)
+        status = await server.provider.get_video_mask_generation_job(begun.job_id)
+        return await server.respond(lambda: answers.job(status), 202)
+
+    def going_on(status: VideoMaskGenerationJobStatus) -> bool:
+        return server.provider.job_state(status.job_id) in (RUNNING, COMPLETED)
 
     @routes.post(
         "/inference/tracking/jobs",
