@@ -10,7 +10,6 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ..errors import EdgeError
-from ..provider.errors import TaskNotSupportedError
 from ..provider.video_types import COMPLETED, RUNNING, VideoMaskGenerationJobStatus
 from . import answers, inputs, openapi, schemas
 from .bodies import read_request
@@ -127,13 +126,8 @@ def router(server: Server) -> APIRouter:
     async def vlm_stream(request: Request) -> Response:
         wire = await read_request(server, request, schemas.VlmRequest)
         given = await inputs.text_input(wire, server.media)
-        stream = getattr(server.provider, "stream_text_image_conditional_generation", None)
-        if stream is None:
-            await server.check_model(wire.model)
-            raise TaskNotSupportedError(
-                "Text about images is not there yet in this version.", "GET /v1/models says what there is."
-            )
-        found = stream(given, server.settings.vlm_timeout_s)
+        timeout = server.settings.vlm_timeout_s
+        found = server.provider.stream_text_image_conditional_generation(given, timeout)
         return await begin(request, _events(request, found), SSE)
 
     return routes
