@@ -316,8 +316,8 @@ def bound_lines(figures: Figures) -> list[str]:
     """The bounds in words."""
     b = figures.bandwidth
     lines = [
-        f"Memory: {b.bytes_per_second / 1e9:.1f} GB/s read by {b.threads} threads ({b.kernel}, {b.read_bytes >> 20} MiB,"
-        f" last-level cache {b.cache_bytes >> 20} MiB)."
+        f"Memory: {b.bytes_per_second / 1e9:.1f} GB/s read by {b.threads} threads ({b.kernel}, "
+        f"{b.read_bytes >> 20} MiB, last-level cache {b.cache_bytes >> 20} MiB)."
     ]
     return lines + [
         f"Bound of {x.variant}: {x.weight_bytes / 1e6:.0f} MB of weights per token, {x.rate:.1f} tokens/s; with "

@@ -37,9 +37,11 @@ class _Picture:
         self._limits = ImageLimits(max_bytes=options.max_image_bytes, max_pixels=options.max_image_pixels)
         self._media = media
         source = getattr(request, "image", None)
-        inline = isinstance(source, str) and source[:5].lower() == "data:"
-        # A file is read in any case: its content may have changed.
-        self._source = source if inline else media.read(source, options.max_image_bytes)
+        self._source: str | bytes
+        if isinstance(source, str) and source[:5].lower() == "data:":
+            self._source = source
+        else:  # a file is read in any case: its content may have changed
+            self._source = media.read(source, options.max_image_bytes)
         self._identity = SeenImages.identity(self._source)
         self._pixels: npt.NDArray[np.uint8] | None = None
         self._seen = model.seen.find(self._identity)
