@@ -10,7 +10,6 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ..errors import EdgeError
-from ..provider.errors import TaskNotSupportedError
 from ..provider.video_types import COMPLETED, RUNNING, VideoMaskGenerationJobStatus
 from . import answers, inputs, openapi, schemas
 from .bodies import read_request
@@ -127,13 +126,8 @@ def router(server: Server) -> APIRouter:
     async def vlm_stream(request: Request) -> Response:
         wire = await read_request(server, request, schemas.VlmRequest)
         given = await inputs.text_input(wire, server.media)
-        stream = getattr(server.provider, "stream_text_image_conditional_generation", None)
-        if stream is None:
-            await server.check_model(wire.model)
-            raise TaskNotSupportedError(
-                "Text about images is not there yet in this version.", "GET /v1/models says what there is."
-            )
-        found = stream(given, server.settings.vlm_timeout_s)
+        timeout = server.settings.vlm_timeout_s
+        found = server.provider.stream_text_image_conditional_generation(given, timeout)
         return await begin(request, _events(request, found), SSE)
 
     return routes
@@ -155,13 +149,12 @@ async def _lines(request: Request, frames: AsyncGenerator[Any, None]) -> AsyncIt
 
 async def _events(request: Request, chunks: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
     """Pieces of text as server-sent events; the last event has the whole text and the usage, or is the error."""
-    written, sent, usage = [], False, None
+    sent, output = False, None
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                usage = getattr(chunk, "usage", None) or usage
+                output = chunk.output or output
                 if chunk.text:
-                    written.append(chunk.text)
                     yield b"data: " + answers.dumps({"text": chunk.text}) + b"\n\n"
                     sent = True
     except EdgeError as error:
@@ -169,8 +162,8 @@ async def _events(request: Request, chunks: AsyncGenerator[Any, None]) -> AsyncI
             raise
         yield b"data: " + _error(request, error) + b"\n\n"
         return
-    last = {"usage": None if usage is None else answers.usage(usage), "generatedText": "".join(written)}
-    yield b"data: " + answers.dumps(last) + b"\n\n"
+    if output is not None:
+        yield b"data: " + answers.dumps(answers.vlm(output)) + b"\n\n"
 
 
 def _error(request: Request, error: EdgeError) -> bytes:

@@ -44,7 +44,8 @@ export async function send(method, path, body, { signal } = {}) {
   }
   if (response.ok) return response;
   const error = await refusal(response);
-  if (response.status === 401 || response.status === 403) for (const tell of onKeyWanted) tell(response.status);
+  // Without a key, 403 has another reason.
+  if (response.status === 401 || (response.status === 403 && key())) for (const tell of onKeyWanted) tell(response.status);
   throw error;
 }
 
@@ -65,7 +66,7 @@ async function refusal(response) {
   let message = error.message ?? content.detail;
   if (Array.isArray(message)) message = message.map(fault).join("; ");
   if (typeof message !== "string" || !message) message = `The server answered ${response.status}.`;
-  const action = error.action ?? ADVICE[response.status] ?? "";
+  const action = error.action ?? ADVICE[response.status] ?? (response.status === 403 && key() ? "Enter another API key above." : "");
   if (action && message.endsWith(action)) message = message.slice(0, -action.length).trim();
   return new ApiError(response.status, message, action, error.requestId ?? response.headers.get("X-Request-ID") ?? "");
 }
@@ -79,7 +80,6 @@ function fault(entry) {
 
 const ADVICE = {
   401: "Enter an API key above.",
-  403: "Enter another API key above.",
   413: "Send a smaller file, or fewer frames.",
   429: "Wait a moment, then try again.",
   503: "Wait a moment, then try again.",

@@ -25,7 +25,6 @@ export class Detect {
     this.go = el("button", { type: "submit", class: "main", text: "Find" });
     this.bar = el("input", { type: "range", min: FLOOR, max: 1, step: 0.01, value: START, on: { input: () => this.filter() } });
     this.barText = el("output", { text: START.toFixed(2) });
-    this.hint = el("span", { class: "hint" });
     this.list = el("ul", { class: "found" });
     const bar = field("Least score", this.bar, { wide: true });
     bar.querySelector("label").append(" ", this.barText);
@@ -33,7 +32,7 @@ export class Detect {
       panel, el("h2", { text: "Name things, get boxes" }),
       el("form", { on: { submit: (event) => { event.preventDefault(); this.find(); } } },
         this.model,
-        field("Classes, separated by commas", this.classes, { wide: true }), this.hint,
+        field("Classes, separated by commas", this.classes, { wide: true }),
         el("div", { class: "row" }, this.go),
       ),
       bar, this.status.node, this.list, this.masks,
@@ -52,6 +51,7 @@ export class Detect {
   restart() {
     this.abort?.abort();
     this.boxes = [];
+    this.took = "";
     this.suggest();
     this.filter();
     this.tell();
@@ -64,7 +64,6 @@ export class Detect {
       .map((word) => word.replace(" plain ", " ").replace(/^\w+ (?=\w+ \w+$)/, ""));
     const text = [...new Set(words)].join(", ");
     if (this.classes.value === "" || this.classes.value === this.suggested) this.classes.value = this.suggested = text;
-    this.hint.textContent = text ? "The demo detector knows colours, patterns and shapes only." : "";
   }
 
   tell() {

@@ -98,6 +98,13 @@ export class Status {
   }
 }
 
+/** Hands a file to the user. */
+export function saveBlob(blob, name) {
+  const address = URL.createObjectURL(blob);
+  el("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+}
+
 /** Seconds as text: "84 ms", "1.32 s". */
 export function seconds(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";

@@ -9,7 +9,8 @@ const DRAWN = 4096;
  * Opens a picture file. Returns {file, name, width, height, bitmap}: the size is that of the stored pixels, to which
  * all coordinates refer; `bitmap` may be smaller. The caller closes it.
  */
-export async function openImage(file, name = file.name || "image") {
+export async function openImage(file) {
+  const name = file.name || "the picture";
   let bitmap;
   try {
     bitmap = await decode(file);

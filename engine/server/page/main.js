@@ -119,7 +119,9 @@ async function setImage(file, words = [], name = file.name) {
   const facts = byId("image-facts");
   const mine = (setImage.last = {});
   try {
-    const image = await openImage(file, name);
+    // A copy in memory: the file on disk may change while one clicks.
+    const kept = new File([await file.arrayBuffer()], name, { type: file.type });
+    const image = await openImage(kept);
     if (setImage.last !== mine) {
       image.bitmap.close();
       return;
@@ -135,6 +137,7 @@ async function setImage(file, words = [], name = file.name) {
     old?.bitmap.close();
     announce(`${name} is open.`);
   } catch (error) {
+    if (setImage.last !== mine) return;
     facts.className = "facts error";
     fill(facts, el("strong", { text: error.message }), " ", error.action ?? "");
     announce(error.message);

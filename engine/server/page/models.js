@@ -3,6 +3,14 @@
 import { call } from "./api.js";
 import { el, field, fill } from "./dom.js";
 
+const EXPORT = "Export one with “pixano-edge export” and put its bundle into the server's store";
+const ADVICE = {
+  segmentation: `${EXPORT}, or start the server with --demo.`,
+  detection: `${EXPORT}, or start the server with --demo.`,
+  tracking: `${EXPORT}, or start the server with --demo.`,
+  vlm: `${EXPORT}.`,
+};
+
 /** The list of models; `changed` listeners run when a name, a capability or a state in it is another one. */
 export class Models {
   constructor() {
@@ -36,15 +44,16 @@ export class Models {
     if (this.list === null) return { message: "Asking the box for its models…" };
     return {
       message: `This box serves no model that ${what}.`,
-      action: "Export one with “pixano-edge export” and put its bundle into the server's store.",
+      action: ADVICE[capability],
     };
   }
 }
 
 /** A labelled select of the models of one capability; `value` is the name, "" for none. */
 export function modelSelect(models, capability, label, onChange) {
-  const select = el("select", { on: { change: () => onChange(select.value) } });
-  const node = field(label, select, { wide: true });
+  const select = el("select", { on: { change: () => { advise(); onChange(select.value); } } });
+  const node = field(label, select, { wide: true, hint: "…" });
+  const hint = node.querySelector(".hint");
   const update = () => {
     const names = models.of(capability).map((model) => model.name);
     const kept = names.includes(select.value) ? select.value : (names[0] ?? "");
@@ -52,7 +61,12 @@ export function modelSelect(models, capability, label, onChange) {
     fill(select, names.map((name) => el("option", { value: name, text: name })));
     select.value = kept;
     select.disabled = !names.length;
+    advise();
     if (kept !== before) onChange(kept);
+  };
+  const advise = () => {
+    hint.textContent = "A small model that knows drawn shapes only, for the demo scenes.";
+    hint.hidden = !/^(sam2|owlv2)-demo(-video|-image)?$/.test(select.value);
   };
   models.changed.add(update);
   node.select = select;

@@ -1,7 +1,7 @@
 // Clicks and boxes on one picture, and the masks that answer them.
 
 import { floats, plane, send, withImage } from "./api.js";
-import { announce, bytes, choice, colourOf, el, fill, seconds, Status } from "./dom.js";
+import { announce, bytes, choice, colourOf, el, fill, saveBlob, seconds, Status } from "./dom.js";
 import { modelSelect } from "./models.js";
 import { Mask, paint } from "./rle.js";
 import { KEYS } from "./stage.js";
@@ -51,7 +51,7 @@ export class Segment {
       el("details", {},
         el("summary", { text: "Options and keys" }),
         el("label", { class: "check" }, this.refine, " Refine: send the last mask along with the next click"),
-        keyTable(),
+        keyTable([["1 2 3", "choose a mask"]]),
       ),
     );
     app.models.changed.add(() => this.tell());
@@ -281,9 +281,7 @@ async function saveMask(mask, name) {
   const words = new Uint32Array(pixels.data.buffer);
   for (let i = 0; i < words.length; i += 1) words[i] = inside[i] ? 0xffffffff : 0xff000000;
   canvas.getContext("2d").putImageData(pixels, 0, 0);
-  const address = URL.createObjectURL(await canvas.convertToBlob({ type: "image/png" }));
-  el("a", { href: address, download: `${name.replace(/\.[^.]*$/, "")}-mask.png` }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+  saveBlob(await canvas.convertToBlob({ type: "image/png" }), `${name.replace(/\.[^.]*$/, "")}-mask.png`);
 }
 
 /** A small canvas of the picture with one mask. */
@@ -299,11 +297,11 @@ function thumbnail(image, mask) {
   return canvas;
 }
 
-/** Keys of the picture as a table. */
-export function keyTable() {
+/** Keys of the picture as a table, with those that one tool has in addition. */
+export function keyTable(more) {
   return el("table", { class: "keys" },
     el("caption", { text: "Keys, while the picture has the focus" }),
-    el("tbody", {}, [...KEYS, ["1 2 3", "choose a mask"]].map(([keys, text]) =>
+    el("tbody", {}, [...KEYS, ...more].map(([keys, text]) =>
       el("tr", {}, el("th", { scope: "row" }, el("kbd", { text: keys })), el("td", { text })))),
   );
 }

@@ -28,7 +28,7 @@ export class Stage {
     host.classList.add("stage");
     this.empty = el("p", { class: "empty", text: empty });
     this.canvas = el("canvas", {
-      tabIndex: 0, role: "application", hidden: true, "aria-label": `${label}. Arrow keys move a crosshair.`,
+      tabIndex: 0, role: "application", hidden: true, "aria-label": `${label}. Arrow keys move a crosshair, Enter marks a point, B begins a box.`,
     });
     host.append(this.empty, this.canvas);
     this.overlay = document.createElement("canvas");
@@ -118,6 +118,7 @@ export class Stage {
       context.drawImage(this.overlay, 0, 0, w, h);
     }
     for (const box of this.scene.boxes) this.drawBox(context, box);
+    for (const box of this.scene.boxes) if (box.text) this.drawText(context, box);
     for (const point of this.scene.points) this.drawPoint(context, point);
     const open = this.openBox();
     if (open) this.drawBox(context, { box: open, colour: [255, 255, 255], dashed: true });
@@ -149,7 +150,7 @@ export class Stage {
     return [(x * this.canvas.width) / this.picture.width, (y * this.canvas.height) / this.picture.height];
   }
 
-  drawBox(context, { box, colour, text, faint, dashed, strong }) {
+  drawBox(context, { box, colour, faint, dashed, strong }) {
     const [x1, y1] = this.edge(box[0], box[1]);
     const [x2, y2] = this.edge(Math.max(box[2], box[0] + 1), Math.max(box[3], box[1] + 1));
     const line = (strong ? 3.5 : 2) * this.unit;
@@ -163,22 +164,25 @@ export class Stage {
     context.strokeStyle = css(colour);
     context.lineWidth = line;
     context.strokeRect(x1, y1, x2 - x1, y2 - y1);
-    if (text) this.drawText(context, text, x1 - line / 2, y1, colour);
     context.restore();
   }
 
-  drawText(context, text, x, y, colour) {
+  /** The name of a box, above all boxes. */
+  drawText(context, { box, colour, text, faint }) {
+    const [x, y] = this.edge(box[0], box[1]);
     const size = 12.5 * this.unit;
     context.font = `600 ${size}px system-ui, sans-serif`;
     context.textBaseline = "middle";
     const width = context.measureText(text).width + size * 0.8;
     const height = size * 1.5;
-    const left = Math.max(0, Math.min(x, this.canvas.width - width));
+    const left = Math.max(0, Math.min(x - this.unit, this.canvas.width - width));
     const top = y - height >= 0 ? y - height : y; // inside the box where there is no room above it
+    context.globalAlpha = faint ? 0.55 : 1;
     context.fillStyle = css(colour);
     context.fillRect(left, top, width, height);
     context.fillStyle = bright(colour) ? "#000" : "#fff";
     context.fillText(text, left + size * 0.4, top + height / 2);
+    context.globalAlpha = 1;
   }
 
   drawPoint(context, { x, y, label, faint }) {

@@ -3,8 +3,10 @@
 import { call, lines, orThrow, send } from "./api.js";
 import { demoClip, ofFiles, ofVideo } from "./clip.js";
 import { announce, byId, bytes, choice, colourOf, css, dot, el, field, fill, seconds, Status } from "./dom.js";
+import { rememberJob } from "./jobs.js";
 import { modelSelect } from "./models.js";
 import { Mask } from "./rle.js";
+import { keyTable } from "./segment.js";
 
 const ROW = 7; // CSS pixels of an object's row in the timeline
 
@@ -38,6 +40,7 @@ export class Track {
       field("Follow", this.way),
       el("label", { class: "check" }, this.asJob, " As a job, which goes on when this page is closed"),
       el("div", { class: "row" }, this.go, this.stop), this.progress, this.status.node,
+      el("details", {}, el("summary", { text: "Keys" }), keyTable([[", .", "a frame back or on"], ["Page up, down", "ten frames on or back"]])),
     );
     this.wire();
     app.models.changed.add(() => this.tell());
@@ -124,7 +127,7 @@ export class Track {
       this.app.clipStage.set(first);
       this.reset();
       byId("clip-facts").textContent =
-        `${clip.name}: ${clip.length} frames, ${first.width} × ${first.height}, ${bytes(clip.bytes)}`;
+        `${clip.name}: ${clip.length} ${clip.length === 1 ? "frame" : "frames"}, ${first.width} × ${first.height}, ${bytes(clip.bytes)}`;
       this.tell();
       announce(`${clip.length} frames are open. Mark an object.`);
     } catch (error) {
@@ -182,7 +185,7 @@ export class Track {
       el("label", {},
         el("input", { type: "radio", name, checked: i === this.current, on: { change: () => { this.current = i; this.listObjects(); } } }),
         dot(object.id - 1), ` Object ${object.id} `,
-        el("span", { class: "hint", text: object.frame === null ? "not marked yet" : `marked on frame ${object.frame + 1}` }),
+        el("span", { class: "hint", text: object.frame === null ? "not marked yet" : `on frame ${object.frame + 1}` }),
       ),
       object.frame === null ? null : el("button", {
         type: "button", class: "quiet", text: "Remove", "aria-label": `Remove object ${object.id}`, on: { click: () => this.remove(i) },
@@ -314,6 +317,7 @@ export class Track {
     if (this.asJob.checked) {
       const job = await call("POST", "v1/inference/tracking/jobs", body, { signal });
       run.job = job.jobId;
+      rememberJob(job.jobId);
       path = `v1/jobs/${encodeURIComponent(job.jobId)}/frames?from=0`;
     }
     const response = run.job ? await send("GET", path, undefined, { signal }) : await send("POST", path, body, { signal });
