@@ -151,7 +151,7 @@ class VlmRequest(WireModel):
     prompt: str | Many[dict[str, Any]]
     images: Many[str] | None = None
     max_new_tokens: int = Field(ge=1)
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
 
 
 class EmbeddingRequest(WireModel):

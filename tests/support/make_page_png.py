@@ -1,4 +1,4 @@
-"""Draws ``docs/page.png``: the page with the demo models, in light and dark. ``python -m tests.support.make_page_png``."""
+"""Draws ``docs/page.png``: the page in light and dark. Run ``python -m tests.support.make_page_png``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pixano_edge.engine.server import page as page_module
 from pixano_edge.engine.server.page import CONTENT_SECURITY_POLICY, Page, read_page, router
 from tests.conftest import ROOT
 
-FOLDER = ROOT / "engine" / "server" / "page"
+FOLDER = ROOT / "engine" / "server" / "page_files"
 TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",

@@ -439,6 +439,23 @@ def test_no_vlm_and_a_stream_of_one(user: User) -> None:
 # What everybody needs
 
 
+def test_what_a_page_must_not_do_is_seen(watched: Any) -> None:
+    user, watch = watched()
+    user.open()
+    assert watch.faults == []
+    for forbidden in (
+        "fetch('http://127.0.0.1:9/').catch(() => {})",
+        "document.head.append(Object.assign(document.createElement('style'), { textContent: 'p { color: red }' }))",
+        "document.body.append(Object.assign(new Image(), { src: 'data:image/gif;base64,R0lGODlhAQABAAAAACw=' }))",
+        "try { document.body.innerHTML = '<p>' } catch {}",
+    ):
+        watch.faults.clear()
+        user.page.evaluate(f"() => {{ {forbidden} }}")
+        user.page.wait_for_timeout(100)
+        assert watch.faults, forbidden
+    watch.faults.clear()
+
+
 def test_by_keys_alone(user: User, provider: Recorder) -> None:
     page = user.page
     user.open()
