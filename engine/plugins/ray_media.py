@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ..models.images import ImageLimits
-from ..provider.errors import InvalidRequestError, MissingPixanoError
+from ..provider.errors import MissingPixanoError
 
 try:
     from pixano_inference.utils import media_security as rules
@@ -54,7 +54,7 @@ def video(source: Any) -> Source | list[Source]:
     return _resolved(source, rules.get_media_policy().max_video_bytes)
 
 
-def limits() -> dict[str, int]:
+def limits() -> dict[str, Any]:
     """The policy's limits as keywords of `EdgeProvider`; those that are turned off stay our own."""
     policy = rules.get_media_policy()
     found = {
@@ -84,11 +84,11 @@ def _check_format(source: Source, allowed: tuple[str, ...]) -> None:
         try:
             content = base64.b64decode(source.partition(",")[2], validate=True)
         except binascii.Error as error:
-            raise InvalidRequestError(f"The image is not valid base64: {error}.", "Encode it again.") from error
+            raise rules.MediaSecurityError(f"The image is not valid base64: {error}. Encode it again.") from error
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=allowed):
             pass
     except UnidentifiedImageError as error:
-        raise InvalidRequestError(
-            "The image is damaged, or its format is not allowed here.", f"Use one of {', '.join(allowed)}."
+        raise rules.MediaSecurityError(
+            f"The image is damaged, or its format is not allowed here. Use one of {', '.join(allowed)}."
         ) from error

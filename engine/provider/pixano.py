@@ -132,7 +132,7 @@ def _free(table: ModelTable) -> None:
 
 
 @installed.register_provider("edge")
-class PixanoEdgeProvider(EdgeProvider, installed.InferenceProvider):
+class PixanoEdgeProvider(EdgeProvider, installed.InferenceProvider):  # type: ignore[misc]
     """Local inference inside Pixano's process.
 
     Pixano makes a new one for every "connect" and drops the last one without closing it: what that loaded is freed

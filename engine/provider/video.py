@@ -119,6 +119,11 @@ class VideoService:
         """Faults of the store."""
         return self._store.warnings
 
+    def state(self, job_id: str) -> str | None:
+        """State of a job; None where there is none."""
+        record = self._store.get(job_id)
+        return None if record is None else record.state
+
     def status(self, job_id: Any) -> VideoMaskGenerationJobStatus:
         """The state of a job; raises JobNotFoundError."""
         return status_of(self._store, job_id)
@@ -251,9 +256,17 @@ class VideoService:
                 kept = True
             finally:
                 if not kept:
-                    run.drop(InferenceError("The job was not kept.", "Submit it again."))
+                    self._drop(run)
         run.start()
         return run
+
+    def _drop(self, run: Run) -> None:
+        """Ends a run that was not started; where its job is just being written, after that."""
+        error = InferenceError("The caller left while the job was submitted.", "Submit it again.")
+        try:
+            self._files.submit(run.drop, error)
+        except RuntimeError:  # it was shut down
+            run.drop(error)
 
     def _gone(self, run: Run) -> None:
         with self._lock:

@@ -16,6 +16,9 @@ from ..provider.types import CompressedRLEData, NDArrayData, UsageInfo
 from ..provider.video_types import TrackedFrame, TrackedObject
 from .arrays import WireArray, wire_array
 
+CHUNK = 64 << 10
+"""Bytes below which pieces of an answer are joined before they are sent."""
+
 CAPABILITIES: Mapping[str, str] = {
     "image_mask_generation": "segmentation",
     "video_mask_generation": "tracking",
@@ -62,6 +65,23 @@ def _large(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and _large(value[0])
 
 
+def _chunks(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Small pieces joined: each one that is sent costs a system call and wakes the client."""
+    small: list[bytes] = []
+    size = 0
+    for part in parts:
+        if size + len(part) > CHUNK and small:
+            yield b"".join(small)
+            small, size = [], 0
+        if len(part) >= CHUNK:
+            yield part
+        else:
+            small.append(part)
+            size += len(part)
+    if small:
+        yield b"".join(small)
+
+
 class PiecesResponse(Response):
     """A JSON response sent piece by piece, with its length known before.
 
@@ -81,15 +101,15 @@ class PiecesResponse(Response):
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
-        self.parts = list(parts)
+        self.parts = list(_chunks(parts)) or [b""]
         super().__init__(None, status_code, headers, self.media_type, background)
         self.headers["content-length"] = str(sum(map(len, self.parts)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for part in self.parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        last = len(self.parts) - 1
+        for index, part in enumerate(self.parts):
+            await send({"type": "http.response.body", "body": part, "more_body": index < last})
         if self.background is not None:
             await self.background()
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import HIDDEN, error_response
@@ -54,7 +55,7 @@ class ContextMiddleware:
         self._metrics.in_progress.labels(method).inc()
         try:
             await self.app(scope, receive, tagged)
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):  # the second one: in the middle of its body
             status = CLIENT_CLOSED
         except Exception:
             log.exception("Request failed", extra={"request_id": identity})

@@ -16,43 +16,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from ..errors import EdgeError
-from ..provider.errors import (
-    InferenceTimeoutError,
-    InvalidRequestError,
-    JobNotFoundError,
-    ModelBusyError,
-    ModelNotFoundError,
-    ProviderNotFoundError,
-    TaskNotSupportedError,
-)
+from ..provider.statuses import code_of, status_of
 from .answers import dumps
 
 log = logging.getLogger("pixano_edge.server")
 
 RETRY_AFTER_S = 1
-
-_CODES = {
-    400: "bad_request",
-    401: "unauthorized",
-    403: "forbidden",
-    404: "not_found",
-    409: "conflict",
-    413: "payload_too_large",
-    422: "validation_error",
-    500: "internal_error",
-    503: "unavailable",
-    504: "timeout",
-}
-
-_STATUS: tuple[tuple[type[EdgeError], int], ...] = (
-    (InvalidRequestError, 400),
-    (ModelNotFoundError, 404),
-    (JobNotFoundError, 404),
-    (TaskNotSupportedError, 400),
-    (ProviderNotFoundError, 400),
-    (ModelBusyError, 503),
-    (InferenceTimeoutError, 504),
-)
 
 HIDDEN = "Inference error."
 """What a client reads of an error that was not foreseen; the log has it with the request's id."""
@@ -82,7 +51,7 @@ def request_id(request: Any) -> str | None:
 
 def error_body(status: int, message: Any, identity: str | None) -> bytes:
     """The envelope."""
-    return dumps({"error": {"code": _CODES.get(status, "error"), "message": message, "requestId": identity}})
+    return dumps({"error": {"code": code_of(status), "message": message, "requestId": identity}})
 
 
 def error_response(
@@ -90,11 +59,6 @@ def error_response(
 ) -> Response:
     """The envelope as a response."""
     return Response(error_body(status, message, identity), status, dict(headers or {}), "application/json")
-
-
-def status_of(error: EdgeError) -> int:
-    """HTTP status of an error of the engine; 500 for what is the server's own fault."""
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
 def api_error(error: EdgeError) -> ApiError:

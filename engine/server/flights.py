@@ -35,7 +35,7 @@ class _Flight:
         self.task = task
         self.began = began
         self.waiters = 0
-        self.keep = 0.0
+        self.keep = self.patience = 0.0
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -64,6 +64,7 @@ class Flights:
         start: Callable[[], Coroutine[Any, Any, T]],
         timeout: float | None = None,
         *,
+        patience: float | None = None,
         keep: float = 0.0,
         good: Callable[[T], bool] = lambda _: True,
     ) -> T:
@@ -73,6 +74,7 @@ class Flights:
             key: Caller, route and digest of the body; None computes in any case.
             start: Computes, without a timeout of its own; its task inherits this one's context.
             timeout: Seconds that this caller waits.
+            patience: As of the constructor, for this one; 0 for what must not be cut off half-way.
             keep: Seconds that a result is kept although somebody took it, for answers that must not be made twice.
             good: Whether a kept result is still an answer.
 
@@ -86,6 +88,7 @@ class Flights:
             flight = None
         if flight is None:
             flight = _Flight(asyncio.ensure_future(start()), loop.time())
+            flight.patience = self._patience if patience is None else patience
             if key is not None:
                 self._flights[key] = flight
         else:
@@ -119,7 +122,7 @@ class Flights:
         if flight.task.done():
             seconds = flight.keep if _succeeded(flight.task, lambda _: True) else 0.0
         else:
-            seconds = self._window if loop.time() - flight.began >= self._patience else 0.0
+            seconds = self._window if loop.time() - flight.began >= flight.patience else 0.0
         if key is None or not seconds:
             self._drop(key, flight)
             return

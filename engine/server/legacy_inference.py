@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from . import legacy
 from . import legacy_schemas as schemas
-from .answers import dumps
 from .bodies import read_request, read_upload
 from .errors import ApiError
 from .state import Server
@@ -70,8 +69,8 @@ def router(server: Server) -> APIRouter:
         return await legacy.answer_text(server, request, await read_request(server, request, schemas.TextRequest))
 
     async def submit(wire: schemas.TrackingRequest, frames: list[bytes] | None) -> Response:
-        status = await server.provider.submit_video_mask_generation_job(wire.to_input(frames))
-        return Response(dumps(job(status)), media_type="application/json")
+        given = await legacy.tracking_input(server, wire, frames)
+        return await server.respond(job(await server.provider.submit_video_mask_generation_job(given)))
 
     return routes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..provider.errors import InvalidRequestError
@@ -15,6 +16,8 @@ from ..provider.types import (
     flat_to_array,
 )
 from ..provider.video_types import EdgeVideoMaskGenerationInput
+from .inputs import text_input
+from .media import Media
 
 MAX_NEW_TOKENS = 512
 """Of a request for text that does not say: Pixano 0.7 sends null, and its successor this number."""
@@ -39,7 +42,8 @@ class FlatNDArray(LegacyModel):
         if not isinstance(self.values, list):
             raise InvalidRequestError(f"{what} must have a list of values.", "Send back what you received.")
         try:
-            array = flat_to_array(self.values, self.shape)
+            with np.errstate(over="ignore"):  # too large for float32 is infinite, which is refused later
+                array = flat_to_array(self.values, self.shape)
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidRequestError(f"{what} is malformed: {error}.", "Send back what you received.") from error
         return ArrayData(array.reshape(-1), list(self.shape))
@@ -62,11 +66,12 @@ class MaskRequest(LegacyModel):
     return_image_embedding: bool = False
     return_logits: bool = False
 
-    def to_input(self, image: str | bytes | None = None) -> EdgeMaskGenerationInput:
-        """The provider's request, of `image` where that was uploaded beside; converts arrays, so off the loop."""
+    def to_input(self, media: Media, image: bytes | None = None) -> EdgeMaskGenerationInput:
+        """The provider's request, of `image` where that was uploaded beside; decodes and converts, so off the loop."""
         finer = self.high_resolution_features
+        source: Any = media.decoded(self.image) if image is None else image
         return EdgeMaskGenerationInput(
-            image=self.image if image is None else image,  # type: ignore[arg-type]
+            image=source,
             model=self.model,
             image_embedding=_array(self.image_embedding, "image_embedding"),
             high_resolution_features=None
@@ -140,10 +145,15 @@ class TrackingRequest(LegacyModel):
     interval: Interval | None = None
     keyframes: list[Keyframe] | None = None
 
-    def to_input(self, frames: list[bytes] | None = None) -> EdgeVideoMaskGenerationInput:
-        """The provider's request, of `frames` where these were uploaded beside."""
+    def to_input(self, media: Media, frames: list[bytes] | None = None) -> EdgeVideoMaskGenerationInput:
+        """The provider's request, of `frames` where these were uploaded beside; decodes, so off the loop."""
+        video: Any = frames
+        if frames is None and isinstance(self.video, str):
+            video = media.decoded(self.video, "video")
+        elif frames is None:
+            video = [media.decoded(frame) for frame in self.video]
         return EdgeVideoMaskGenerationInput(
-            video=self.video if frames is None else frames,
+            video=video,
             model=self.model,
             objects_ids=self.objects_ids,
             frame_indexes=self.frame_indexes,
@@ -165,11 +175,10 @@ class DetectionRequest(LegacyModel):
     box_threshold: float = 0.5
     text_threshold: float = 0.5
 
-    def to_input(self) -> ImageZeroShotDetectionInput:
-        """The provider's request."""
-        return ImageZeroShotDetectionInput(
-            self.image, self.model, self.classes, self.box_threshold, self.text_threshold
-        )
+    def to_input(self, media: Media) -> ImageZeroShotDetectionInput:
+        """The provider's request; decodes, so off the loop."""
+        image = media.decoded(self.image)
+        return ImageZeroShotDetectionInput(image, self.model, self.classes, self.box_threshold, self.text_threshold)
 
 
 class TextRequest(LegacyModel):
@@ -179,14 +188,13 @@ class TextRequest(LegacyModel):
     prompt: str | list[dict[str, Any]]
     images: list[str] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
 
-    def to_input(self) -> TextImageConditionalGenerationInput:
-        """The provider's request."""
+    async def to_input(self, media: Media) -> TextImageConditionalGenerationInput:
+        """The provider's request, with what URLs name fetched."""
         tokens = MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-        return TextImageConditionalGenerationInput(
-            self.model, self.prompt, list(self.images or []) or None, tokens, self.temperature
-        )
+        request: Any = self.model_copy(update={"max_new_tokens": tokens})  # the fields of a `VlmRequest`
+        return await text_input(request, media)
 
 
 def _array(value: FlatNDArray | None, what: str) -> ArrayData | None:

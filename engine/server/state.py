@@ -17,9 +17,9 @@ from ..errors import EdgeError
 from ..provider import EdgeProvider
 from ..provider.callers import caller
 from ..provider.errors import ModelNotFoundError
+from ..provider.statuses import status_of
 from .answers import PiecesResponse, pieces
 from .echoes import Echoes
-from .errors import status_of
 from .flights import Flights
 from .media import Media
 from .metrics import Metrics

@@ -54,7 +54,8 @@ async def test_service(client: Any) -> None:
     assert (await client.health())["status"] == "healthy"
     assert (await client.ready())["ready"] is True
     info = await client.info()
-    assert info["appVersion"] and isinstance(info["numGpus"], int)
+    assert info["appVersion"]
+    assert isinstance(info["numGpus"], int)
 
 
 async def test_models(client: Any) -> None:
@@ -68,8 +69,10 @@ async def test_models(client: Any) -> None:
 async def test_interfaces_are_published(live: Live) -> None:
     async with Kit("pixano-inference 0.7.1").PixanoInferenceClient(live.url) as client:
         found = {m.name: m.interface for m in await client.list_models()}
-    assert found["sam2-demo"].prompts == ["points", "box", "mask"] and found["sam2-demo"].embeddings
-    assert found["sam2-demo-video"].interval and "mask" in found["sam2-demo-video"].outputs
+    assert found["sam2-demo"].prompts == ["points", "box", "mask"]
+    assert found["sam2-demo"].embeddings
+    assert found["sam2-demo-video"].interval
+    assert "mask" in found["sam2-demo-video"].outputs
     assert found["owlv2-demo"].classes == "open"
 
 
@@ -88,7 +91,8 @@ async def test_segmentation(kit: Kit, client: Any, live: Live, photo: Photo, pro
     ask = {key: values.get(value, value) if isinstance(value, str) else value for key, value in prompt.items()}
     ask = {"image": photo.uri, "model": "sam2-demo", **ask}
     answer = await client.segmentation(kit.SegmentationRequest(**ask))
-    assert answer.status == "SUCCESS" and answer.metadata["capability"] == "segmentation"
+    assert answer.status == "SUCCESS"
+    assert answer.metadata["capability"] == "segmentation"
     own = (await live.provider.image_mask_generation(EdgeMaskGenerationInput(**ask))).data
     count = 1 if "multimask_output" in ask else 3
     assert [len(masks) for masks in answer.data.masks] == [count]
@@ -129,16 +133,19 @@ async def test_clicks_that_build_on_each_other(kit: Kit, client: Any, photo: Pho
     without = await client.segmentation(kit.SegmentationRequest(**ask))
     assert with_features.data.masks == without.data.masks
     assert with_features.data.scores == without.data.scores
-    assert with_features.data.image_embedding is None and with_features.data.mask_logits is None
+    assert with_features.data.image_embedding is None
+    assert with_features.data.mask_logits is None
 
 
 async def test_detection(kit: Kit, client: Any, photo: Photo) -> None:
     ask = {"image": photo.uri, "model": "owlv2-demo", "classes": [photo.words, "nothing"], "box_threshold": 0.1}
     answer = await client.detection(kit.DetectionRequest(**ask))
     data = answer.data
-    assert data.boxes and len(data.boxes) == len(data.scores) == len(data.classes)
+    assert data.boxes
+    assert len(data.boxes) == len(data.scores) == len(data.classes)
     best = data.boxes[data.classes.index(photo.words)]
-    assert np.abs(np.array(best) - photo.box).max() < 40 and data.masks is None
+    assert np.abs(np.array(best) - photo.box).max() < 40
+    assert data.masks is None
 
 
 async def test_tracking(kit: Kit, client: Any, live: Live, clip: Clip) -> None:
@@ -193,7 +200,8 @@ async def test_tracking_of_a_mask_and_prompted_frames_only(kit: Kit, client: Any
         keyframes=[kit.keyframe(1, mask=mask)],
     )
     ((identity, frame, found),) = tracking_rows(kit, (await client.tracking(request)).data)
-    assert (identity, frame) == (0, 1) and iou(found, clip.truth[1]) > 0.9
+    assert (identity, frame) == (0, 1)
+    assert iou(found, clip.truth[1]) > 0.9
 
 
 async def test_tracking_job(kit: Kit, client: Any, live: Live, clip: Clip) -> None:
@@ -208,7 +216,8 @@ async def test_tracking_job(kit: Kit, client: Any, live: Live, clip: Clip) -> No
     job = await client.submit_tracking_job(request)
     assert job.status in ("running", "completed")
     done = await client.wait_for_job(job.job_id, poll_interval=0.05, timeout=60)
-    assert done.status == "completed" and done.metadata["frames_done"] == len(clip.frames)
+    assert done.status == "completed"
+    assert done.metadata["frames_done"] == len(clip.frames)
     data = done.data
     if isinstance(data, dict):  # one client passes on what it got
         output = kit.TrackingOutput.model_validate(data)
@@ -231,7 +240,8 @@ async def test_cancelled_job(kit: Kit, client: Any, clip: Clip) -> None:
     job = await client.submit_tracking_job(request)
     await client.cancel_job(job.job_id)
     done = await client.wait_for_job(job.job_id, poll_interval=0.05, timeout=30)
-    assert done.status == "canceled" and done.data is None
+    assert done.status == "canceled"
+    assert done.data is None
 
 
 async def test_failed_job_says_why(kit: Kit, client: Any, clip: Clip) -> None:
@@ -244,7 +254,8 @@ async def test_failed_job_says_why(kit: Kit, client: Any, clip: Clip) -> None:
     )
     job = await client.submit_tracking_job(request)
     done = await client.wait_for_job(job.job_id, poll_interval=0.05, timeout=30)
-    assert done.status == "failed" and "rame 1" in done.detail
+    assert done.status == "failed"
+    assert "rame 1" in done.detail
 
 
 async def test_vlm(kit: Kit, client: Any, photo: Photo) -> None:
@@ -284,7 +295,8 @@ async def test_errors(kit: Kit, client: Any, photo: Photo, change: Any, status: 
     with pytest.raises(kit.PixanoInferenceError) as refused:
         await client.segmentation(kit.SegmentationRequest(**ask))
     error = refused.value
-    assert (error.status_code, error.code) == (status, code) and error.request_id
+    assert (error.status_code, error.code) == (status, code)
+    assert error.request_id
 
 
 async def test_unknown_job(kit: Kit, client: Any) -> None:

@@ -50,12 +50,11 @@ async def test_server_info(seed: SeedProvider) -> None:
     info = await seed.get_server_info()
     assert info.ready is True
     assert info.models_to_task["sam2-demo"] == "image_mask_generation"
-    assert isinstance(info.gpu_info, dict) and isinstance(info.gpus_used, list)
+    assert isinstance(info.gpu_info, dict)
+    assert isinstance(info.gpus_used, list)
 
 
-async def test_mask_of_a_click_as_the_helper_asks_for_it(
-    seed: SeedProvider, live: Live, photo: Photo
-) -> None:
+async def test_mask_of_a_click_as_the_helper_asks_for_it(seed: SeedProvider, live: Live, photo: Photo) -> None:
     ask: dict[str, Any] = {
         "image": photo.uri,
         "model": "sam2-demo",
@@ -67,7 +66,8 @@ async def test_mask_of_a_click_as_the_helper_asks_for_it(
     result = await seed.image_mask_generation(**ask)
     assert result.status == "SUCCESS"
     mask, score = result.data["masks"][0][0], result.data["scores"]["values"][0]
-    assert mask["size"] == list(photo.truth.shape) and photo.truth.shape[0] != photo.truth.shape[1]
+    assert mask["size"] == list(photo.truth.shape)
+    assert photo.truth.shape[0] != photo.truth.shape[1]
     assert iou(mask, photo.truth) > 0.7
     own = (await live.provider.image_mask_generation(EdgeMaskGenerationInput(**ask))).data
     assert mask == own.masks[0][0].to_dict()
@@ -85,7 +85,8 @@ async def test_features_come_back_bit_for_bit(seed: SeedProvider, live: Live, ph
     assert len(first["high_resolution_features"]) == 2
     features = {key: first[key] for key in ("image_embedding", "high_resolution_features")}
     second = (await seed.image_mask_generation(**ask, **features)).data
-    assert second["masks"] == first["masks"] and second["scores"] == first["scores"]
+    assert second["masks"] == first["masks"]
+    assert second["scores"] == first["scores"]
     assert second["image_embedding"] is None
 
 
@@ -111,7 +112,8 @@ async def test_video_as_the_helper_asks_for_it(seed: SeedProvider, live: Live, c
 async def test_detection(seed: SeedProvider, photo: Photo) -> None:
     ask = {"image": photo.uri, "model": "owlv2-demo", "classes": [photo.words], "box_threshold": 0.1}
     data = (await seed.image_zero_shot_detection(**ask)).data
-    assert data["boxes"] and set(data["classes"]) == {photo.words}
+    assert data["boxes"]
+    assert set(data["classes"]) == {photo.words}
     assert np.abs(np.array(data["boxes"][0]) - photo.box).max() < 40
     assert data["scores"] == sorted(data["scores"], reverse=True)
 
@@ -122,7 +124,8 @@ async def test_text(seed: SeedProvider, photo: Photo) -> None:
     if models:
         data = (await seed.text_image_conditional_generation(model=models[0].name, **ask)).data
         usage = data["usage"]
-        assert isinstance(data["generated_text"], str) and usage["completion_tokens"] <= 4
+        assert isinstance(data["generated_text"], str)
+        assert usage["completion_tokens"] <= 4
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     else:
         with pytest.raises(SeedError) as refused:

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -281,8 +282,37 @@ async def test_a_job_that_cannot_be_kept_is_refused_and_frees_its_model(root: Pa
     for _ in range(40):  # more than a model may have at once
         with pytest.raises(JobStoreError, match="full"):
             await edge.submit_video_mask_generation_job(_fake_request())
+        await asyncio.to_thread(until, lambda: edge._video._runs == {})
     assert edge._video.running() == []
     assert len((await edge.video_mask_generation(_fake_request())).data.masks) == 6
+    await edge.close()
+
+
+async def test_a_caller_who_leaves_while_the_job_is_written_leaves_no_running_job(
+    root: Path, opener: FakeOpener
+) -> None:
+    edge = make_provider(root, opener, jobs=root / "jobs.sqlite")
+    store = edge._video._store
+    real, entered, gate = store.add, threading.Event(), threading.Event()
+
+    def slow(*values: Any) -> None:
+        entered.set()
+        assert gate.wait(20)
+        real(*values)
+
+    store.add = slow  # type: ignore[method-assign]
+    task = asyncio.create_task(edge.submit_video_mask_generation_job(_fake_request()))
+    await asyncio.to_thread(entered.wait, 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    await asyncio.to_thread(until, lambda: edge._video._runs == {})
+    (status,) = await edge.jobs()
+    assert status.status == "failed"
+    assert "caller left" in str(status.detail)
+    await edge.resume_video_mask_generation_job(status.job_id)
+    assert len(await _all(edge.watch_job(status.job_id))) == 6
     await edge.close()
 
 

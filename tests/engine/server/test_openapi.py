@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,14 @@ def test_keys_are_part_of_the_document_where_they_are_asked_for(tmp_path: Path) 
     assert "security" not in guarded["paths"]["/v1/health"]["get"]
 
 
-def _fuzz(app: Any, examples: int) -> int:
-    """Sends made-up requests, half of them against the schema; returns how many."""
+def _fuzz(app: Any, examples: int, paths: Collection[str] | None = None) -> int:
+    """Sends made-up requests, half of them against the schema, to all paths or some; returns how many."""
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     sent = 0
     for found in schema.get_all_operations():
         operation = found.ok()
+        if paths is not None and operation.path not in paths:
+            continue
 
         @settings(
             max_examples=examples,
@@ -144,7 +146,8 @@ def _known_model(case: Any) -> None:
 
 
 def test_made_up_requests_break_nothing(app: Any) -> None:
-    assert _fuzz(app, 2) > 40
+    paths = (f"{V1}/segmentation", f"{V1}/tracking/jobs", f"{V1}/detection/binary", "/v1/models", "/v1/jobs/{job_id}")
+    assert _fuzz(app, 3, paths) > 20
 
 
 @pytest.mark.slow  # minutes: hundreds of requests per route
