@@ -85,6 +85,10 @@ def test_no_vlm_and_a_stream_of_one(user: User) -> None:
     user.page.get_by_role("button", name="Ask", exact=True).click()
     assert "3 tokens" in user.settled("ask", "tokens")
     assert user.page.inner_text("#panel-ask .answer") == "Two <b>cats</b>.", "an answer is text, never markup"
+    more = [{"name": name, "capability": "vlm", "status": "RUNNING"} for name in ("vlm", "other")]
+    user.page.route("**/v1/models", lambda route: route.fulfill(json=more))
+    user.page.locator("#panel-ask option", has_text="other").wait_for(state="attached")
+    assert "3 tokens" in user.settled("ask"), "news about models do not wipe out what was answered"
     [request] = asked
     assert request["prompt"] == "How many cats?"
     assert request["maxNewTokens"] == 128
