@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_positions_of_text_alone_show(run: DecoderRun, qwen_answer: Answer) -> N
     parts, positions = qwen_answer.parts(), qwen_answer.part_positions()
     assert positions is not None
     starts = np.cumsum([0] + [p.shape[1] for p in parts])
-    slots = [np.broadcast_to(np.arange(a, b, dtype=np.int32), (3, b - a)).copy() for a, b in zip(starts, starts[1:])]
+    slots = [np.broadcast_to(np.arange(a, b, dtype=np.int32), (3, b - a)).copy() for a, b in itertools.pairwise(starts)]
     assert error(run.logits(parts, slots), qwen_answer) > 100 * BAR
     swapped = [np.ascontiguousarray(p[[0, 2, 1]]) for p in positions]
     assert error(run.logits(parts, swapped), qwen_answer) > 100 * BAR
