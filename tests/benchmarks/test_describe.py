@@ -49,7 +49,8 @@ def test_turns_rotate_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rows_are_medians_and_ratios() -> None:
-    mine = [Answered(1.0, 2.0, 11, 300, graph=1.5), Answered(3.0, 4.0, 11, 300, graph=3.0), Answered(2.0, 2.0, 11, 300, graph=1.6)]  # fmt: skip
+    times = ((1.0, 2.0, 1.5), (3.0, 4.0, 3.0), (2.0, 2.0, 1.6))
+    mine = [Answered(first, rest, 11, 300, graph=graph) for first, rest, graph in times]
     theirs = [Answered(4.0, 10.0, 11, 300)]
     row = describe._row("case", "me", mine, theirs, 10.0)
     assert (row.first, row.rate, row.ratio, row.of_bound, row.graph_share) == (2.0, 5.0, 5.0, 0.5, 0.75)
