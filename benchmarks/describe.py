@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,15 @@ def measure(
         fill = FILL * max(1, (length - 20) // (len(one.prompt_ids(FILL * 9)) - len(one.prompt_ids(FILL * 8))))
         for name, engine in engines.items():
             turns = itertools.cycle((NEXT, QUESTION))  # never the question that the cache holds
-            calls[PICTURE][name] = lambda e=engine: e.first(QUESTION)
-            calls[AGAIN][name] = lambda e=engine, turns=turns: e.again(next(turns))
-            calls[TEXT][name] = lambda e=engine: e.text(fill)
+            calls[PICTURE][name] = partial(engine.first, QUESTION)
+            calls[AGAIN][name] = partial(_again, engine, turns)
+            calls[TEXT][name] = partial(engine.text, fill)
         for name, torch in torches.items():
-            calls[PICTURE][name] = lambda t=torch: t.first(QUESTION)
-            calls[TEXT][name] = lambda t=torch: t.text(fill)
+            calls[PICTURE][name] = partial(torch.first, QUESTION)
+            calls[TEXT][name] = partial(torch.text, fill)
         if genai is not None:
             ids = one.prompt_ids(fill)
-            calls[TEXT][f"onnxruntime-genai {genai.version} fp32"] = lambda: genai.text(ids)
+            calls[TEXT][f"onnxruntime-genai {genai.version} fp32"] = partial(genai.text, ids)
         answers: dict[str, dict[str, list[Answered]]] = {}
         for case, group in calls.items():
             step(case)
@@ -199,6 +200,10 @@ def measure(
         for name, found in group.items()
     ]
     return Figures(rows, accuracy, bounds, bandwidth, left_out)
+
+
+def _again(engine: EngineAnswers, questions: Iterator[str]) -> Answered:
+    return engine.again(next(questions))
 
 
 def take_turns(calls: dict[str, Callable[[], Answered]], rounds: int, warmup: int = 1) -> dict[str, list[Answered]]:

@@ -100,7 +100,7 @@ class EngineAnswers:
                 graph += time.perf_counter() - begun
 
         started, first = time.perf_counter(), 0.0
-        Binding.run = run  # type: ignore[method-assign]
+        Binding.run = run  # type: ignore[method-assign,assignment]
         try:
             with closing(self.model.stream(conversation, images, self._options)) as steps:
                 for step in steps:
@@ -138,7 +138,7 @@ class TorchAnswers:
         self._kind = getattr(torch, dtype)
         self._tokens = tokens
         loaded = load(checkpoint)
-        kind = MODELS[loaded.model.config.model_type]
+        kind: Any = MODELS[loaded.model.config.model_type]
         self._model: Any = kind.from_pretrained(checkpoint, dtype=self._kind, local_files_only=True).eval()
         # For images it is SmolVLM's processor, which asks for packages that only videos need.
         self._processor = Idefics3Processor(
@@ -173,7 +173,7 @@ class TorchAnswers:
 
         started = time.perf_counter()
         parts = [{"type": "image"}] if picture else []
-        said = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+        said: Any = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
         text = self._processor.apply_chat_template(said, add_generation_prompt=True)
         inputs = dict(self._processor(text=text, images=[[self._picture]] if picture else None, return_tensors="pt"))
         inputs.pop("mm_token_type_ids", None)

@@ -103,7 +103,7 @@ def _save(size: str, seed: int, folder: Path) -> None:
         [TEXT], trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     )
     words.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in CONTROL])
-    ids = {name: words.token_to_id(name) for name in CONTROL}
+    ids: dict[str, Any] = {name: words.token_to_id(name) for name in CONTROL}
     vision, text, scale = SIZES[size]
     text = {
         **text, "model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True,

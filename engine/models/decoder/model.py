@@ -92,7 +92,7 @@ class DecoderModel(abc.ABC):
 
     Attributes:
         contract: The family's contract: its ``FAMILY`` and ``graphs``.
-        read_constants: Reads the family's constants from a manifest.
+        constants_type: The family's constants, which ``from_dict`` reads from a manifest.
         tokenizer: Of the model.
         template: Of the model.
         image_cache: Image features by picture.
@@ -103,7 +103,7 @@ class DecoderModel(abc.ABC):
     """
 
     contract: ClassVar[Any]
-    read_constants: ClassVar[Callable[[Mapping[str, Any]], Any]]
+    constants_type: ClassVar[Any]
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class DecoderModel(abc.ABC):
         """
         require_text_libraries()
         bundle = open_family(bundle, cls.contract.FAMILY)
-        constants = cls.read_constants(bundle.manifest.constants)
+        constants = cls.constants_type.from_dict(bundle.manifest.constants)
         tokenizer = bundle.file(decoders.TOKENIZER).read_bytes()
         template = bundle.file(decoders.CHAT_TEMPLATE).read_bytes()
         asked = Asked(device, backend, precision, threads, force, prove)

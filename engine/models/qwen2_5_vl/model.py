@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,8 +40,8 @@ class Qwen2_5VlModel(DecoderModel):
         constants: Of the checkpoint.
     """
 
-    contract = contract
-    read_constants = QwenVlConstants.from_dict
+    contract: ClassVar[Any] = contract
+    constants_type: ClassVar[Any] = QwenVlConstants
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -41,8 +41,8 @@ class SmolVlmModel(DecoderModel):
         constants: Of the checkpoint.
     """
 
-    contract = contract
-    read_constants = SmolVlmConstants.from_dict
+    contract: ClassVar[Any] = contract
+    constants_type: ClassVar[Any] = SmolVlmConstants
 
     def __init__(
         self,

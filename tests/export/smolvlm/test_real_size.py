@@ -34,8 +34,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parity(bundle: Path) -> None:
     parity = Bundle.open(bundle).manifest.parity
     assert parity is not None
-    for entry in (*parity.tensors, *parity.generations):
-        print(entry)
     found = {g.variant: g for g in parity.generations}
     for variant in ("fp32", "fp32-tensorrt"):
         assert found[variant].equal + found[variant].ties == found[variant].tokens == 2 * 64
@@ -44,7 +42,6 @@ def test_parity(bundle: Path) -> None:
 
 def test_weights_lie_there_once(bundle: Path) -> None:
     sizes = {f: e.size for f, e in Bundle.open(bundle).manifest.files.items()}
-    print({f: s for f, s in sizes.items() if s > 1e6})
     assert sizes["graphs/decoder.fp32.weights"] < 545e6
     assert sizes["graphs/decoder.int4.weights"] < 105e6
     assert sizes["graphs/decoder.fp32.onnx"] + sizes["graphs/embed_tokens.fp32.onnx"] < 1e6
@@ -53,7 +50,6 @@ def test_weights_lie_there_once(bundle: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_golden_samples(bundle: Path, precision: str) -> None:
     report = verify_bundle(bundle, "cpu", "onnxruntime", precision)
-    print(report.figures(), [(t.name, t.max_rel) for t in report.tensors])
     assert report.passed, report.problems
 
 
@@ -62,5 +58,4 @@ def test_golden_samples(bundle: Path, precision: str) -> None:
 def test_tensorrt_builds_ahead_of_time(bundle: Path, precision: str) -> None:
     for choice in choose(Bundle.open(bundle), ("vision_encoder", "decoder"), (precision,)):
         build = tensorrt_rtx.check_build(bundle / choice.file, choice.spec, ("SM89",))
-        print(choice.graph, build)
         assert build.engine_bytes > 50e6
