@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..contracts import grounding_dino, owlv2, sam2, sam2_video, smolvlm
+from ..contracts import grounding_dino, owlv2, qwen2_5_vl, sam2, sam2_video, smolvlm
 from ..models.decoder.base import VisionLanguageModel
 from ..models.detection.base import Detector
 from ..runtime.memory import MemoryUse
@@ -132,6 +132,7 @@ FAMILIES: Mapping[str, Mapping[str, str]] = {
     **{family: {DETECTION: "Owlv2Detector"} for family in owlv2.FAMILIES},
     grounding_dino.FAMILY: {DETECTION: "GroundingDinoDetector"},
     smolvlm.FAMILY: {TEXT: "SmolVlmModel"},
+    qwen2_5_vl.FAMILY: {TEXT: "Qwen2_5VlModel"},
 }
 """Per family the name of the class that does each task, the one first that a bundle is listed with. A bundle may lack
 what tracking needs; see `check_task`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -45,7 +45,7 @@ class FakeVlm:
 
     def stream(
         self, conversation: Conversation, images: Sequence[np.ndarray], options: GenerationOptions | None = None
-    ) -> Iterator[Piece | Generated | None]:
+    ) -> Generator[Piece | Generated | None, None, None]:
         options = options or GenerationOptions()
         assert not self.closed, "used after close"
         if PROMPT_TOKENS + options.max_new_tokens > self.context and options.max_new_tokens > 1000:
@@ -85,7 +85,7 @@ class FakeVlm:
         *,
         check: Callable[[], None] | None = None,
     ) -> Generated:
-        with closing(self.stream(conversation, images, options)) as steps:  # type: ignore[type-var]
+        with closing(self.stream(conversation, images, options)) as steps:
             for step in steps:
                 if isinstance(step, Generated):
                     return step

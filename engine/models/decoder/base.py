@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ class GenerationOptions:
         max_new_tokens: Most tokens of the answer, 1 or more; prompt and answer together must fit the context.
         sampling: How tokens are chosen.
         stops: Strings that end the answer and are not part of it.
+        go_on: Go on after the model's end token, to `max_new_tokens`: for measurements.
 
     Raises:
         PromptError: A value is out of range.
@@ -43,6 +44,7 @@ class GenerationOptions:
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
+    go_on: bool = False
 
     def __post_init__(self) -> None:
         count = self.max_new_tokens
@@ -128,7 +130,7 @@ class VisionLanguageModel(Protocol):
 
     def stream(
         self, conversation: Conversation, images: Sequence[Rgb], options: GenerationOptions | None = None
-    ) -> Iterator[Piece | Generated | None]:
+    ) -> Generator[Piece | Generated | None, None, None]:
         """The answer in pieces, and at last as a whole. None says that a step is done which made no token.
 
         Nothing runs before the first piece is asked for, and nothing between two: whoever stops asking and closes the

@@ -11,20 +11,26 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ...bundle import Bundle
+from ...contracts import decoder as decoders
 from ...contracts.decoder import DecoderConstants
 from ...errors import DeviceError, ImageError, PromptError
 from ...runtime.base import Device, Session
 from ...runtime.memory import MemoryUse, model_memory
 from ..detection.text_cache import FeatureCache
-from ..opening import OpenedGraphs
+from ..opening import Asked, OpenedGraphs, open_family, open_graphs
 from ..text.messages import Conversation, read_conversation
 from ..text.pieces import Detokenizer, StopStrings
-from ..text.tokenizer import TextTokenizer
+from ..text.template import ChatTemplate
+from ..text.tokenizer import TextTokenizer, require_text_libraries
+from ..verdicts import VerdictStore
 from .base import LENGTH, MAX_IMAGES, STOP, STOP_STRING, Generated, GenerationOptions, Piece, Rgb, Usage
 from .session import PREFILL_TOKENS, DecoderSession, Floats, Ids, Keys, Lane
 
@@ -73,11 +79,10 @@ class DecoderModel(abc.ABC):
     """The sessions of a vision-language model and what is kept beside them. See `base.VisionLanguageModel`.
 
     Args:
-        vision: Sessions in front of the decoder.
-        embed: Session of the token embedding.
-        decoder: Session of the decoder.
+        sessions: By graph name; those of token embedding and decoder, and what the family has in front of them.
         constants: Of the decoder.
-        tokenizer: Of the model.
+        tokenizer: Content of its ``tokenizer.json``.
+        template: Content of its chat template.
         bundle_hash: `Bundle.hash`.
         variant: Name of the variant that the sessions run.
         context: Most tokens of prompt and answer together; None takes `DEFAULT_CONTEXT`, or what the model has.
@@ -86,19 +91,26 @@ class DecoderModel(abc.ABC):
         description: Facts for `info`; its ``warnings`` stay in front.
 
     Attributes:
+        contract: The family's contract: its ``FAMILY`` and ``graphs``.
+        constants_type: The family's constants, which ``from_dict`` reads from a manifest.
+        tokenizer: Of the model.
+        template: Of the model.
         image_cache: Image features by picture.
 
     Raises:
         PromptError: A context that the model does not have, or no conversation.
+        BundleError: Tokeniser or chat template cannot be read.
     """
+
+    contract: ClassVar[Any]
+    constants_type: ClassVar[Any]
 
     def __init__(
         self,
-        vision: tuple[Session, ...],
-        embed: Session,
-        decoder: Session,
+        sessions: Mapping[str, Session],
         constants: DecoderConstants,
-        tokenizer: TextTokenizer,
+        tokenizer: str | bytes,
+        template: str | bytes,
         *,
         bundle_hash: str,
         variant: str,
@@ -114,10 +126,13 @@ class DecoderModel(abc.ABC):
             )
         if conversations < 1:
             raise PromptError(f"{conversations} conversations are none.", "Allow at least one.")
-        self.tokenizer = tokenizer
+        self.tokenizer = TextTokenizer(tokenizer)
+        self.template = ChatTemplate(template)
         self.image_cache: FeatureCache[Floats] = FeatureCache(image_bytes)
-        self._sessions = (*vision, embed, decoder)
-        self._decoder = DecoderSession(embed, decoder, constants, slots, conversations)
+        self._sessions = tuple(sessions.values())
+        self._decoder = DecoderSession(
+            sessions[decoders.EMBED_TOKENS], sessions[decoders.DECODER], constants, slots, conversations
+        )
         self._ends = frozenset(constants.eos_ids)
         self._bundle_hash = bundle_hash
         self._variant = variant
@@ -126,6 +141,73 @@ class DecoderModel(abc.ABC):
         self._closed = False
         self._warm_up: dict[str, Any] | None = None
         self._answers = self._tokens = self._reused = self._encoded = 0
+
+    @classmethod
+    def open(
+        cls: type[M],
+        bundle: Bundle | Path | str,
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        check: Callable[[], None] | None = None,
+        force: bool = False,
+        cache_bytes: int = IMAGE_BYTES,
+        context: int | None = None,
+        conversations: int = DEFAULT_CONVERSATIONS,
+        prove: bool = True,
+        warm_up: bool | None = None,
+        capture: bool = True,
+        verdicts: VerdictStore | None = None,
+    ) -> M:
+        """Opens a bundle; see `Sam2ImagePredictor.open` for what choosing means and for the other arguments.
+
+        Args:
+            bundle: An open bundle or its folder.
+            device: ``auto``, ``cpu`` or ``cuda:N``.
+            backend: Back end.
+            precision: Variant.
+            threads: Threads of one call.
+            check: Called between the steps; what it raises ends the opening.
+            force: Use a combination although it failed its check here.
+            cache_bytes: Budget of image features; KV caches come on top.
+            context: Most tokens of prompt and answer together; None takes 4096, or what the model has.
+            conversations: Answers that may be under way at once; each has a KV cache of `context` tokens.
+            prove: Ask for proof.
+            warm_up: Run the graphs once; None: on a GPU.
+            capture: Whether back ends may record launches themselves.
+            verdicts: Where verdicts are kept.
+
+        Raises:
+            MissingDependencyError: `tokenizers` or `jinja2` is not installed.
+            BundleError: Damaged, of another family, or without tokeniser or chat template.
+            DeviceError, ContractError: As `Sam2ImagePredictor.open`.
+            PromptError: A context that the model does not have.
+        """
+        require_text_libraries()
+        bundle = open_family(bundle, cls.contract.FAMILY)
+        constants = cls.constants_type.from_dict(bundle.manifest.constants)
+        tokenizer = bundle.file(decoders.TOKENIZER).read_bytes()
+        template = bundle.file(decoders.CHAT_TEMPLATE).read_bytes()
+        asked = Asked(device, backend, precision, threads, force, prove)
+        found = open_graphs(
+            bundle, asked, cls.contract.graphs(constants), check=check, capture=capture, verdicts=verdicts
+        )
+        make = partial(
+            cls,
+            found.sessions,
+            constants,
+            tokenizer,
+            template,
+            bundle_hash=bundle.hash,
+            variant=found.precision,
+            context=context,
+            conversations=conversations,
+            image_bytes=cache_bytes,
+            description=found.description,
+        )
+        return take_over(found, make, warm_up, check)
 
     @abc.abstractmethod
     def prepare(self, conversation: Conversation, images: Sequence[Rgb]) -> Prompt:
@@ -235,7 +317,7 @@ class DecoderModel(abc.ABC):
             "bundle_hash": self._bundle_hash,
             "precision": self._variant,
             "device": self.device.name,
-            "backend": self._sessions[-1].backend,
+            "backend": self._decoder.decoder.backend,
             **graphs,
             "image_cache": self.image_cache.stats().to_dict(),
             "kv_cache": self._decoder.info(),
@@ -305,7 +387,7 @@ class DecoderModel(abc.ABC):
             token = lane.sampler.choose(logits)
             made += 1
             self._tokens += 1
-            if token in self._ends:
+            if token in self._ends and not options.go_on:
                 finish = STOP
                 break
             text = stops.push(detokenizer.push(token))

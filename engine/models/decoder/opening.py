@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle
-from ...contracts import smolvlm
+from ...contracts import qwen2_5_vl, smolvlm
 from ...errors import BundleError
 from .model import DecoderModel
 
-FAMILIES = (smolvlm.FAMILY,)
+FAMILIES = (smolvlm.FAMILY, qwen2_5_vl.FAMILY)
 """What `open_vlm` opens."""
 
 
@@ -63,6 +63,10 @@ def _model(bundle: Bundle) -> Any:
         from ..smolvlm.model import SmolVlmModel
 
         return SmolVlmModel
+    if family == qwen2_5_vl.FAMILY:
+        from ..qwen2_5_vl.model import Qwen2_5VlModel
+
+        return Qwen2_5VlModel
     raise BundleError(
         f"Bundle '{bundle.manifest.name}' holds '{family}', which does not answer in text.",
         f"Families that do: {', '.join(FAMILIES)}.",

@@ -39,7 +39,8 @@ def image_keys(digest: bytes, count: int) -> Keys:
     """
     start = int.from_bytes(hashlib.blake2b(digest, digest_size=8).digest(), "little")
     mixed = np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return -1 - (mixed >> np.uint64(1)).astype(np.int64)
+    found: Keys = -1 - (mixed >> np.uint64(1)).astype(np.int64)
+    return found
 
 
 class Lane:

@@ -6,29 +6,22 @@ tiles, `image_text` the tokens around them; features are kept per tile, so an im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from ...bundle import Bundle
-from ...contracts import decoder as decoders
 from ...contracts import smolvlm as contract
 from ...contracts.smolvlm import SmolVlmConstants
 from ...runtime.base import Session
 from ..decoder.base import Rgb
-from ..decoder.model import DEFAULT_CONVERSATIONS, IMAGE_BYTES, DecoderModel, ImagePart, Prompt, take_over
+from ..decoder.model import DecoderModel, ImagePart, Prompt
 from ..decoder.session import Floats, image_keys
-from ..opening import Asked, open_family, open_graphs
 from ..sam2.cache import pixel_digest
 from ..text.messages import Conversation
 from ..text.prompt import encode_conversation
-from ..text.template import ChatTemplate
-from ..text.tokenizer import TextTokenizer, require_text_libraries
-from ..verdicts import VerdictStore
 from .preprocess import Normaliser, Tiles, cut, tile_grid
 
 
@@ -48,6 +41,9 @@ class SmolVlmModel(DecoderModel):
         constants: Of the checkpoint.
     """
 
+    contract: ClassVar[Any] = contract
+    constants_type: ClassVar[Any] = SmolVlmConstants
+
     def __init__(
         self,
         sessions: Mapping[str, Session],
@@ -56,92 +52,19 @@ class SmolVlmModel(DecoderModel):
         template: str | bytes,
         **options: Any,
     ) -> None:
+        super().__init__(sessions, constants.decoder, tokenizer, template, **options)
         self.constants = constants
         self._vision = sessions[contract.VISION_ENCODER]
-        super().__init__(
-            (self._vision,),
-            sessions[decoders.EMBED_TOKENS],
-            sessions[decoders.DECODER],
-            constants.decoder,
-            TextTokenizer(tokenizer),
-            **options,
-        )
-        self._template = ChatTemplate(template)
         self._normaliser = Normaliser(constants.mean, constants.std, constants.rescale)
         self._resample = Image.Resampling[constants.resample.upper()]
-
-    @classmethod
-    def open(
-        cls,
-        bundle: Bundle | Path | str,
-        *,
-        device: str = "auto",
-        backend: str = "auto",
-        precision: str = "auto",
-        threads: int | None = None,
-        check: Callable[[], None] | None = None,
-        force: bool = False,
-        cache_bytes: int = IMAGE_BYTES,
-        context: int | None = None,
-        conversations: int = DEFAULT_CONVERSATIONS,
-        prove: bool = True,
-        warm_up: bool | None = None,
-        capture: bool = True,
-        verdicts: VerdictStore | None = None,
-    ) -> SmolVlmModel:
-        """Opens a bundle; see `Sam2ImagePredictor.open` for what choosing means and for the other arguments.
-
-        Args:
-            bundle: An open bundle or its folder.
-            device: ``auto``, ``cpu`` or ``cuda:N``.
-            backend: Back end.
-            precision: Variant.
-            threads: Threads of one call.
-            check: Called between the steps; what it raises ends the opening.
-            force: Use a combination although it failed its check here.
-            cache_bytes: Budget of image features; KV caches come on top.
-            context: Most tokens of prompt and answer together; None takes 4096, or what the model has.
-            conversations: Answers that may be under way at once; each has a KV cache of `context` tokens.
-            prove: Ask for proof.
-            warm_up: Run the graphs once; None: on a GPU.
-            capture: Whether back ends may record launches themselves.
-            verdicts: Where verdicts are kept.
-
-        Raises:
-            MissingDependencyError: `tokenizers` or `jinja2` is not installed.
-            BundleError: Damaged, of another family, or without tokeniser or chat template.
-            DeviceError, ContractError: As `Sam2ImagePredictor.open`.
-            PromptError: A context that the model does not have.
-        """
-        require_text_libraries()
-        bundle = open_family(bundle, contract.FAMILY)
-        constants = SmolVlmConstants.from_dict(bundle.manifest.constants)
-        tokenizer = bundle.file(decoders.TOKENIZER).read_bytes()
-        template = bundle.file(decoders.CHAT_TEMPLATE).read_bytes()
-        asked = Asked(device, backend, precision, threads, force, prove)
-        found = open_graphs(bundle, asked, contract.graphs(constants), check=check, capture=capture, verdicts=verdicts)
-        make = partial(
-            cls,
-            found.sessions,
-            constants,
-            tokenizer,
-            template,
-            bundle_hash=bundle.hash,
-            variant=found.precision,
-            context=context,
-            conversations=conversations,
-            image_bytes=cache_bytes,
-            description=found.description,
-        )
-        return take_over(found, make, warm_up, check)
 
     def prepare(self, conversation: Conversation, images: Sequence[Rgb]) -> Prompt:
         """See `DecoderModel.prepare`."""
         c = self.constants
-        grids = [tile_grid(*image.shape[:2], c.longest_edge, c.image_size, c.split) for image in images]
+        grids = [tile_grid(image.shape[0], image.shape[1], c.longest_edge, c.image_size, c.split) for image in images]
         texts = [image_text(c, rows, columns) for rows, columns in grids]
         ids = np.array(
-            encode_conversation(conversation, self._template, self.tokenizer, c.image_token, texts.__getitem__),
+            encode_conversation(conversation, self.template, self.tokenizer, c.image_token, texts.__getitem__),
             np.int32,
         )
         places = np.flatnonzero(ids == c.image_token_id)

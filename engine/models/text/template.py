@@ -191,7 +191,7 @@ def _compile(source: str, clock: _Clock) -> Any:
         tick = nodes.Call(nodes.Name("pixano_edge_tick", "load"), [], [], None, None, lineno=loop.lineno)
         loop.body.insert(0, nodes.ExprStmt(tick, lineno=loop.lineno))
     _replace_concatenations(tree)
-    return environment.from_string(tree)  # type: ignore[arg-type]  # its declared type leaves out what it documents
+    return environment.from_string(tree)
 
 
 def _replace_concatenations(node: Any) -> None:

@@ -1,0 +1,83 @@
+"""`bench describe` without models: turns, rows, memory, bytes of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from pixano_edge.benchmarks import describe
+from pixano_edge.benchmarks.bandwidth import last_level_cache, measure_read
+from pixano_edge.benchmarks.describe import Accuracy, Bound, Figures, bound_lines, step_bytes, take_turns
+from pixano_edge.benchmarks.describe_contenders import Answered
+from pixano_edge.benchmarks.segment import REFERENCE
+from pixano_edge.benchmarks.vlm_checkpoints import random_smolvlm
+from pixano_edge.engine.errors import EdgeError
+
+
+def test_memory_is_read() -> None:
+    found = measure_read(2, 8 << 20, passes=1)
+    assert found.read_bytes == 8 << 20
+    assert found.threads == 2
+    assert 1e7 < found.bytes_per_second < 1e13
+    assert found.kernel in ("memchr", "numpy max", "numpy sum")
+
+
+def test_last_level_cache(tmp_path: Path) -> None:
+    for index, size in enumerate(("48K", "2048K", "32M")):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{index}"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text(f"{size}\n")
+    assert last_level_cache(tmp_path) == 32 << 20
+    assert last_level_cache(tmp_path / "nowhere") == 0
+
+
+def test_turns_rotate_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describe, "SETTLE_SECONDS", 0)
+    order: list[str] = []
+
+    def call(name: str) -> Answered:
+        order.append(name)
+        return Answered(1.0, 2.0, 11)
+
+    found = take_turns({name: lambda n=name: call(n) for name in "ab"}, rounds=2)
+    assert {name: len(answers) for name, answers in found.items()} == {"a": 2, "b": 2}
+    assert order == ["b", "a", "a", "b", "b", "a"]
+
+
+def test_rows_are_medians_and_ratios() -> None:
+    times = ((1.0, 2.0, 1.5), (3.0, 4.0, 3.0), (2.0, 2.0, 1.6))
+    mine = [Answered(first, rest, 11, 300, graph=graph) for first, rest, graph in times]
+    theirs = [Answered(4.0, 10.0, 11, 300)]
+    row = describe._row("case", "me", mine, theirs, 10.0)
+    assert (row.first, row.rate, row.ratio, row.of_bound, row.graph_share) == (2.0, 5.0, 5.0, 0.5, 0.75)
+    row = describe._row("case", REFERENCE, theirs, None, None)
+    assert (row.ratio, row.of_bound, row.graph_share) == (None, None, None)
+    bandwidth = measure_read(1, 1 << 20, passes=1)
+    figures = Figures(
+        [row], [Accuracy("me", 64, 64, 1e-6)], [Bound("fp32", 540_000_000, 50_000_000, 18.5, 17.0)], bandwidth
+    )
+    assert describe.table_rows(figures)[0][:3] == ("case", REFERENCE, "300")
+    assert "540 MB of weights per token, 18.5 tokens/s" in bound_lines(figures)[1]
+    assert describe.accuracy_rows(figures) == [("me", "64", "64", "1.0e-06")]
+
+
+def test_bytes_of_a_step_leave_out_rotary_tables(tmp_path: Path) -> None:
+    weights = numpy_helper.from_array(np.zeros((4, 8), np.float32), "w")
+    packed = numpy_helper.from_array(np.zeros((4, 2, 16), np.uint8), "q")
+    tables = [numpy_helper.from_array(np.zeros((1000, 4), np.float32), name) for name in ("cos", "sin")]
+    node = helper.make_node(
+        "GroupQueryAttention", ["x", "", "", "k", "v", "s", "t", "cos", "sin"], ["y"], domain="com.microsoft"
+    )
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([node], "g", [value], [value], [weights, packed, *tables])
+    onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
+    assert step_bytes(tmp_path / "g.onnx") == 4 * 8 * 4 + 4 * 2 * 16
+
+
+def test_unknown_size() -> None:
+    with pytest.raises(EdgeError, match="no random SmolVLM '9B'"):
+        random_smolvlm("9B")
