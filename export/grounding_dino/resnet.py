@@ -1,8 +1,10 @@
-"""ResNet backbone of a Grounding DINO, its frozen batch norms folded into the convolutions.
+"""ResNet backbone of a Grounding DINO, each of its frozen batch norms one factor and one term per channel.
 
 The weights are those of transformers' `ResNetBackbone` (``models/resnet/modeling_resnet.py``; He et al., "Deep Residual
 Learning", 2016) with the batch norms that ``GroundingDinoFrozenBatchNorm2d`` keeps as constants, as DETR's backbones
-do. Each convolution and norm become one convolution with a bias; any image size works as it is.
+do; any image size works as it is. The factor stays apart from the convolution, so that weights which are fp16 numbers
+in the checkpoint are so in the graph and are stored once for all variants; ONNX Runtime and TensorRT fold it into the
+convolution when they load the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class ResNetBackbone(nn.Module):
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
-        self.stem = _folded(backbone.embedder.embedder)
+        self.stem = _Convolution(backbone.embedder.embedder)
         self.pool = backbone.embedder.pooler
         self.stages = nn.ModuleList(
             nn.Sequential(*(_Block(layer) for layer in stage.layers)) for stage in backbone.encoder.stages
@@ -48,23 +50,30 @@ class _Block(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(_folded(part) for part in layer.layer))
-        self.shortcut = nn.Identity() if isinstance(layer.shortcut, nn.Identity) else _folded(layer.shortcut)
+        self.layers = nn.Sequential(*(_Convolution(part) for part in layer.layer))
+        self.shortcut = nn.Identity() if isinstance(layer.shortcut, nn.Identity) else _Convolution(layer.shortcut)
         self.activation = layer.activation
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.activation(self.layers(hidden) + self.shortcut(hidden))
 
 
-def _folded(part: Any) -> nn.Sequential:
-    """A convolution of transformers with its norm and activation, as a convolution and its activation."""
-    plain, norm = part.convolution, part.normalization
-    with torch.no_grad():
-        scale = norm.weight.double() / (norm.running_var.double() + EPSILON).sqrt()
-        folded = nn.Conv2d(
-            plain.in_channels, plain.out_channels, plain.kernel_size, plain.stride, plain.padding, groups=plain.groups
-        )
-        folded.weight.copy_(plain.weight.double() * scale[:, None, None, None])
-        folded.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
-    activation = getattr(part, "activation", None)
-    return nn.Sequential(folded, *([] if activation is None else [activation]))
+class _Convolution(nn.Module):
+    """A convolution of transformers with its norm, and its activation where it has one."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.convolution = part.convolution
+        norm = part.normalization
+        with torch.no_grad():
+            scale = norm.weight.double() / (norm.running_var.double() + EPSILON).sqrt()
+            shift = norm.bias.double() - norm.running_mean.double() * scale
+        self.register_buffer("scale", scale.float()[:, None, None])
+        self.register_buffer("shift", shift.float()[:, None, None])
+        self.activation = getattr(part, "activation", None) or nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.activation(self.convolution(hidden) * self.scale + self.shift)

@@ -190,7 +190,8 @@ def test_other_architectures_are_refused() -> None:
     for change in (
         {"two_stage": False},
         {"position_embedding_type": "learned"},
-        {"num_feature_levels": 3},
+        {"num_feature_levels": 2},
+        {"num_feature_levels": 6},
         {
             "backbone_config": SwinConfig(
                 embed_dim=16, depths=[1, 1], num_heads=[1, 1], out_features=["stage1", "stage2"]

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import torch
 from torch import nn
-from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
+from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection, ResNetConfig, SwinConfig
 
 from pixano_edge.engine.contracts import grounding_dino as contract
 from pixano_edge.engine.contracts.base import GraphSpec
@@ -42,6 +42,18 @@ def small_config(**changes: Any) -> GroundingDinoConfig:
         "disable_custom_kernels": True,
     }
     return GroundingDinoConfig(**(values | changes))
+
+
+def small_resnet_config(**changes: Any) -> GroundingDinoConfig:
+    """As `small_config`, with a ResNet whose last two stages, strides 16 and 32, are taken."""
+    backbone = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 24, 32, 48],
+        depths=[1, 2, 1, 1],
+        layer_type="basic",
+        out_features=["stage3", "stage4"],
+    )
+    return small_config(**({"backbone_config": backbone, "num_feature_levels": 3, "num_queries": 12} | changes))
 
 
 def swin_tiny_config() -> GroundingDinoConfig:
@@ -79,6 +91,13 @@ def sharpened(config: GroundingDinoConfig, seed: int = 0) -> GroundingDinoForObj
                 parameter.mul_(1.5)
             if "bbox_embed" in name and name.endswith("layers.2.weight"):
                 parameter.mul_(0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                nn.init.normal_(buffer, std=0.3)
+            elif name.endswith("running_var"):
+                nn.init.uniform_(buffer, 0.5, 2.0)
+            elif "normalization" in name:
+                nn.init.normal_(buffer, mean=float(name.endswith("weight")), std=0.2)
         # Logits of a few units: probabilities that saturate at 1 would tie.
         model.model.decoder.layer_norm.weight.mul_(0.25)
     return model
