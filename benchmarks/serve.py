@@ -111,7 +111,7 @@ def served(bundle: Path, threads: int, **environ: str) -> Iterator[ServerProcess
         (Path(folder) / NAME).symlink_to(bundle.resolve(), target_is_directory=True)
         settings = {
             "PIXANO_EDGE_THREADS": str(threads), "PIXANO_EDGE_DEVICE": "cpu", "PIXANO_EDGE_MAX_REQUEST_BODY_BYTES":
-            str(200 << 20), **environ,
+            str(200 << 20), "PIXANO_EDGE_SEGMENTATION_TIMEOUT_S": "600", **environ,
         }  # fmt: skip
         with ServerProcess(Path(folder), settings, ("--jobs", "memory", "--log-level", "warning")) as server:
             yield server

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="needs pixano-edge[server]")
 
-from pixano_edge.benchmarks import serve, serving  # noqa: E402
-from pixano_edge.engine.errors import EdgeError  # noqa: E402
+from pixano_edge.benchmarks import serve, serving
+from pixano_edge.engine.errors import EdgeError
 
 
 def test_a_small_run_of_everything(demo_bundle: Path, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_photo_is_as_large_as_it_says() -> None:
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(EdgeError, match="did not start.*PIXANO_EDGE_THREADS"):
+    with pytest.raises(EdgeError, match=r"did not start.*PIXANO_EDGE_THREADS"):
         serving.ServerProcess(tmp_path, {"PIXANO_EDGE_THREADS": "none"})
 
 
