@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pixano_edge.engine.models.rle import decode_rle
+from pixano_edge.engine.provider import EdgeProvider, ImageMaskGenerationInput
+from tests.conftest import ROOT
+
 T = TypeVar("T")
+
+DEMO = ROOT / "engine" / "assets" / "demo"
+SCENE = (512, 512)
+"""Width and height of the demo's scenes."""
 
 DISC = 12
 """CSS pixels around a point that its mark may cover."""
@@ -128,3 +136,29 @@ def at_size(mask: npt.NDArray[np.bool_], shape: tuple[int, ...]) -> npt.NDArray[
     rows = ((np.arange(shape[0]) + 0.5) * mask.shape[0] / shape[0]).astype(int)
     columns = ((np.arange(shape[1]) + 0.5) * mask.shape[1] / shape[1]).astype(int)
     return mask[rows][:, columns]
+
+
+class Recorder(EdgeProvider):
+    """Remembers what was asked of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.asked: list[Any] = []
+
+    async def image_mask_generation(self, input_data: Any, timeout: float = 60.0) -> Any:
+        self.asked.append(input_data)
+        return await super().image_mask_generation(input_data, timeout)
+
+
+def best_mask(provider: Recorder, content: bytes, **prompt: Any) -> Any:
+    """The provider's own answer: of its masks the one with the best score, (H, W) bool."""
+    given = ImageMaskGenerationInput(image=content, model="sam2-demo", **prompt)  # type: ignore[arg-type]
+    data = answer_of(lambda: provider.image_mask_generation(given)).data
+    chosen = int(np.argmax(data.scores.values))
+    return decode_rle(data.masks[0][chosen].to_dict())
+
+
+def page_base(user: User) -> str:
+    """Where the page's files are."""
+    address: str = user.page.get_attribute("script[type=module]", "src")
+    return f"{user.url}/{address.rpartition('/')[0]}"

@@ -46,7 +46,7 @@ export class Ask {
     const missing = this.app.models.missing("vlm", "answers questions (a vision-language model)");
     this.form.hidden = missing !== null;
     if (missing) this.status.note(missing);
-    else if (!this.abort) this.status.say(this.app.image ? "Ctrl + Enter asks, too." : "Choose a picture, or ask without one.");
+    else if (!this.abort && this.answer.hidden) this.status.say(this.app.image ? "Ctrl + Enter asks, too." : "Choose a picture, or ask without one.");
     return !missing;
   }
 

@@ -51,6 +51,7 @@ export class Detect {
   restart() {
     this.abort?.abort();
     this.boxes = [];
+    this.busy = false;
     this.took = "";
     this.suggest();
     this.filter();
@@ -70,7 +71,7 @@ export class Detect {
     const missing = this.app.models.missing("detection", "detects objects");
     if (missing) this.status.note(missing);
     else if (!this.app.image) this.status.say("Choose a picture first.");
-    else if (!this.boxes.length) this.status.say("Name what to look for, then press Find.");
+    else if (!this.boxes.length && !this.busy) this.status.say("Name what to look for, then press Find.");
     this.go.disabled = missing !== null;
     this.masks.hidden = this.app.models.of("segmentation").length < 2 || !this.boxes.length;
     return !missing && this.app.image !== null;
@@ -88,6 +89,7 @@ export class Detect {
     this.abort = new AbortController();
     this.boxes = [];
     this.draw();
+    this.busy = true;
     this.status.busy("Looking…");
     const started = performance.now();
     try {
@@ -99,12 +101,14 @@ export class Detect {
         .map((box, i) => ({ box, score: scores[i], name: classes[i], kind: Math.max(0, names.indexOf(classes[i])), mask: null }))
         .sort((a, b) => b.score - a.score)
         .slice(0, MOST);
+      this.busy = false;
       this.took = `${seconds((performance.now() - started) / 1000)} (server ${seconds(answer.processingTime)})`;
       this.tell();
       this.filter();
       announce(this.status.node.textContent);
     } catch (error) {
       if (error.name === "AbortError") return;
+      this.busy = false;
       this.filter();
       this.status.show(error);
     }

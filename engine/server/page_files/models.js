@@ -27,10 +27,15 @@ export class Models {
     } catch (caught) {
       error = caught;
     }
-    const before = JSON.stringify([this.list, this.error?.message]);
+    const before = this.words();
     this.list = list ?? (error.status === 0 ? this.list : null);
     this.error = error;
-    if (JSON.stringify([this.list, this.error?.message]) !== before) for (const run of this.changed) run();
+    if (this.words() !== before) for (const run of this.changed) run();
+  }
+
+  /** What listeners care about. Whether a model is in memory is not among it: that changes with any request. */
+  words() {
+    return JSON.stringify([this.list?.map(({ name, capability, status }) => [name, capability, status]), this.error?.message]);
   }
 
   of(capability) {

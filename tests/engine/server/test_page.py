@@ -1,4 +1,4 @@
-"""The page's files and the routes that serve them; what it does in a browser is in `test_page_browser.py`."""
+"""The page's files and the routes that serve them; what it does in a browser is in the folder `page`."""
 
 from __future__ import annotations
 
