@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -27,6 +28,9 @@ SMALL = 32 << 10
 MAX_ERRORS = 100
 """Errors of one request that are told one by one."""
 
+LARGE = 1 << 20
+"""Bytes from which pydantic's parser is used: 5 ms for the 23 MB of a click that echoes features, orjson takes 22."""
+
 METADATA_BYTES = 32 << 20
 """Most that the JSON part of an upload may have."""
 MAX_FILES = 100_000
@@ -42,9 +46,14 @@ def parse_json(body: bytes | bytearray | memoryview) -> Any:
         ApiError: 422; says where, not what.
     """
     try:
+        if len(body) > LARGE:
+            return from_json(body, allow_inf_nan=False, cache_strings="none")
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         message = [{"type": "json_invalid", "loc": ["body", error.pos], "msg": f"JSON decode error: {error.msg}"}]
+        raise ApiError(422, message) from None
+    except ValueError as error:
+        message = [{"type": "json_invalid", "loc": ["body"], "msg": f"JSON decode error: {str(error)[:200]}"}]
         raise ApiError(422, message) from None
 
 

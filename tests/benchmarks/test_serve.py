@@ -50,7 +50,7 @@ def test_the_photo_is_as_large_as_it_says() -> None:
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(EdgeError, match=r"did not start.*PIXANO_EDGE_THREADS"):
+    with pytest.raises(EdgeError, match=r"(?s)did not start.*PIXANO_EDGE_THREADS is malformed"):
         serving.ServerProcess(tmp_path, {"PIXANO_EDGE_THREADS": "none"})
 
 
