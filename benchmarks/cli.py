@@ -331,6 +331,98 @@ def detect(
 
 
 @app.command()
+def describe(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="SmolVLM or Idefics3 checkpoint folder in transformers' format.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option(help="Bundle of that checkpoint; without --checkpoint only the engine is timed.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="Random model without --checkpoint and --bundle: tiny, 256M or 500M.")
+    ] = "256M",
+    picture: Annotated[Path | None, typer.Option(help="Image to ask about; default: a photo of scikit-image.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Answers per contender and case.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 2,
+    precision: Annotated[
+        list[str] | None, typer.Option("--precision", "-p", help="Variants of the bundle; default: all it has.")
+    ] = None,
+    genai_python: Annotated[
+        Path | None,
+        typer.Option(help="Python that has onnxruntime-genai and what its builder needs: adds it, text alone."),
+    ] = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Text about a picture: time to the first token and tokens per second, next to transformers (fp32 and bf16).
+
+    Beside them stands what the measured speed of memory allows. Without --checkpoint a model with seeded random weights
+    is made and exported once into the cache; speed does not depend on the weights.
+    """
+    from pixano_edge.engine.models.images import decode_image
+
+    from .describe import ACCURACY_COLUMNS, COLUMNS, accuracy_rows, bound_lines, measure, table_rows
+
+    torch_here = all(importlib.util.find_spec(m) is not None for m in ("torch", "transformers"))
+    if not torch_here and bundle is None:
+        raise MissingDependencyError("torch", "export", "Making the bundle and the comparison with PyTorch")
+    if picture is None and importlib.util.find_spec("skimage") is None:
+        raise MissingDependencyError("skimage", "benchmarks", "The default picture")
+    facts = environment(threads)
+    with progress("Preparing", None, enabled=not as_json) as steps:
+        if bundle is None:
+            from .checkpoints import exported_bundle
+            from .vlm_checkpoints import export_smolvlm, random_smolvlm
+
+            steps.label("making the random checkpoint")
+            checkpoint = checkpoint or random_smolvlm(size)
+            steps.label("exporting the bundle")
+            opened = open_bundle(str(exported_bundle(checkpoint, export_smolvlm)))
+        else:
+            opened = open_bundle(bundle)
+        if not torch_here:
+            note("PyTorch is not installed: no comparison. Install it with: pip install 'pixano-edge[export]'")
+            checkpoint = None
+        elif checkpoint is None:
+            note("Without --checkpoint there is nothing to compare --bundle with.")
+        if picture is None:
+            from skimage import data
+
+            image = data.coffee()
+        else:
+            image = decode_image(picture)
+        figures = measure(
+            opened,
+            checkpoint,
+            image,
+            tokens=tokens,
+            rounds=rounds,
+            threads=threads,
+            precisions=precision or opened.variants(),
+            genai_python=genai_python,
+            step=steps.label,
+        )
+    if "-random" in opened.manifest.name:
+        note("The weights are random: speed is that of the real size, answers mean nothing.")
+    for name, why in figures.left_out.items():
+        note(f"Not measured: {name}: {why}")
+
+    def show() -> None:
+        title = f"{opened.manifest.name}, {tokens} tokens, picture {image.shape[1]}x{image.shape[0]}, {threads} threads"
+        print_table(COLUMNS, table_rows(figures), title=title, right=COLUMNS[2:])
+        for line in bound_lines(figures):
+            typer.echo(line)
+        if figures.accuracy:
+            typer.echo()
+            title = "Next to PyTorch fp32, over its own tokens"
+            print_table(ACCURACY_COLUMNS, accuracy_rows(figures), title=title, right=ACCURACY_COLUMNS[1:])
+
+    content = {"benchmark": "describe", "bundle": opened.manifest.name, "rounds": rounds, "tokens": tokens}
+    _report({**content, **figures.to_dict(), "environment": facts}, show, as_json, output)
+
+
+@app.command()
 def gpu(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
     device: Annotated[str, typer.Option(help="cuda:N.")] = "cuda:0",

@@ -93,7 +93,7 @@ class WaitRow:
         click: Seconds of a click with it.
         frames: `click` less the median of `idle`, in median frames.
         most_frames: The longest of these.
-        frames_passed: Most frames that ended while one click waited.
+        frames_passed: Most frames that ended while one click was on its way, upload included.
     """
 
     frame: Latency
@@ -111,7 +111,7 @@ def served(bundle: Path, threads: int, **environ: str) -> Iterator[ServerProcess
         (Path(folder) / NAME).symlink_to(bundle.resolve(), target_is_directory=True)
         settings = {
             "PIXANO_EDGE_THREADS": str(threads), "PIXANO_EDGE_DEVICE": "cpu", "PIXANO_EDGE_MAX_REQUEST_BODY_BYTES":
-            str(200 << 20), **environ,
+            str(200 << 20), "PIXANO_EDGE_SEGMENTATION_TIMEOUT_S": "600", **environ,
         }  # fmt: skip
         with ServerProcess(Path(folder), settings, ("--jobs", "memory", "--log-level", "warning")) as server:
             yield server
@@ -385,7 +385,7 @@ def wait_text(row: WaitRow) -> str:
     return (
         f"click while tracking: p50 {1000 * row.click.p50:.0f} ms, p99 {1000 * row.click.p99:.0f} ms; alone "
         f"{1000 * row.idle.p50:.0f} ms; a frame {1000 * row.frame.p50:.0f} ms; waited p50 {row.frames.p50:.2f}, at "
-        f"most {row.most_frames:.2f} frames; at most {row.frames_passed} frame(s) ended while one waited"
+        f"most {row.most_frames:.2f} frames; at most {row.frames_passed} frame(s) ended while one was on its way"
     )
 
 

@@ -156,6 +156,86 @@ def grounding_dino(
     )
 
 
+VlmVariantsOption = Annotated[
+    str, typer.Option("--variants", help="fp32, or with it fp16 and int4 (4-bit weights of the language model).")
+]
+QuestionOption = Annotated[
+    list[str] | None,
+    typer.Option("--question", help="What to ask about each photo while measuring; may be given several times."),
+]
+
+
+@app.command()
+def smolvlm(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hub id (HuggingFaceTB/SmolVLM-256M-Instruct) or transformers folder.")
+    ],
+    output: OutputOption,
+    name: NameOption = None,
+    variants: VlmVariantsOption = "fp32,fp16",
+    photos: PhotosOption = None,
+    question: QuestionOption = None,
+    licence: LicenceOption = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export SmolVLM, SmolVLM2 or Idefics3: answers in text about images.
+
+    Writes the graphs as ONNX, measures features and the logits of every step of greedy answers against PyTorch, and
+    leaves no bundle when they differ.
+    """
+    from pixano_edge.export.smolvlm import export_smolvlm
+
+    _export_vlm(export_smolvlm, checkpoint, output, name, variants, photos, question, licence, revision, force, as_json)
+
+
+@app.command("qwen2.5-vl")
+def qwen2_5_vl(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id (Qwen/Qwen2.5-VL-3B-Instruct) or transformers folder.")],
+    output: OutputOption,
+    name: NameOption = None,
+    variants: VlmVariantsOption = "fp32,fp16",
+    photos: PhotosOption = None,
+    question: QuestionOption = None,
+    licence: LicenceOption = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export Qwen2.5-VL: answers in text about images of any size.
+
+    Writes the graphs as ONNX, measures features and the logits of every step of greedy answers against PyTorch, and
+    leaves no bundle when they differ.
+    """
+    from pixano_edge.export.qwen2_5_vl import export_qwen_vl
+
+    _export_vlm(export_qwen_vl, checkpoint, output, name, variants, photos, question, licence, revision, force, as_json)
+
+
+def _export_vlm(
+    export: Callable[..., Path],
+    checkpoint: str,
+    output: Path,
+    name: str | None,
+    variants: str,
+    photos: Path | None,
+    question: list[str] | None,
+    licence: str | None,
+    revision: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """The command of any vision-language model."""
+    _check_installed()
+    from pixano_edge.export.vlm.export import count_steps
+
+    wanted = _variants(variants)
+    options = _options(output, name, wanted, photos, licence, revision, force)
+    questions = [q for q in question or () if q.strip()] or None
+    _run(lambda step: export(checkpoint, questions=questions, progress=step, **options), count_steps(wanted), as_json)
+
+
 def _export_detector(
     family: str,
     checkpoint: str,
@@ -293,6 +373,13 @@ def print_summary(folder: Path, manifest: Manifest) -> None:
 
 def print_parity(report: ParityReport) -> None:
     """Prints the figures of a parity report as two tables."""
+    if report.generations:
+        print_table(
+            ("variant", "answers", "tokens", "equal", "ties", "logits' error"),
+            [(g.variant, g.prompts, g.tokens, g.equal, g.ties, f"{g.max_rel:.1e}") for g in report.generations],
+            title=f"Greedy answers about {', '.join(report.inputs)}",
+            right=("answers", "tokens", "equal", "ties", "logits' error"),
+        )
     print_table(
         ("variant", "graph", "tensor", "max error", "relative"),
         [(t.variant, t.graph, t.tensor, f"{t.max_abs:.2e}", f"{t.max_rel:.2e}") for t in report.tensors],

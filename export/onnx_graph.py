@@ -18,7 +18,12 @@ from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.tensorrt_passes import PLAIN_PASSES, apply_passes
 
 OPSET = 18
-_ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32, "int64": onnx.TensorProto.INT64}
+_ONNX_TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "int32": onnx.TensorProto.INT32,
+    "int64": onnx.TensorProto.INT64,
+}
 
 
 def export_graph(module: nn.Module, spec: GraphSpec, example: tuple[Tensor, ...]) -> onnx.ModelProto:

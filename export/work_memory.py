@@ -58,13 +58,16 @@ def measure_graphs(
     return found
 
 
-def measure_file(path: Path, spec: GraphSpec, threads: int | None = None) -> dict[str, Any] | None:
+def measure_file(
+    path: Path, spec: GraphSpec, threads: int | None = None, fills: Mapping[str, float] | None = None
+) -> dict[str, Any] | None:
     """The fields of `GraphMemory` for one graph file, but its names.
 
     Args:
         path: ONNX file.
         spec: Its contract.
         threads: As in `measure_graphs`.
+        fills: Values of inputs that may not be 0.
 
     Returns:
         None where this system does not tell.
@@ -72,7 +75,7 @@ def measure_file(path: Path, spec: GraphSpec, threads: int | None = None) -> dic
     Raises:
         ExportError: The graph did not run, or the child ended without an answer.
     """
-    job = {"file": str(path), "spec": asdict(spec), "threads": threads}
+    job = {"file": str(path), "spec": asdict(spec), "threads": threads, "fills": dict(fills or {})}
     safe = ("-P",) if sys.version_info >= (3, 11) else ()  # a file of the current folder must not stand in for a module
     command = [sys.executable, *safe, "-m", "pixano_edge.export.work_memory"]
     try:
@@ -96,7 +99,7 @@ def measure_file(path: Path, spec: GraphSpec, threads: int | None = None) -> dic
     return None if "unknown" in answer else answer
 
 
-def measure(file: Path, spec: GraphSpec, threads: int | None) -> dict[str, Any]:
+def measure(file: Path, spec: GraphSpec, threads: int | None, fills: Mapping[str, float]) -> dict[str, Any]:
     """Opens and runs a graph in this process, which should have done nothing else yet; see `measure_file`.
 
     Returns:
@@ -118,6 +121,8 @@ def measure(file: Path, spec: GraphSpec, threads: int | None) -> dict[str, Any]:
     binding = session.prepare(sizes)
     for buffer in (*binding.inputs.values(), *binding.outputs.values()):
         buffer.host().fill(0)  # now: memory that was never written is not resident
+    for name, number in fills.items():
+        binding.inputs[name].host().fill(number)
     gc.collect()
     before = resident_bytes()
     after = []
@@ -148,7 +153,7 @@ def main() -> None:
     ranges = {dim: (low, typical, high) for dim, (low, typical, high) in job["spec"]["ranges"].items()}
     spec = GraphSpec(job["spec"]["name"], tensors["inputs"], tensors["outputs"], ranges)
     try:
-        answer = measure(Path(job["file"]), spec, job["threads"])
+        answer = measure(Path(job["file"]), spec, job["threads"], job["fills"])
     except EdgeError as error:
         answer = {"error": error.message, "action": error.action}
     sys.stdout.write(json.dumps(answer) + "\n")

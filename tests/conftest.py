@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
+from tests.support.browser import no_browser_reason
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips GPU tests with the reason where no CUDA device answers."""
-    reason = _no_gpu_reason() if any(item.get_closest_marker("gpu") for item in items) else None
-    if reason:
-        for item in items:
-            if item.get_closest_marker("gpu"):
+    """Skips GPU tests where no CUDA device answers and browser tests where there is no browser, with the reason."""
+    for mark, missing in (("gpu", _no_gpu_reason), ("browser", no_browser_reason)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = missing() if marked else None
+        if reason:
+            for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -117,7 +117,15 @@ def choices(bundle: Bundle, graph: str, precision: str) -> list[Choice]:
         BundleError: No such graph.
     """
     found = [
-        Choice(graph, name, v.precision, v.target, v.file, bundle.manifest.files[v.file].sha256, bundle.specs[graph])
+        Choice(
+            graph,
+            name,
+            v.precision,
+            v.target,
+            v.file,
+            bundle.manifest.files[v.file].sha256,
+            bundle.spec(graph, v.precision, v.target),
+        )
         for name, v in _variants(bundle, graph).items()
         if precision in (name, v.precision)
     ]
@@ -130,7 +138,7 @@ def _variants(bundle: Bundle, graph: str) -> Mapping[str, GraphVariant]:
         raise BundleError(
             f"Bundle '{bundle.manifest.name}' has no graph '{graph}'.", f"Known: {', '.join(sorted(bundle.specs))}."
         )
-    return held.variants
+    return {name: variant for name, variant in held.variants.items() if not variant.onnxruntime_only}
 
 
 def choose(bundle: Bundle, graphs: Sequence[str] = (), precisions: Sequence[str] = ()) -> list[Choice]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from ..contracts import grounding_dino, owlv2, sam2, sam2_video
+from ..contracts import grounding_dino, owlv2, qwen2_5_vl, sam2, sam2_video, smolvlm
 from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError
 from .engines import ENGINES_FOLDER, INDEX_NAME, EngineIndex, read_index
@@ -33,6 +33,13 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {
     sam2.FAMILY: sam2_video.family_graphs,
     **dict.fromkeys(owlv2.FAMILIES, owlv2.family_graphs),
     grounding_dino.FAMILY: grounding_dino.family_graphs,
+    smolvlm.FAMILY: smolvlm.family_graphs,
+    qwen2_5_vl.FAMILY: qwen2_5_vl.family_graphs,
+}
+# Families whose graphs look different from outside by precision and target: the same, with both.
+_VARIED: dict[str, Callable[[dict[str, Any], str, str], dict[str, GraphSpec]]] = {
+    smolvlm.FAMILY: smolvlm.family_graphs,
+    qwen2_5_vl.FAMILY: qwen2_5_vl.family_graphs,
 }
 
 
@@ -44,7 +51,7 @@ class Bundle:
         manifest: What the bundle says about itself.
         hash: SHA-256 of the manifest's bytes. The manifest holds the hash of every other file, so this changes
             when anything changes.
-        specs: The contract of each graph of the family, by graph name.
+        specs: The contract of each graph of the family, by graph name; of its fp32 ONNX variants where they differ.
         engines: Index of the engines that travel with it, or None.
     """
 
@@ -130,6 +137,15 @@ class Bundle:
             )
         chosen = fitting.get(variant) or next(iter(fitting.values()))
         return self.root / chosen.file
+
+    def spec(self, graph: str, precision: str = "fp32", target: str = "onnx") -> GraphSpec:
+        """The contract of one graph as variants of a precision and target have it; raises KeyError for no graph.
+
+        It is `specs` for most families. A decoder's cache has the type of the precision, and for TensorRT, where
+        outputs cannot be inputs, other dimensions.
+        """
+        varied = _VARIED.get(self.manifest.family)
+        return self.specs[graph] if varied is None else varied(self.manifest.constants, precision, target)[graph]
 
     def variants(self) -> list[str]:
         """Precisions that every graph has as plain ONNX, from full to reduced."""

@@ -63,6 +63,8 @@ class GraphVariant(_Model):
     weight_bytes: int | None = None
     """Bytes of the weights once loaded, where the file does not hold them like that: they lie in another graph's file,
     or in a narrower type. None: as the file's size says."""
+    onnxruntime_only: bool = False
+    """Has operators of ONNX Runtime's own, or belongs to a variant with such: nothing is built from it."""
 
 
 class Graph(_Model):
@@ -139,6 +141,21 @@ class DetectionParity(_Model):
     """Largest difference of the scores of a matched pair."""
 
 
+class GenerationParity(_Model):
+    """Greedy answers of the exported graphs compared with PyTorch's `generate`, token by token."""
+
+    variant: str
+    prompts: int
+    tokens: int
+    """Of PyTorch's answers, over all prompts."""
+    equal: int
+    """Tokens that the exported graphs choose too, each after PyTorch's tokens before it."""
+    ties: int
+    """Of the others, those where PyTorch's two best logits lie within twice the bar of fp32's error."""
+    max_rel: float
+    """Largest error of the logits at any step, relative to the largest logit."""
+
+
 class ParityReport(_Model):
     """Figures taken at export against the PyTorch original on the same weights."""
 
@@ -152,6 +169,8 @@ class ParityReport(_Model):
     """Empty for a bundle that does not track."""
     detections: list[DetectionParity] = []
     """Of a detector."""
+    generations: list[GenerationParity] = []
+    """Of a model that answers in text."""
     tolerance: dict[str, float]
     passed: bool
 
@@ -169,15 +188,17 @@ class GoldenSample(_Model):
 class Preprocess(_Model):
     """How an image becomes the model input."""
 
-    resize: Literal["antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge"] = (
-        "antialias-bilinear-square"
-    )
+    resize: Literal[
+        "antialias-bilinear-square", "padded-square", "bicubic-square", "shortest-edge", "tiles", "patches"
+    ] = "antialias-bilinear-square"
     """``padded-square``: black below or on the right, then resized (OWLv2); ``bicubic-square``: OWL-ViT;
-    ``shortest-edge``: aspect ratio kept (Grounding DINO)."""
+    ``shortest-edge``: aspect ratio kept (Grounding DINO); ``tiles``: see the contract of SmolVLM;
+    ``patches``: see that of Qwen2.5-VL."""
     image_size: int
-    """Side of the model input, or its shortest edge."""
+    """Side of the model input or of a tile, or the input's shortest edge; of ``patches``, what both sides are whole
+    multiples of."""
     longest_edge: int | None = None
-    """Of ``shortest-edge``: what the other one may be at most."""
+    """Of ``shortest-edge``: what the other one may be at most. Of ``tiles``: what the longer one is resized to."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     channel_order: Literal["RGB"] = "RGB"

@@ -167,6 +167,13 @@ def _show(path: Path, manifest: Manifest, digest: str) -> None:
         [(t.graph, t.tensor, t.variant, f"{t.max_rel:.1e}", f"{t.max_abs:.1e}") for t in report.tensors],
         right=("Max rel", "Max abs"),
     )
+    if report.generations:
+        print_table(
+            ("Variant", "Answers", "Tokens", "Equal", "Ties", "Max rel of logits"),
+            [(g.variant, g.prompts, g.tokens, g.equal, g.ties, f"{g.max_rel:.1e}") for g in report.generations],
+            right=("Answers", "Tokens", "Equal", "Ties", "Max rel of logits"),
+        )
+        return
     print_table(
         ("Variant", "Images", "Prompts", "Mean IoU", "Min IoU"),
         [(m.variant, m.images, m.prompts, f"{m.mean_iou:.5f}", f"{m.min_iou:.5f}") for m in report.masks],

@@ -184,6 +184,9 @@ def _parity_table(parity: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
             d["variant"]: (f"{d['boxes']}", f"{d['unmatched']}", f"{d['max_box']:.2f} px", f"{d['max_score']:.1e}")
             for d in parity["detections"]
         }
+    elif parity["generations"]:
+        headings = ("answers", "tokens", "equal")
+        found = {g["variant"]: (f"{g['prompts']}", f"{g['tokens']}", f"{g['equal']}") for g in parity["generations"]}
     else:
         headings = ("mean mask IoU", "worst mask IoU")
         found = {m["variant"]: (f"{m['mean_iou']:.4f}", f"{m['min_iou']:.4f}") for m in parity["masks"]}

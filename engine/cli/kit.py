@@ -58,7 +58,7 @@ def create(
     engines: Annotated[
         Path | None, typer.Option(help="Folder with TensorRT engines of these bundles (pixano-edge build).")
     ] = None,
-    extras: Annotated[str, typer.Option(help="Extras of pixano-edge, separated by commas.")] = "cpu,server",
+    extras: Annotated[str, typer.Option(help="Extras of pixano-edge, separated by commas.")] = "cpu,detection,server",
     more: Annotated[
         list[str] | None, typer.Option("--with", help="Another requirement, such as 'cuda-bindings<13'. Repeatable.")
     ] = None,

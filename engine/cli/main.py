@@ -34,6 +34,7 @@ _KNOWN = {
     "build": _Known("Build TensorRT engines for this GPU, or ahead of time for others."),
     "bundle": _Known("Inspect, pack, unpack and store bundles."),
     "demo": _Known("Segment, search and track the bundled pictures and clip with the bundled models."),
+    "describe": _Known("Describe images, or answer questions about them, in text."),
     "detect": _Known("Find objects by name on an image or a folder of images."),
     "doctor": _Known("Say what this machine has, what is missing, and how to fix it."),
     "export": _Known("Turn a checkpoint into a bundle.", "export", "torch"),
@@ -49,6 +50,7 @@ _KNOWN = {
 _EXTRA_OF_MODULE = {
     "cryptography": "kit",
     "fastapi": "server",
+    "jinja2": "vlm",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",

@@ -324,8 +324,9 @@ def _open_sessions(
     options = {"graphs": False} if found.backend == TENSORRT and not attempt.capture else None
     sessions: dict[str, Session] = {}
     with contextlib.ExitStack() as own:
-        for name, spec in attempt.specs.items():
+        for name in attempt.specs:
             attempt.check()
+            spec = spec_of(attempt.bundle, name, found, attempt.specs[name])
             sessions[name] = open_session(
                 found.files[name], spec, on, backend=found.backend, threads=attempt.asked.threads, options=options
             )
@@ -334,15 +335,30 @@ def _open_sessions(
     return sessions
 
 
+def spec_of(bundle: Bundle, graph: str, found: Combination, asked: GraphSpec) -> GraphSpec:
+    """The contract of a graph in a combination: `asked`, unless the family's graphs differ by precision and target."""
+    if bundle.specs.get(graph) != asked:
+        return asked
+    return bundle.spec(graph, found.precision, TENSORRT if found.backend == TENSORRT else "onnx")
+
+
 def _precisions(bundle: Bundle) -> list[str]:
-    """Precisions that every graph has for any target, from full to reduced."""
-    held = [{v.precision for v in graph.variants.values()} for graph in bundle.manifest.graphs.values()]
+    """Precisions that every graph has for TensorRT, changed for it or not, from full to reduced."""
+    held = [
+        {v.precision for v in graph.variants.values() if not v.onnxruntime_only}
+        for graph in bundle.manifest.graphs.values()
+    ]
     return [p for p in PRECISIONS if all(p in precisions for precisions in held)]
 
 
 def _check_precision(bundle: Bundle, asked: Asked) -> None:
     """Raises BundleError for a precision that no graph variant has."""
-    known = _precisions(bundle) if asked.backend in ("auto", TENSORRT) else bundle.variants()
+    onnx, tensorrt = bundle.variants(), _precisions(bundle)
+    known = [
+        p
+        for p in PRECISIONS
+        if (p in onnx and asked.backend != TENSORRT) or (p in tensorrt and asked.backend in ("auto", TENSORRT))
+    ]
     if asked.precision not in ("auto", *known):
         raise BundleError(
             f"Bundle '{bundle.manifest.name}' has no precision '{asked.precision}' for every graph.", f"Known: {known}."

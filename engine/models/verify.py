@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ..bundle import Bundle
 from ..contracts import sam2
 from ..errors import BundleError
+from .decoder.opening import FAMILIES as VLMS
 from .detection.opening import FAMILIES as DETECTORS
 from .verdicts import Verdict, VerdictKey, VerdictStore
 
@@ -78,6 +79,10 @@ def verify_bundle(
         from .detection import verify as of_detectors
 
         return of_detectors.verify_bundle(bundle, device, backend, precision, threads=threads, progress=progress)
+    if bundle.manifest.family in VLMS:
+        from .decoder import verify as of_vlms
+
+        return of_vlms.verify_bundle(bundle, device, backend, precision, threads=threads, progress=progress)
     raise BundleError(
         f"Bundle '{bundle.manifest.name}' is of a family that this version does not run: '{bundle.manifest.family}'.",
         "Update pixano-edge.",

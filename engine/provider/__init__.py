@@ -18,6 +18,7 @@ from .errors import (
     TaskNotSupportedError,
 )
 from .registry import get_provider, is_provider_registered, list_providers, register_provider
+from .text_types import EdgeTextImageConditionalGenerationInput, TextChunk
 from .types import (
     CompressedRLEData,
     EdgeMaskGenerationInput,
@@ -56,6 +57,7 @@ __all__ = [
     "EdgeMaskGenerationInput",
     "EdgeMaskGenerationOutput",
     "EdgeProvider",
+    "EdgeTextImageConditionalGenerationInput",
     "EdgeVideoMaskGenerationInput",
     "EdgeVideoMaskGenerationOutput",
     "ImageMaskGenerationInput",
@@ -82,6 +84,7 @@ __all__ = [
     "ProviderNotFoundError",
     "ServerInfo",
     "TaskNotSupportedError",
+    "TextChunk",
     "TextImageConditionalGenerationInput",
     "TextImageConditionalGenerationOutput",
     "TextImageConditionalGenerationResult",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from .errors import TaskNotSupportedError
-from .types import TextImageConditionalGenerationInput, TextImageConditionalGenerationResult
 
 
 def _absent(task: str, missing: str) -> NoReturn:
@@ -15,17 +14,7 @@ def _absent(task: str, missing: str) -> NoReturn:
 
 
 class AbsentTasks:
-    """Mixin of `EdgeProvider`. The last two methods have the names of Pixano 0.8's interface."""
-
-    async def text_image_conditional_generation(
-        self, input_data: TextImageConditionalGenerationInput, timeout: float = 60.0
-    ) -> TextImageConditionalGenerationResult:
-        """Raises `TaskNotSupportedError`."""
-        _absent("Text about images", "vision-language model (SmolVLM)")
-
-    async def vlm(self, input_data: Any, timeout: float = 60.0) -> Any:
-        """Raises `TaskNotSupportedError`."""
-        _absent("Text about images", "vision-language model (SmolVLM)")
+    """Mixin of `EdgeProvider`. The method has the name of Pixano 0.8's interface."""
 
     async def embedding(self, input_data: Any, timeout: float = 60.0) -> Any:
         """Raises `TaskNotSupportedError`."""

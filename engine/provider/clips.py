@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import EdgeError, ImageError
 from ..models.images import ImageLimits, decode_image
-from ..models.sam2_video.frames import FrameError, Frames, Image, VideoFrames
+from ..models.sam2_video.containers import HEAD_BYTES, is_container
+from ..models.sam2_video.frames import FrameError, Frames, Image, VideoFrames, declared_size
 from .errors import InvalidRequestError
 from .media import MediaPolicy
 from .settings import LoadOptions
@@ -79,7 +80,14 @@ class RequestFrames(Frames):
 
 def _video_file(source: bytes | Path, options: LoadOptions) -> Frames:
     if isinstance(source, Path):
+        try:
+            with source.open("rb") as file:
+                _check_head(file.read(HEAD_BYTES))
+        except OSError as error:
+            raise InvalidRequestError(f"The video cannot be read: {error.strerror}.", "Check the file.") from error
+        _check_pixels(declared_size(source), options)
         return _within(VideoFrames(source), options)
+    _check_head(source[:HEAD_BYTES])
     # OpenCV decodes files only.
     handle, name = tempfile.mkstemp(prefix="pixano-edge-", suffix=".video")
     path = Path(name)
@@ -87,6 +95,7 @@ def _video_file(source: bytes | Path, options: LoadOptions) -> Frames:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(source)
+        _check_pixels(declared_size(path), options)
         frames = _within(_TemporaryVideo(path), options)
         opened = True
         return frames
@@ -105,12 +114,29 @@ class _TemporaryVideo(VideoFrames):
         self._path.unlink(missing_ok=True)
 
 
-def _within(frames: VideoFrames, options: LoadOptions) -> Frames:
-    height, width = frames.size
+def _check_head(head: bytes) -> None:
+    """Nothing but containers goes to FFmpeg, which would follow a list of files."""
+    if not is_container(head):
+        raise ImageError(
+            "The video is not of a known container: MP4, MOV, Matroska, WebM, AVI, MPEG, FLV, Ogg, WMV or GIF.",
+            "Convert it with: ffmpeg -i input -c:v libx264 -pix_fmt yuv420p output.mp4",
+        )
+
+
+def _check_pixels(size: tuple[int, int], options: LoadOptions) -> None:
+    height, width = size
     if height * width > options.max_image_pixels:
-        frames.close()
         raise InvalidRequestError(
             f"The frames have {width}x{height} pixels, more than the {options.max_image_pixels} allowed.",
             "Send a smaller video, or raise max_image_pixels.",
         )
+
+
+def _within(frames: VideoFrames, options: LoadOptions) -> Frames:
+    """Compares the decoded size as well, which need not be what the head said."""
+    try:
+        _check_pixels(frames.size, options)
+    except InvalidRequestError:
+        frames.close()
+        raise
     return frames

@@ -105,6 +105,10 @@ def read_multimask(request: Any) -> bool:
     return multimask
 
 
+MAX_PROMPTS = 1000
+"""Prompts of one request. Each costs the decoder a millisecond or more, and a body has room for millions."""
+
+
 def read_prompts(request: Any, mask_size: int, memory: LogitsMemory) -> list[Prompt]:
     """The P prompts of a request. Points, labels, boxes and masks with the same index belong together.
 
@@ -117,7 +121,8 @@ def read_prompts(request: Any, mask_size: int, memory: LogitsMemory) -> list[Pro
         memory: Finds the best of several mask inputs.
 
     Raises:
-        InvalidRequestError: Lists of different lengths, no lists, or a mask input of the wrong shape.
+        InvalidRequestError: Lists of different lengths, no lists, more than `MAX_PROMPTS`, or a mask input of the
+            wrong shape.
     """
     points, labels, boxes = (_per_prompt(request, key) for key in ("points", "labels", "boxes"))
     counts = {key: len(v) for key, v in (("points", points), ("labels", labels), ("boxes", boxes)) if v}
@@ -127,6 +132,10 @@ def read_prompts(request: Any, mask_size: int, memory: LogitsMemory) -> list[Pro
     given = getattr(request, "mask_input", None)
     logits = None if given is None else read_array(given, "mask_input")
     count = next(iter(counts.values()), _mask_count(logits))
+    if count > MAX_PROMPTS:
+        raise InvalidRequestError(
+            f"{count} prompts are more than {MAX_PROMPTS}.", "Ask for their masks in several requests."
+        )
     masks: Sequence[Float | None]
     masks = [None] * count if logits is None else _split_masks(logits, count, mask_size, memory)
     return [

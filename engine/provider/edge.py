@@ -44,6 +44,8 @@ from .settings import (
     read_limits,
 )
 from .states import DEPLOYING, RUNNING, ModelState, Observer
+from .text import TextService
+from .text_types import TextChunk
 from .types import (
     ImageMaskGenerationInput,
     ImageMaskGenerationResult,
@@ -54,6 +56,8 @@ from .types import (
     ModelInfo,
     ProviderCapabilities,
     ServerInfo,
+    TextImageConditionalGenerationInput,
+    TextImageConditionalGenerationResult,
     VideoMaskGenerationInput,
     VideoMaskGenerationResult,
 )
@@ -147,6 +151,7 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         elif isinstance(jobs, str | Path):
             jobs = SqliteJobStore(jobs, SAVED_JOB_TTL if job_ttl is None else job_ttl, job_cap)
         self._video = VideoService(self._table, self._hold_tracking, self._media, jobs, queue_depth)
+        self._text = TextService(self._table, self._hold_text, self._media, queue_depth)
         self._files = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixano-edge-files")
         self._closed = False
 
@@ -246,13 +251,13 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
 
         ``config.task`` decides what is loaded and what the name is listed for: with ``image_mask_generation`` the two
         graphs for images, with ``video_mask_generation`` all five, which answer images as well, with
-        ``image_zero_shot_detection`` a detector. A bundle that can track is offered for the other task, too, under a
-        second name: see `Directory`. Loaded for images, it is loaded anew with all graphs when the first request to
-        track comes or when this asks for it.
+        ``image_zero_shot_detection`` a detector, with ``text_image_conditional_generation`` a model that answers in
+        text. A bundle that can track is offered for the other task, too, under a second name: see `Directory`. Loaded
+        for images, it is loaded anew with all graphs when the first request to track comes or when this asks for it.
 
         ``config.path`` is None for the store's bundle of that name, else a bundle folder, a ``.pxe`` file or the
-        name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb and
-        verify, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes. Loading the
+        name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb, verify and
+        context, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes. Loading the
         same again does nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is unpacked to
         the temporary folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the folder.
 
@@ -387,6 +392,55 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         """`image_zero_shot_detection` by the name of Pixano 0.8, whose request has the same fields."""
         return await self.image_zero_shot_detection(input_data, timeout)
 
+    async def text_image_conditional_generation(
+        self, input_data: TextImageConditionalGenerationInput, timeout: float = 60.0
+    ) -> TextImageConditionalGenerationResult:
+        """The model's answer to a text, or to chat messages, with any number of images.
+
+        Steps of several answers on one model take turns, and other requests to it go between. What a model knows of a
+        prompt's start, its image for example, is kept for the next prompt: see ``reused_tokens`` in the metadata.
+
+        Args:
+            input_data: Any object with the attributes of `TextImageConditionalGenerationInput`; those of
+                `EdgeTextImageConditionalGenerationInput` are read where present. ``max_new_tokens`` None is 512.
+            timeout: Seconds for waiting, loading and computing.
+
+        Raises:
+            InvalidRequestError: The prompt, an image or a setting is malformed or not allowed, or prompt and answer do
+                not fit the model's context.
+            ModelNotFoundError: No such model, or it was unloaded, also while this ran.
+            TaskNotSupportedError: The model does another task.
+            ModelBusyError: Too many answers of the model are under way or wait.
+            InferenceTimeoutError: No answer in time; the work stops within one token.
+            InferenceError: The back end failed.
+        """
+        started = time.perf_counter()
+        with provider_errors():
+            output, told, model = await self._text.answer(input_data, Deadline(timeout))
+        return TextImageConditionalGenerationResult(
+            data=output,
+            timestamp=datetime.now(timezone.utc),
+            processing_time=time.perf_counter() - started,
+            metadata={**_facts(input_data, model), **told},
+            id=uuid.uuid4().hex,
+        )
+
+    async def vlm(self, input_data: Any, timeout: float = 60.0) -> TextImageConditionalGenerationResult:
+        """`text_image_conditional_generation` by the name of Pixano 0.8, whose request has the same fields."""
+        return await self.text_image_conditional_generation(input_data, timeout)
+
+    async def stream_text_image_conditional_generation(
+        self, input_data: TextImageConditionalGenerationInput, timeout: float | None = None
+    ) -> AsyncIterator[TextChunk]:
+        """The answer in pieces as they come, the last one with the whole of it; an addition of Pixano Edge.
+
+        Leaving the iterator (``aclose``, or the end of its task) stops the work within one token. Raises as
+        `text_image_conditional_generation`, after the pieces that were done.
+        """
+        with provider_errors():
+            async for chunk in self._text.stream(input_data, Deadline(timeout), _facts):
+                yield chunk
+
     async def video_mask_generation(
         self, input_data: VideoMaskGenerationInput, timeout: float = 120.0
     ) -> VideoMaskGenerationResult:
@@ -513,11 +567,12 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
 
     async def close(self) -> None:
         """Unloads every model after its accepted requests, and refuses everything from now on. Tracking fails at its
-        next frame. May be repeated."""
+        next frame, an answer in text at its next token. May be repeated."""
         self._closed = True
         for freed in self._table.close():
             await wait_for(freed, Deadline(None), "Unloading")
         await self._video.close()
+        await self._text.close()
         self._files.shutdown(wait=False)
 
     async def _answered(
@@ -547,6 +602,9 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
 
     async def _hold_tracking(self, name: Any, deadline: Deadline) -> Slot:
         return await self._held(name, InferenceTask.VIDEO_MASK_GENERATION, deadline)
+
+    async def _hold_text(self, name: Any, deadline: Deadline) -> Slot:
+        return await self._held(name, InferenceTask.TEXT_GENERATION, deadline)
 
     async def _held(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:
         """The slot of a model that does `task`, kept from being unloaded to make room; `ModelTable.let_go` ends it."""

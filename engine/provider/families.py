@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from ..contracts import grounding_dino, owlv2, sam2, sam2_video
+from ..contracts import grounding_dino, owlv2, qwen2_5_vl, sam2, sam2_video, smolvlm
+from ..models.decoder.base import VisionLanguageModel
 from ..models.detection.base import Detector
 from ..models.sam2.cache import EmbeddingKey
 from ..runtime.memory import MemoryUse
@@ -77,7 +78,8 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-        predictor: Answers requests for masks; used on the model's own thread only. None for a detector.
+        predictor: Answers requests for masks; used on the model's own thread only. None for a detector and for a model
+            that answers in text.
         task: What it was loaded for. A model that tracks answers images, too.
         model_class: Name of the class that does the task.
         checkpoint: Where the weights came from.
@@ -96,6 +98,7 @@ class LoadedModel:
         trackers: Open trackers of `video`, whose memories count as this model's.
         detector: Answers requests for boxes, where it was loaded for that; used on the model's own thread only.
         cache: Counters of its cache of embeddings, from any thread; None where it has none.
+        vlm: Answers in text, where it was loaded for that; used on the model's own thread only.
     """
 
     predictor: MaskPredictor | None
@@ -117,10 +120,11 @@ class LoadedModel:
     trackers: set[Tracker] = field(default_factory=set)
     detector: Detector | None = None
     cache: Callable[[], CacheStats] | None = None
+    vlm: VisionLanguageModel | None = None
 
     def close(self) -> None:
         """Frees the sessions, their memory and temporary files."""
-        model = self.video or self.detector or self.predictor
+        model = self.video or self.detector or self.vlm or self.predictor
         assert model is not None
         model.close()
         if self.cleanup is not None:
@@ -134,14 +138,19 @@ Opener = Callable[[Path, str, LoadOptions, Job], LoadedModel]
 IMAGES = InferenceTask.MASK_GENERATION.value
 VIDEOS = InferenceTask.VIDEO_MASK_GENERATION.value
 DETECTION = InferenceTask.OBJECT_DETECTION.value
+TEXT = InferenceTask.TEXT_GENERATION.value
 
 FAMILIES: Mapping[str, Mapping[str, str]] = {
     sam2.FAMILY: {IMAGES: "Sam2ImagePredictor", VIDEOS: "Sam2VideoModel"},
     **{family: {DETECTION: "Owlv2Detector"} for family in owlv2.FAMILIES},
     grounding_dino.FAMILY: {DETECTION: "GroundingDinoDetector"},
+    smolvlm.FAMILY: {TEXT: "SmolVlmModel"},
+    qwen2_5_vl.FAMILY: {TEXT: "Qwen2_5VlModel"},
 }
 """Per family the name of the class that does each task, the one first that a bundle is listed with. A bundle may lack
 what tracking needs; see `check_task`."""
+
+TEXT_FAMILIES = tuple(family for family, found in FAMILIES.items() if TEXT in found)
 
 MAX_UNPACKED_BYTES = 4 << 30
 """Most that a ``.pxe`` file may unpack to when a request names it; the largest SAM 2.1 has 1.4 GB in two precisions."""
@@ -295,10 +304,30 @@ def _open_detector(bundle: Any, kind: str, options: LoadOptions, cleanup: Path |
     return loaded
 
 
+def _open_text(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
+    from ..models.decoder.opening import open_vlm
+
+    vlm = open_vlm(
+        bundle,
+        device=options.device,
+        backend=options.backend,
+        precision=options.precision,
+        threads=options.threads,
+        check=job.check,
+        cache_bytes=int(options.cache_mb * (1 << 20)),
+        context=options.context,
+    )
+    loaded = _loaded(bundle, kind, options, cleanup, vlm.info())
+    loaded.task = InferenceTask.TEXT_GENERATION
+    loaded.vlm, loaded.shrink, loaded.use = vlm, vlm.shrink, vlm.memory
+    return loaded
+
+
 _OPENERS: Mapping[str, Callable[[Any, str, LoadOptions, Path | None, Job], LoadedModel]] = {
     IMAGES: _open_images,
     VIDEOS: _open_video,
     DETECTION: _open_detector,
+    TEXT: _open_text,
 }
 
 

@@ -118,7 +118,8 @@ class KeptClip:
         video = getattr(request, "video", None)
         several = isinstance(video, Sequence) and not isinstance(video, str | bytes | bytearray | memoryview)
         items: list[Any] = []
-        for item in video if several else [video]:
+        given: Any = video if several else [video]
+        for item in given:
             kept = self._item(item, media, not several)
             if kept is None:
                 return None

@@ -35,6 +35,7 @@ from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
 from ..runtime.memory import MemoryUse
 from .families import IMAGES
 from .settings import LoadOptions
+from .text_needs import with_conversations, without_caches
 from .video_needs import graphs_for, with_tracking
 
 ACTIVATION_FACTOR = 24
@@ -152,6 +153,7 @@ def manifest_needs(
         options: Settings of the model.
         bundled: Engines in the bundle.
     """
+    specs = without_caches(manifest, specs)
     tensors = {name: _nbytes((*spec.inputs, *spec.outputs), spec) for name, spec in specs.items()}
     first = next(iter(specs.values()))
     graphs = {name: _graph(manifest, name, options, bundled or {}) for name in specs}
@@ -172,6 +174,7 @@ def manifest_needs(
         bindings=sum(tensors.values()) + spare,
         caches=caches,
     )
+    use = with_conversations(use, manifest, options)
     return Declared(
         use, _weakest(g.weights_from for g in graphs.values()), _weakest(g.work_from for g in graphs.values())
     )

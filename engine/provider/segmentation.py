@@ -22,6 +22,8 @@ from .worker import Job
 # Pixels of full-size masks held at once: prompts are decoded in groups so that many prompts on a large photo do not
 # need P * M * H * W bytes.
 _MASK_PIXELS = 1 << 26
+_GROUP = 256
+"""Prompts decoded until the next look at whether anybody still waits for them."""
 
 
 class _Picture:
@@ -35,9 +37,11 @@ class _Picture:
         self._limits = ImageLimits(max_bytes=options.max_image_bytes, max_pixels=options.max_image_pixels)
         self._media = media
         source = getattr(request, "image", None)
-        inline = isinstance(source, str) and source[:5].lower() == "data:"
-        # A file is read in any case: its content may have changed.
-        self._source = source if inline else media.read(source, options.max_image_bytes)
+        self._source: str | bytes
+        if isinstance(source, str) and source[:5].lower() == "data:":
+            self._source = source
+        else:  # a file is read in any case: its content may have changed
+            self._source = media.read(source, options.max_image_bytes)
         self._identity = SeenImages.identity(self._source)
         self._pixels: npt.NDArray[np.uint8] | None = None
         self._seen = model.seen.find(self._identity)
@@ -112,9 +116,10 @@ def segment(model: LoadedModel, request: Any, media: MediaPolicy, job: Job) -> E
 
     want_logits = bool(getattr(request, "return_logits", False))
     data: type[NDArrayData] = ArrayData if getattr(request, "answer_arrays", False) else NDArrayData
-    group = max(1, _MASK_PIXELS // (height * width * (3 if multimask else 1)))
+    group = min(max(1, _MASK_PIXELS // (height * width * (3 if multimask else 1))), _GROUP)
     masks, scores, logits = [], [], []
     for start in range(0, len(prompts), group):
+        job.check()
         chunk = prompts[start : start + group]
         with job.stage("decode_masks"):
             found = predictor.predict(embedding, chunk, multimask=multimask, return_logits=want_logits)

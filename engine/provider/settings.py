@@ -36,6 +36,7 @@ class LoadOptions:
         max_image_pixels: Images with more pixels are refused before they are decoded.
         max_image_bytes: Larger encoded images are refused.
         max_video_bytes: Larger video files are refused.
+        context: Tokens of prompt and answer together that a model for text has room for; None: 4096, or what it has.
     """
 
     device: str = "auto"
@@ -47,6 +48,7 @@ class LoadOptions:
     max_image_pixels: int = DEFAULT_MAX_PIXELS
     max_image_bytes: int = DEFAULT_MAX_BYTES
     max_video_bytes: int = DEFAULT_MAX_VIDEO_BYTES
+    context: int | None = None
 
     def updated(self, config: Mapping[str, Any], processor_config: Mapping[str, Any]) -> LoadOptions:
         """These settings with a request's own on top.
@@ -96,6 +98,7 @@ CONFIG_KEYS: Mapping[str, _Rule] = {
     "threads": (_whole, "a whole number above 0"),
     "cache_mb": (_size, "MiB, 0 or more"),
     "verify": (lambda v: isinstance(v, bool), "true or false"),
+    "context": (_whole, "a whole number of tokens above 0"),
 }
 PROCESSOR_KEYS: Mapping[str, _Rule] = {
     "max_image_pixels": (_whole, "a whole number above 0"),

@@ -41,6 +41,14 @@ class VideoPrompt:
         """For messages."""
         return f"The prompt of object {self.object_id} on frame {self.frame}"
 
+    @property
+    def mask_size(self) -> tuple[int, int] | None:
+        """(height, width) as the run lengths say; None where they do not, which decoding tells."""
+        size = self.rle.get("size") if self.rle is not None else None
+        if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size):
+            return size[0], size[1]
+        return None
+
     def mask(self) -> npt.NDArray[np.bool_]:
         """The mask, decoded now: (H, W) bool.
 
@@ -104,12 +112,14 @@ class TrackingRequest:
                     detail = error.message.removeprefix("The prompt").lstrip(": ")
                     raise InvalidRequestError(f"{prompt.where}: {detail}", error.action) from error
             else:
-                shape = prompt.mask().shape
+                # What it says of its size comes first: a few bytes can stand for 100 million pixels.
+                shape = prompt.mask_size or prompt.mask().shape
                 if shape != size:
                     raise InvalidRequestError(
                         f"{prompt.where}: the mask is {list(shape)}, frames are {list(size)} (height, width).",
                         "Send a mask of the frames' size.",
                     )
+                prompt.mask()
 
 
 def read_request(request: Any) -> TrackingRequest:

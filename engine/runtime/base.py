@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -174,15 +174,19 @@ class Session(abc.ABC):
         self.lock = threading.RLock()
         self.runs = 0
         self._tensors = (*spec.inputs, *spec.outputs)
-        self._bindings: dict[tuple[tuple[str, Shape], ...], Binding] = {}
+        self._bindings: dict[tuple[Hashable, tuple[tuple[str, Shape], ...]], Binding] = {}
 
-    def prepare(self, sizes: Mapping[str, int] | None = None, borrowed: Collection[str] = ()) -> Binding:
+    def prepare(
+        self, sizes: Mapping[str, int] | None = None, borrowed: Collection[str] = (), owner: Hashable = None
+    ) -> Binding:
         """Returns the binding for the given sizes of the dynamic dimensions, made at the first call.
 
         Args:
             sizes: Size per dynamic dimension, for example ``{"P": 1, "N": 2}``.
             borrowed: Tensors that the caller binds before each run and releases after it; no memory is allocated
                 for them.
+            owner: Whoever binds buffers that stay: every owner has bindings of its own, so that two of them do not
+                bind in turns.
 
         Raises:
             ContractError: A size is missing or outside the contract's range.
@@ -196,7 +200,7 @@ class Session(abc.ABC):
                     "Split the call into smaller ones.",
                 )
         shapes = {s.name: s.shape(sizes) for s in self.spec.inputs}
-        key = tuple(shapes.items())
+        key = (owner, tuple(shapes.items()))
         with self.lock:
             binding = self._bindings.pop(key, None)
             if binding is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,19 +158,21 @@ class TrtSession(Session):
             return False, "its kernels may be replaced at any time (specialization=lazy)"
         return True, ""
 
-    def prepare(self, sizes: Mapping[str, int] | None = None, borrowed: Collection[str] = ()) -> Binding:
+    def prepare(
+        self, sizes: Mapping[str, int] | None = None, borrowed: Collection[str] = (), owner: Hashable = None
+    ) -> Binding:
         with self.lock:
             self._live()
             given = {**self._capacity, **(sizes or {})}
             try:
-                return super().prepare(given, borrowed)
+                return super().prepare(given, borrowed, owner)
             except DeviceMemoryError as error:
                 if not self._bindings or isinstance(error, _ProfileOff):
                     raise
                 self._warn(f"kept bindings were dropped to make room: {error.message}")
                 self._drop(list(self._bindings.values()))
                 self._bindings.clear()
-                return super().prepare(given, borrowed)
+                return super().prepare(given, borrowed, owner)
 
     def _make_room(self, nbytes: int) -> None:
         before = list(self._bindings.values())

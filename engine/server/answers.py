@@ -16,6 +16,9 @@ from ..provider.types import CompressedRLEData, NDArrayData, UsageInfo
 from ..provider.video_types import TrackedFrame, TrackedObject
 from .arrays import WireArray, wire_array
 
+CHUNK = 64 << 10
+"""Bytes below which pieces of an answer are joined before they are sent."""
+
 CAPABILITIES: Mapping[str, str] = {
     "image_mask_generation": "segmentation",
     "video_mask_generation": "tracking",
@@ -23,10 +26,6 @@ CAPABILITIES: Mapping[str, str] = {
     "text_image_conditional_generation": "vlm",
 }
 """Task of the provider -> capability on the wire. Any other word makes a model vanish from Pixano's list."""
-
-
-_WRITE = 64 << 10
-"""Bytes that are worth a write of their own."""
 
 
 def dumps(value: Any) -> bytes:
@@ -66,6 +65,23 @@ def _large(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and _large(value[0])
 
 
+def _chunks(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Small pieces joined: each one that is sent costs a system call and wakes the client."""
+    small: list[bytes] = []
+    size = 0
+    for part in parts:
+        if size + len(part) > CHUNK and small:
+            yield b"".join(small)
+            small, size = [], 0
+        if len(part) >= CHUNK:
+            yield part
+        else:
+            small.append(part)
+            size += len(part)
+    if small:
+        yield b"".join(small)
+
+
 class PiecesResponse(Response):
     """A JSON response sent piece by piece, with its length known before.
 
@@ -85,7 +101,7 @@ class PiecesResponse(Response):
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
-        self.parts = list(_joined(parts))
+        self.parts = list(_chunks(parts)) or [b""]
         super().__init__(None, status_code, headers, self.media_type, background)
         self.headers["content-length"] = str(sum(map(len, self.parts)))
 
@@ -96,20 +112,6 @@ class PiecesResponse(Response):
             await send({"type": "http.response.body", "body": part, "more_body": index < last})
         if self.background is not None:
             await self.background()
-
-
-def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes, small pieces put together; at least one piece."""
-    small: list[bytes] = []
-    size, any_yet = 0, False
-    for part in parts:
-        small.append(part)
-        size += len(part)
-        if size >= _WRITE:
-            yield b"".join(small)
-            small, size, any_yet = [], 0, True
-    if small or not any_yet:
-        yield b"".join(small)
 
 
 def iso(moment: datetime | None) -> str:

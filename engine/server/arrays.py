@@ -18,10 +18,9 @@ from ..provider.errors import InvalidRequestError
 from ..provider.types import ArrayData, NDArrayData
 
 try:
-    from pybase64 import b64decode as _fast_decode
-    from pybase64 import b64encode as _fast_encode
+    import pybase64 as _fast
 except ImportError:  # the standard library does, some times slower
-    _fast_decode = _fast_encode = None
+    _fast = None  # type: ignore[assignment]
 
 Float = npt.NDArray[np.float32]
 
@@ -32,16 +31,16 @@ _TEXT_STEP = STEP // 3 * 4
 
 def encode(data: Any) -> bytes:
     """Base64 of a bytes-like object."""
-    if _fast_encode is not None:
-        found: bytes = _fast_encode(data)
+    if _fast is not None:
+        found: bytes = _fast.b64encode(data)
         return found
     return binascii.b2a_base64(data, newline=False)
 
 
 def decode(text: str | bytes) -> bytes:
     """The bytes behind base64 text; raises ValueError for anything else, white space included."""
-    if _fast_decode is not None:
-        found: bytes = _fast_decode(text, validate=True)
+    if _fast is not None:
+        found: bytes = _fast.b64decode(text, validate=True)
         return found
     return binascii.a2b_base64(text, strict_mode=True) if text else b""
 
@@ -56,7 +55,7 @@ class WireArray:
         """Its JSON in pieces."""
         shape = ",".join(map(str, self.array.shape))
         yield f'{{"shape":[{shape}],"dtype":"float32","data":"'.encode()
-        content = memoryview(self.array.reshape(-1)).cast("B")
+        content = self.array.reshape(-1).view(np.uint8).data
         for start in range(0, len(content), STEP):
             yield encode(content[start : start + STEP])
         yield b'"}'
@@ -90,7 +89,7 @@ def read_array(shape: list[int], data: str, what: str) -> ArrayData:
             "Send little-endian float32 values in C order, or send back what you received, unchanged.",
         )
     out = np.empty(size // 4, "<f4")
-    target = memoryview(out).cast("B")
+    target = out.view(np.uint8).data
     try:
         for start in range(0, len(data), _TEXT_STEP):
             part = decode(data[start : start + _TEXT_STEP])

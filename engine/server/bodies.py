@@ -24,6 +24,9 @@ M = TypeVar("M", bound=BaseModel)
 SMALL = 32 << 10
 """Bytes that are parsed on the event loop: handing them to a thread would take longer."""
 
+MAX_ERRORS = 100
+"""Errors of one request that are told one by one."""
+
 METADATA_BYTES = 32 << 20
 """Most that the JSON part of an upload may have."""
 MAX_FILES = 100_000
@@ -54,6 +57,9 @@ def validated(model: type[M], value: Any) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:
+            message = f"{error.error_count()} values do not fit the schema of {model.__name__}"
+            raise ApiError(422, [{"type": "too_many_errors", "loc": ["body"], "msg": message}]) from None
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise ApiError(422, validation_message({**e, "loc": ("body", *e["loc"])} for e in found)) from None
 

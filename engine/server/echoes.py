@@ -224,7 +224,7 @@ def is_handle(embedding: WireNDArray | None) -> bool:
 
 
 def _text(value: WireArray) -> str:
-    content = memoryview(value.array.reshape(-1)).cast("B")
+    content = value.array.reshape(-1).view(np.uint8).data
     return b"".join(encode(content[i : i + STEP]) for i in range(0, len(content), STEP)).decode("ascii")
 
 

@@ -26,7 +26,7 @@ PATIENCE = 5.0
 """Seconds after which a caller who leaves is taken for one whose patience ended."""
 WINDOW = 5.0
 """Seconds that such a one has to come back; the clients' longest pause is 1 s, and a large body has to arrive again."""
-KEPT = 16
+KEPT = 8
 """Results that are kept for them at most."""
 
 

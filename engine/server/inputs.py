@@ -56,8 +56,9 @@ def mask_input(
     if handle is None and echoes is not None:
         known = echoes.recognise(wire.image_embedding, wire.high_resolution_features)
     embedding, finer = features() if handle is None and known is None else (None, None)
+    source: Any = media.decoded(wire.image) if image is None else image
     return EdgeMaskGenerationInput(
-        image=media.decoded(wire.image) if image is None else image,
+        image=source,
         model=wire.model,
         image_embedding=embedding,
         high_resolution_features=finer,
@@ -81,8 +82,9 @@ def detection_input(
     wire: schemas.DetectionRequest, media: Media, image: bytes | None = None
 ) -> ImageZeroShotDetectionInput:
     """Boxes."""
+    source: Any = media.decoded(wire.image) if image is None else image
     return ImageZeroShotDetectionInput(
-        image=media.decoded(wire.image) if image is None else image,
+        image=source,
         model=wire.model,
         classes=wire.classes,  # type: ignore[arg-type]  # None is refused by models that need classes
         box_threshold=wire.box_threshold,

@@ -188,7 +188,7 @@ class TextRequest(LegacyModel):
     prompt: str | list[dict[str, Any]]
     images: list[str] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
 
     async def to_input(self, media: Media) -> TextImageConditionalGenerationInput:
         """The provider's request, with what URLs name fetched."""

@@ -120,7 +120,7 @@ class Metrics:
             registry=self.registry,
         )
         self.snapshot = Snapshot()
-        self.registry.register(self.snapshot)  # type: ignore[arg-type]  # it has what a collector needs
+        self.registry.register(self.snapshot)
         ProcessCollector(registry=self.registry)
 
     def stage(self, model: str, stage: str, seconds: float) -> None:

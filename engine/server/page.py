@@ -1,9 +1,9 @@
 """The page at ``/``: static files of this package, served from memory.
 
-The page is plain HTML, CSS and ES modules (folder ``page``) and speaks to the server's own ``/v1`` routes. Its files
-are read once, when the router is made. The document is checked anew at each visit (``ETag``); all else lies under
-``/page/<digest of all files>/`` and may be kept for a year, since another release has another digest. Every address
-in it is relative, so the server may be mounted under a prefix.
+The page is plain HTML, CSS and ES modules (folder ``page_files``) and speaks to the server's own ``/v1`` routes. Its
+files are read once, when the router is made. The document is checked anew at each visit (``ETag``); all else lies under
+``/page/<digest of all files>/`` and may be kept for a year, since another release has another digest. Every address in
+it is relative, so the server may be mounted under a prefix.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' blob:",
-        "media-src 'self' blob:",
+        "img-src 'self'",
+        "media-src blob:",
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
@@ -106,7 +106,7 @@ def read_page() -> Page:
     Raises:
         EdgeError: It is not in this installation.
     """
-    folder = _folder("pixano_edge.engine.server") / "page"
+    folder = _folder("pixano_edge.engine.server") / "page_files"
     files = {entry.name: entry.read_bytes() for entry in _entries(folder) if entry.suffix in _TYPES}
     if _DOCUMENT not in files:
         raise EdgeError(

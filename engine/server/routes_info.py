@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -15,15 +16,17 @@ from .metrics import CONTENT_TYPE
 from .models import model_entries
 from .state import Server
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 def router(server: Server) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    def get(name: str, summary: str, responses: dict[int | str, Any]) -> Any:
+    def get(name: str, summary: str, responses: dict[int | str, Any]) -> Callable[[F], F]:
         """Registers a route with and without the version."""
 
-        def register(handler: Any) -> Any:
+        def register(handler: F) -> F:
             routes.get(f"/v1/{name}", summary=summary, responses=responses, response_model=None)(handler)
             routes.get(f"/{name}", include_in_schema=False, response_model=None)(handler)
             return handler

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ..errors import EdgeError
-from ..provider.errors import TaskNotSupportedError
 from ..provider.video_types import COMPLETED, RUNNING, VideoMaskGenerationJobStatus
 from . import answers, inputs, openapi, schemas
 from .bodies import read_request
 from .errors import api_error, error_body, request_id
 from .routes_v1 import fetched_video, read_tracking, read_tracking_upload
 from .state import Server
-from .streams import NDJSON, SSE, begin
+from .streams import NDJSON, SSE, begin, closing
 
 SUBMIT_TIMEOUT_S = 30.0
 SUBMIT_AGAIN_S = 10.0
@@ -127,23 +125,18 @@ def router(server: Server) -> APIRouter:
     async def vlm_stream(request: Request) -> Response:
         wire = await read_request(server, request, schemas.VlmRequest)
         given = await inputs.text_input(wire, server.media)
-        stream = getattr(server.provider, "stream_text_image_conditional_generation", None)
-        if stream is None:
-            await server.check_model(wire.model)
-            raise TaskNotSupportedError(
-                "Text about images is not there yet in this version.", "GET /v1/models says what there is."
-            )
-        found = stream(given, server.settings.vlm_timeout_s)
+        timeout = server.settings.vlm_timeout_s
+        found = server.provider.stream_text_image_conditional_generation(given, timeout)
         return await begin(request, _events(request, found), SSE)
 
     return routes
 
 
-async def _lines(request: Request, frames: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
+async def _lines(request: Request, frames: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     """Frames as lines of JSON. An error after the first line is a line, too: ``{"error": ...}``, and the last."""
     sent = False
     try:
-        async with aclosing(frames):
+        async with closing(frames):
             async for frame in frames:
                 yield answers.dumps(answers.tracked_frame(frame)) + b"\n"
                 sent = True
@@ -153,11 +146,11 @@ async def _lines(request: Request, frames: AsyncGenerator[Any, None]) -> AsyncIt
         yield _error(request, error) + b"\n"
 
 
-async def _events(request: Request, chunks: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
+async def _events(request: Request, chunks: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     """Pieces of text as server-sent events; the last event has the whole text and the usage, or is the error."""
     sent, output = False, None
     try:
-        async with aclosing(chunks):
+        async with closing(chunks):
             async for chunk in chunks:
                 output = chunk.output or output
                 if chunk.text:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
+
+T = TypeVar("T")
+
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first wrong element is the only one reported: a million of them would make an answer of 100 MB."""
 
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[int, Field(ge=0)]
@@ -25,7 +30,7 @@ class WireModel(BaseModel):
 class WireNDArray(WireModel):
     """A float32 array: little-endian, C order, as base64. `dtype` is not looked at."""
 
-    shape: list[Size] = Field(min_length=1)
+    shape: Many[Size] = Field(min_length=1, max_length=32)
     dtype: str = "float32"
     data: str
 
@@ -34,7 +39,7 @@ class WireRLE(WireModel):
     """A COCO mask: `size` is [height, width], `counts` compressed text or plain run lengths."""
 
     size: list[Size] = Field(min_length=2, max_length=2)
-    counts: str | list[Positive]
+    counts: str | Many[Positive]
 
 
 class SegmentationRequest(WireModel):
@@ -43,12 +48,12 @@ class SegmentationRequest(WireModel):
     model: str
     image: str
     image_embedding: WireNDArray | None = None
-    high_resolution_features: list[WireNDArray] | None = None
+    high_resolution_features: Many[WireNDArray] | None = None
     mask_input: WireNDArray | None = None
     reset_predictor: bool = True
-    points: list[list[Annotated[list[int], Field(min_length=2, max_length=2)]]] | None = None
-    labels: list[list[int]] | None = None
-    boxes: list[Annotated[list[int], Field(min_length=4, max_length=4)]] | None = None
+    points: Many[Many[Annotated[list[int], Field(min_length=2, max_length=2)]]] | None = None
+    labels: Many[Many[int]] | None = None
+    boxes: Many[Annotated[list[int], Field(min_length=4, max_length=4)]] | None = None
     num_multimask_outputs: int = 3
     multimask_output: bool = True
     return_image_embedding: bool = False
@@ -60,7 +65,7 @@ class DetectionRequest(WireModel):
 
     model: str
     image: str
-    classes: list[str] | str | None = None
+    classes: Many[str] | str | None = None
     box_threshold: float = 0.5
     text_threshold: float = 0.5
 
@@ -85,7 +90,7 @@ class WireBox(WireModel):
 class WirePrompts(WireModel):
     """What marks an object: points, a box, both; or a mask."""
 
-    points: Annotated[list[WirePoint] | None, BeforeValidator(_absent)] = None
+    points: Annotated[Many[WirePoint] | None, BeforeValidator(_absent)] = None
     box: WireBox | None = None
     mask: WireRLE | None = None
 
@@ -118,13 +123,13 @@ class TrackingRequest(WireModel):
     """Objects through a clip."""
 
     model: str
-    video: list[str] | str
-    objects_ids: list[int] = []
-    frame_indexes: list[Positive] = []
+    video: Many[str] | str
+    objects_ids: Many[int] = []
+    frame_indexes: Many[Positive] = []
     propagate: bool | None = None
     interval: WireInterval | None = None
-    keyframes: list[WireKeyframe] = []
-    classes: list[str] | str | None = None
+    keyframes: Many[WireKeyframe] = []
+    classes: Many[str] | str | None = None
     box_threshold: float | None = None
 
     @model_validator(mode="after")
@@ -143,18 +148,18 @@ class VlmRequest(WireModel):
     """Text about images."""
 
     model: str
-    prompt: str | list[dict[str, Any]]
-    images: list[str] | None = None
+    prompt: str | Many[dict[str, Any]]
+    images: Many[str] | None = None
     max_new_tokens: int = Field(ge=1)
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
 
 
 class EmbeddingRequest(WireModel):
     """Vectors of images or of texts."""
 
     model: str
-    image: list[str] | str | None = None
-    text: list[str] | str | None = None
+    image: Many[str] | str | None = None
+    text: Many[str] | str | None = None
     normalize: bool = True
 
     @model_validator(mode="after")

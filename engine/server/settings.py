@@ -74,8 +74,8 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
-    port: int = Field(DEFAULT_PORT, ge=0, le=65535)
-    api_keys: tuple[str, ...] = Field((), repr=False)
+    port: int = Field(default=DEFAULT_PORT, ge=0, le=65535)
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
     allow_anonymous: bool = False
     store: Path | None = None
     demo: bool = False
@@ -84,36 +84,36 @@ class ServerSettings(BaseModel):
     device: str = "auto"
     backend: str = "auto"
     precision: str = "auto"
-    threads: int | None = Field(None, ge=1)
-    cache_mb: float = Field(DEFAULT_CACHE_MB, ge=0)
-    queue_depth: int = Field(QUEUE_DEPTH, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    cache_mb: float = Field(default=DEFAULT_CACHE_MB, ge=0)
+    queue_depth: int = Field(default=QUEUE_DEPTH, ge=1)
     jobs: Path | None = None
     embedding_handles: bool = False
-    echo_mb: int = Field(MAX_TEXT_BYTES >> 20, ge=0)
-    max_request_body_bytes: int = Field(100 * _MIB, ge=1)
-    body_timeout_s: float = Field(60.0, gt=0)
+    echo_mb: int = Field(default=MAX_TEXT_BYTES >> 20, ge=0)
+    max_request_body_bytes: int = Field(default=100 * _MIB, ge=1)
+    body_timeout_s: float = Field(default=60.0, gt=0)
     media_allow_url: bool = False
     media_url_hosts: tuple[str, ...] = ()
     media_url_host_allowlist: tuple[str, ...] = ()
     media_allow_private_ips: bool = False
-    media_max_redirects: int = Field(3, ge=0)
-    media_connect_timeout_s: float = Field(5.0, gt=0)
-    media_read_timeout_s: float = Field(30.0, gt=0)
-    media_total_timeout_s: float = Field(60.0, gt=0)
-    media_video_timeout_s: float = Field(300.0, gt=0)
+    media_max_redirects: int = Field(default=3, ge=0)
+    media_connect_timeout_s: float = Field(default=5.0, gt=0)
+    media_read_timeout_s: float = Field(default=30.0, gt=0)
+    media_total_timeout_s: float = Field(default=60.0, gt=0)
+    media_video_timeout_s: float = Field(default=300.0, gt=0)
     media_ca_file: Path | None = None
     media_roots: tuple[Path, ...] = ()
-    media_max_image_bytes: int = Field(DEFAULT_MAX_BYTES, ge=1)
-    media_max_video_bytes: int = Field(DEFAULT_MAX_VIDEO_BYTES, ge=1)
-    media_max_image_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1)
-    segmentation_timeout_s: float = Field(60.0, gt=0)
-    detection_timeout_s: float = Field(60.0, gt=0)
-    tracking_timeout_s: float = Field(600.0, gt=0)
-    vlm_timeout_s: float = Field(300.0, gt=0)
+    media_max_image_bytes: int = Field(default=DEFAULT_MAX_BYTES, ge=1)
+    media_max_video_bytes: int = Field(default=DEFAULT_MAX_VIDEO_BYTES, ge=1)
+    media_max_image_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1)
+    segmentation_timeout_s: float = Field(default=60.0, gt=0)
+    detection_timeout_s: float = Field(default=60.0, gt=0)
+    tracking_timeout_s: float = Field(default=600.0, gt=0)
+    vlm_timeout_s: float = Field(default=300.0, gt=0)
     cors_allow_origins: tuple[str, ...] = ()
     log_level: str = "info"
     log_json: bool = False
-    shutdown_timeout_s: float = Field(30.0, ge=0)
+    shutdown_timeout_s: float = Field(default=30.0, ge=0)
 
     @field_validator(*_LISTS, mode="before")
     @classmethod

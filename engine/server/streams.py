@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -44,7 +46,7 @@ class Streamed(Response):
                 if not task.done():
                     task.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
-            await self._close()
+            await _close(self._rest)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -54,11 +56,20 @@ class Streamed(Response):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _close(self) -> None:
-        """Ends the work behind the iterator: an asynchronous generator stops at its own pace otherwise."""
-        close = getattr(self._rest, "aclose", None)
-        if close is not None:
-            await close()
+
+@asynccontextmanager
+async def closing(pieces: AsyncIterator[Any]) -> AsyncIterator[None]:
+    """Ends the work behind an iterator when the block ends: an asynchronous generator does so at its own pace."""
+    try:
+        yield
+    finally:
+        await _close(pieces)
+
+
+async def _close(pieces: AsyncIterator[Any]) -> None:
+    close = getattr(pieces, "aclose", None)
+    if close is not None:
+        await close()
 
 
 async def begin(request: Request, pieces: AsyncIterator[bytes], kind: str) -> Streamed:

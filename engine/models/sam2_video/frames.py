@@ -199,6 +199,15 @@ class VideoFrames(Frames):
         self._kept.clear()
 
 
+def declared_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) of a video as its head says, before a frame is decoded; zeros where it does not open."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        return int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+    finally:
+        capture.release()
+
+
 def open_frames(source: Path | str | Sequence[Path | bytes | Image] | Frames) -> Frames:
     """Frames of a video file, of a folder of pictures in the order of their names, or of a list.
 

@@ -30,6 +30,6 @@ async def provider(root: Path, opener: FakeOpener) -> AsyncIterator[EdgeProvider
     edge = make_provider(root, opener)
     yield edge
     opener.gate.set()
-    for held in (*opener.opened, *opener.videos, *opener.detectors):
+    for held in (*opener.opened, *opener.videos, *opener.detectors, *opener.vlms):
         held.gate.set()
     await edge.close()

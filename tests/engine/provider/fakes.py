@@ -22,11 +22,12 @@ from pixano_edge.engine.errors import PromptError
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.models.sam2_video.frames import Frames
 from pixano_edge.engine.provider import EdgeProvider
-from pixano_edge.engine.provider.families import DETECTION, VIDEOS, LoadedModel, check_task, tracks
+from pixano_edge.engine.provider.families import DETECTION, TEXT, VIDEOS, LoadedModel, check_task, tracks
 from pixano_edge.engine.provider.settings import LoadOptions
 from pixano_edge.engine.provider.types import InferenceTask
 from pixano_edge.engine.provider.worker import Job
 from tests.support.fake_detector import FakeDetector
+from tests.support.fake_vlm import FakeVlm
 
 CONSTANTS = Sam2Constants(image_size=128, hidden_dim=32)
 SIDE = CONSTANTS.mask_size
@@ -243,6 +244,7 @@ class FakeOpener:
         self.opened: list[FakePredictor] = []
         self.videos: list[FakeVideoModel] = []
         self.detectors: list[FakeDetector] = []
+        self.vlms: list[FakeVlm] = []
         self.tasks: list[str] = []
         self.device = device
         self.error: Exception | None = None
@@ -263,6 +265,13 @@ class FakeOpener:
             return LoadedModel(
                 None, InferenceTask(task), kind, manifest.source.checkpoint, self.device, options,
                 use=detector.memory, shrink=detector.shrink, detector=detector,
+            )  # fmt: skip
+        if task == TEXT:
+            vlm = FakeVlm()
+            self.vlms.append(vlm)
+            return LoadedModel(
+                None, InferenceTask(task), kind, manifest.source.checkpoint, self.device, options,
+                use=vlm.memory, shrink=vlm.shrink, vlm=vlm,
             )  # fmt: skip
         predictor = FakePredictor()
         self.opened.append(predictor)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pixano_edge.engine.errors import ImageError
+from pixano_edge.engine.models.sam2_video.containers import is_container
 from pixano_edge.engine.models.sam2_video.frames import FrameError
 from pixano_edge.engine.provider import InvalidRequestError
 from pixano_edge.engine.provider.clips import open_clip
@@ -107,8 +108,78 @@ def test_video_files_that_are_refused_leave_nothing(movie: Path, temporary: Path
         with pytest.raises(InvalidRequestError, match=message):
             open_clip(source, NONE, OPTIONS)
     with pytest.raises(ImageError, match=r"the video.* holds no frame"):
+        open_clip(content[:4096], ANY, OPTIONS)
+    with pytest.raises(ImageError, match="not of a known container"):
         open_clip(b"no video at all", ANY, OPTIONS)
     assert list(temporary.iterdir()) == []
+
+
+LISTS = {
+    "parts": "ffconcat version 1.0\nfile {name}\n",
+    "playlist": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10.0,\n{path}\n#EXT-X-ENDLIST\n",
+    "manifest": "<?xml version='1.0'?><MPD><Period><BaseURL>{path}</BaseURL></Period></MPD>",
+}
+
+
+def test_the_decoder_does_follow_lists(movie: Path, tmp_path: Path) -> None:
+    """Why they are refused: this file holds no picture, and five frames come out of it."""
+    listed = tmp_path / "list.video"
+    (tmp_path / "other.avi").write_bytes(movie.read_bytes())
+    listed.write_text(LISTS["parts"].format(name="other.avi"))
+    capture = cv2.VideoCapture(str(listed))
+    if not capture.read()[0]:
+        pytest.skip("this OpenCV does not read lists of parts")
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("start", ["", "RIFF....AVI ", "FLV\x01", "\x1aE\xdf\xa3"])
+def test_texts_that_name_other_files_are_refused(movie: Path, temporary: Path, kind: str, start: str) -> None:
+    """Also behind the first bytes of a container."""
+    (temporary / "other.avi").write_bytes(movie.read_bytes())
+    text = start.encode("latin-1") + LISTS[kind].format(name="other.avi", path=temporary / "other.avi").encode()
+    listed = temporary / "list.avi"
+    listed.write_bytes(text)
+    uri = f"data:video/mp4;base64,{base64.b64encode(text).decode()}"
+    for source in (text, uri, listed, str(listed)):
+        with pytest.raises(ImageError, match="not of a known container"):
+            open_clip(source, ANY, OPTIONS)
+    assert sorted(p.name for p in temporary.iterdir()) == ["list.avi", "other.avi"]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "mp4v"), ("a.mov", "mp4v"), ("a.mkv", "MJPG"), ("a.avi", "MJPG"), ("a.flv", "FLV1")]
+)
+def test_real_containers_pass(tmp_path: Path, name: str, codec: str) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / name), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
+    if not writer.isOpened():
+        pytest.skip(f"this OpenCV does not write {name}")
+    for i in range(3):
+        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    writer.release()
+    assert len(open_clip((tmp_path / name).read_bytes(), ANY, OPTIONS)) == 3
+
+
+@pytest.mark.parametrize(
+    ("head", "passes"),
+    [
+        (b"G" + bytes(187) + b"G" + bytes(187) + b"G" + bytes(187), True),  # MPEG-TS
+        (bytes(4) + b"G" + bytes(191) + b"G" + bytes(191) + b"G" + bytes(187), True),  # M2TS
+        (b"G" + bytes(500), False),
+        (b"\x00\x00\x01\xba", True),
+        (b"\x00\x00\x00\x18ftypmp42", True),
+        (b"AAAAftypmp42", False),
+        (b"RIFF\x00\x00\x00\x00WAVE", False),
+        (b"", False),
+    ],
+)
+def test_heads(head: bytes, passes: bool) -> None:
+    assert is_container(head) == passes
+
+
+def test_pixels_are_counted_before_a_frame_is_decoded(movie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pixano_edge.engine.provider.clips.VideoFrames", None)
+    with pytest.raises(InvalidRequestError, match="64x48 pixels, more than the 1000"):
+        open_clip(movie, ANY, LoadOptions(max_image_pixels=1000))
 
 
 @pytest.mark.parametrize(("video", "message"), [([], "no frames"), (None, "NoneType"), (3, "int"), ({}, "dict")])

@@ -50,6 +50,8 @@ def test_absent_labels_and_lists() -> None:
     [
         ({"points": [[[1, 2]]], "labels": [[1], [1]]}, "1 points, 2 labels"),
         ({"points": [[[1, 2]]], "boxes": [[0, 0, 1, 1]] * 3}, "1 points, 3 boxes"),
+        ({"points": [[[1, 2]]] * 1001}, "1001 prompts are more than 1000"),
+        ({"boxes": [[0, 0, 1, 1]] * 1001}, "1001 prompts are more than 1000"),
         ({"points": "1,2"}, "points must be a list, got str"),
         ({"boxes": 4}, "boxes must be a list"),
         ({"labels": {"0": 1}}, "labels must be a list"),

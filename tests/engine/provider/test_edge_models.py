@@ -382,7 +382,6 @@ class _Foreign:
 async def test_absent_tasks_say_what_is_missing(provider: EdgeProvider) -> None:
     request: Any = _Foreign()
     calls = {
-        "Text": [provider.text_image_conditional_generation(request), provider.vlm(request)],
         "Embedding": [provider.embedding(request)],
     }
     for word, group in calls.items():

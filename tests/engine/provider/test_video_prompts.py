@@ -189,6 +189,14 @@ def test_refused_with_the_clip(keyframe: dict[str, Any], interval: tuple[int, in
     assert caught.value.action
 
 
+def test_a_mask_of_another_size_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred million pixels are a few bytes on the wire, and seconds of work."""
+    monkeypatch.setattr("pixano_edge.engine.provider.video_prompts.decode_rle", None)
+    request = _key({"frame_index": 0, "mask": {"size": [99_999, 1000], "counts": [99_999_000]}})
+    with pytest.raises(InvalidRequestError, match=r"the mask is \[99999, 1000\]"):
+        request.check(9, (HEIGHT, WIDTH), CONSTANTS)
+
+
 def test_what_the_clip_allows() -> None:
     request = _key(_POINT, {"frame_index": 8, "mask": MASK}, interval={"start_frame": 8, "end_frame": 0})
     request.check(9, (HEIGHT, WIDTH), CONSTANTS)

@@ -5,28 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pixano_edge.engine.provider import EdgeProvider
 from pixano_edge.engine.provider.errors import InferenceError
+from pixano_edge.engine.provider.text_types import TextChunk
 from pixano_edge.engine.provider.types import TextImageConditionalGenerationOutput, UsageInfo
 from pixano_edge.engine.server import schemas_out
-from tests.engine.provider.fakes import FakeOpener, data_uri, until
+from tests.engine.provider.fakes import FakeOpener, add_bundle, data_uri, png, until
 from tests.engine.server.test_traps import clip, ended
 
 V1 = "/v1/inference"
-
-
-@dataclass
-class TextChunk:
-    """A piece of an answer, as the provider's stream has them."""
-
-    text: str
-    output: TextImageConditionalGenerationOutput | None = None
-    metadata: dict[str, Any] | None = None
 
 
 def lines(answer: Any) -> list[dict[str, Any]]:
@@ -76,6 +68,7 @@ async def test_frames_come_as_they_are_made(client: Any, opener: FakeOpener) -> 
     model = opener.videos[0]
     model.gate.clear()
     model.hold_at = ("frame", 2)
+    model.reached.clear()
     job = (await client.post(f"{V1}/tracking/jobs", json=clip(4))).json()
     await asyncio.to_thread(until, model.reached.is_set)
     state = (await client.get(f"/v1/jobs/{job['jobId']}")).json()
@@ -163,3 +156,22 @@ async def test_text_comes_in_pieces(client: Any, provider: EdgeProvider, monkeyp
     assert (early.status_code, early.json()["error"]["message"]) == (500, "It broke. Try again.")
     late = await client.post(f"{V1}/vlm/stream", json={**body, "prompt": "late"})
     assert late.text.startswith('data: {"text":"A "}\n\ndata: {"error":')
+
+
+async def test_a_model_writes_over_http(client: Any, tmp_path: Path) -> None:
+    add_bundle(tmp_path, "talk", family="smolvlm")
+    models = {m["name"]: m for m in (await client.get("/v1/models")).json()}
+    assert (models["talk"]["capability"], models["talk"]["interface"]["images"]["min"]) == ("vlm", 0)
+    body = {"model": "talk", "prompt": "one two three", "images": [data_uri(png(9, 7))], "maxNewTokens": 50}
+    whole = (await client.post(f"{V1}/vlm", json=body)).json()
+    data = schemas_out.VlmAnswer.model_validate(whole).data
+    assert data.generated_text.endswith("one two three")
+    assert data.usage.total_tokens == data.usage.prompt_tokens + data.usage.completion_tokens
+    streamed = await client.post(f"{V1}/vlm/stream", json=body)
+    events = [json.loads(block.removeprefix("data: ")) for block in streamed.text.strip().split("\n\n")]
+    assert "".join(event["text"] for event in events[:-1]) == events[-1]["generatedText"] == data.generated_text
+    assert len(events) > 1
+    parts = {"metadata": json.dumps({k: v for k, v in body.items() if k != "images"})}
+    uploaded = await client.post(f"{V1}/vlm/binary", data=parts, files=[("images", png(9, 7))])
+    assert uploaded.json()["data"]["generatedText"] == data.generated_text
+    assert (await client.post(f"{V1}/vlm", json={**body, "model": "alpha"})).status_code == 400

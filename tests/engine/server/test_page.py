@@ -1,4 +1,4 @@
-"""The page's files and the routes that serve them; what it does in a browser is in `test_page_browser.py`."""
+"""The page's files and the routes that serve them; what it does in a browser is in the folder `page`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pixano_edge.engine.server import page as page_module
 from pixano_edge.engine.server.page import CONTENT_SECURITY_POLICY, Page, read_page, router
 from tests.conftest import ROOT
 
-FOLDER = ROOT / "engine" / "server" / "page"
+FOLDER = ROOT / "engine" / "server" / "page_files"
 TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",

@@ -212,6 +212,14 @@ async def test_what_is_no_request_is_422(client: Any, body: bytes) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "validation_error")
 
 
+@pytest.mark.parametrize("wrong", [{"points": [[["x", 1]] * 50_000]}, {"labels": [["x"]] * 50_000}, {"model": None}])
+@pytest.mark.parametrize("path", [f"{V1}/segmentation", "/tasks/image/mask_generation/"])
+async def test_many_mistakes_make_a_short_answer(client: Any, path: str, wrong: dict[str, Any]) -> None:
+    answer = await client.post(path, json={**CLICK, **wrong})
+    assert answer.status_code == 422
+    assert len(answer.content) < 2000
+
+
 async def test_request_ids_are_echoed_where_they_are_plain(client: Any) -> None:
     assert (await client.get("/v1/health", headers={"X-Request-ID": "abc-1"})).headers["X-Request-ID"] == "abc-1"
     for bad in ("a b", "x" * 200, "<script>", ""):

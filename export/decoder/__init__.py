@@ -1,0 +1,1 @@
+"""Decoders with a KV cache, of any family: weights, graphs, quantisation and parity."""
