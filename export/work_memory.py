@@ -99,7 +99,9 @@ def measure_file(
     return None if "unknown" in answer else answer
 
 
-def measure(file: Path, spec: GraphSpec, threads: int | None, fills: Mapping[str, float]) -> dict[str, Any]:
+def measure(
+    file: Path, spec: GraphSpec, threads: int | None, fills: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Opens and runs a graph in this process, which should have done nothing else yet; see `measure_file`.
 
     Returns:
@@ -121,7 +123,7 @@ def measure(file: Path, spec: GraphSpec, threads: int | None, fills: Mapping[str
     binding = session.prepare(sizes)
     for buffer in (*binding.inputs.values(), *binding.outputs.values()):
         buffer.host().fill(0)  # now: memory that was never written is not resident
-    for name, number in fills.items():
+    for name, number in (fills or {}).items():
         binding.inputs[name].host().fill(number)
     gc.collect()
     before = resident_bytes()
