@@ -53,7 +53,7 @@ class WeightStore:
         if values.nbytes < MIN_BYTES:
             return numpy_helper.from_array(values, name)
         data = np.ascontiguousarray(values)
-        digest = hashlib.sha256(data).digest()
+        digest = hashlib.sha256(data.data).digest()
         place = self._places.get(digest)
         if place is None:
             with os_errors(f"writing '{self.path.name}'"):

@@ -65,7 +65,7 @@ class VisionEncoder(nn.Module):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden), cos, sin, absent, index in self.whole)
             hidden = hidden + block.mlp(block.norm2(hidden))
         normed = self.merger.ln_q(hidden)
-        return self.merger.mlp(normed.unflatten(1, (self.units, -1)).flatten(2))  # type: ignore[no-any-return]
+        return self.merger.mlp(normed.unflatten(1, (self.units, -1)).flatten(2))
 
     def _attend(self, attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, absent: Tensor, whole: bool) -> Tensor:
         """Attention of one layer, within windows or over all of them."""
@@ -81,7 +81,7 @@ class VisionEncoder(nn.Module):
         mixed = (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
         if whole:
             mixed = mixed[0].unflatten(0, (-1, hidden.shape[1]))
-        return attention.proj(mixed)  # type: ignore[no-any-return]
+        return attention.proj(mixed)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import decoder as decoders
 from pixano_edge.engine.contracts import qwen2_5_vl as contract
 from pixano_edge.engine.errors import ExportError
+from pixano_edge.engine.models.decoder.verify import AnswerReport
+from pixano_edge.engine.models.verify import verify_bundle
 from pixano_edge.export import tensorrt_rtx
 from pixano_edge.export.decoder.run import DecoderRun
 from pixano_edge.export.operators import check_tensorrt_10_3
@@ -163,3 +165,11 @@ def test_checkpoints_that_cannot_be(
     edit(copy, name, **changes)
     with pytest.raises(ExportError, match=message):
         load(copy)
+
+
+def test_golden_samples_pass_without_torch(qwen_bundle: Path) -> None:
+    report = verify_bundle(qwen_bundle, "cpu", "onnxruntime", "fp32", threads=1)
+    assert report.passed, report.problems
+    assert isinstance(report, AnswerReport)
+    assert report.prompts == report.samples == 2
+    assert report.equal == report.tokens == 64
