@@ -267,7 +267,8 @@ def _closed_loop(port: int, image: str, clients: int, seconds: float) -> LoadRow
 
     def one(number: int) -> tuple[list[float], int]:
         bodies = [click_body(NAME, image, 100 + 40 * number, 100 + 90 * i) for i in range(8)]
-        times, errors = [], 0
+        times: list[float] = []
+        errors = 0
         with Client(port) as client:
             barrier.wait()
             while not stop.is_set():
@@ -296,7 +297,7 @@ def clicks_while_tracking(
 
     image = jpeg_uri(photo())
     wide = cv2.resize(photo(), (1100, 540), interpolation=cv2.INTER_AREA)
-    frames = [jpeg_uri(wide[:, i : i + 960], 75) for i in range(0, 128, 4)]
+    frames = [jpeg_uri(np.asarray(wide[:, i : i + 960], np.uint8), 75) for i in range(0, 128, 4)]
     count = 12 + 4 * clicks  # a click waits for a frame at most, and comes 1 to 2 frames after the one before
     rng = np.random.default_rng(0)
     with served(bundle.root, threads) as server, Client(server.port) as client:

@@ -7,6 +7,7 @@ shallower: the checkpoint is an ordinary ``smolvlm`` folder for ``SmolVLMForCond
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,8 @@ def tiny_config(tokenizer_ids: dict[str, int], vision: int = 160, text: int = 19
         vision: width of the vision tower.
         text: width of the language model.
     """
-    ends = {key: tokenizer_ids[name] for key, name in
-            (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "pad"))}  # fmt: skip
+    names = (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "pad"))
+    ends: dict[str, Any] = {key: tokenizer_ids[name] for key, name in names}
     return SmolVLMConfig(
         vision_config={
             "hidden_size": vision,

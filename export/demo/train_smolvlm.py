@@ -127,7 +127,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     initialise(model)
     model.train()
     ema = copy.deepcopy(model).eval()
-    here = WhatIsHere(model.config.vision_config.hidden_size)
+    here = WhatIsHere(model.model.vision_model.embeddings.embed_dim)
     optimizers = build_optimizers(model, here, args.lr, args.muon_lr)
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     step, spent = 0, 0.0

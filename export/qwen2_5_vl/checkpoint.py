@@ -147,7 +147,8 @@ def read_constants(model: Any, images: dict[str, Any], words: Any) -> tuple[Qwen
             f"The checkpoint is not the published architecture or processing: {'; '.join(wrong)}.",
             "Only these are exported.",
         )
-    size = images.get("size") if isinstance(images.get("size"), dict) else {}
+    size = images.get("size")
+    size = size if isinstance(size, dict) else {}
     least = images.get("min_pixels") or size.get("shortest_edge") or 56 * 56
     most = images.get("max_pixels") or size.get("longest_edge") or contract.MAX_PIXELS
     notes = []

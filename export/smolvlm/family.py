@@ -112,7 +112,9 @@ class SmolVlmFamily:
 
     def ask(self, photo: Photo, question: str, tokens: int) -> Answer:
         model, c = self.loaded.model, self.loaded.constants
-        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        said: list[dict[str, Any]] = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        ]
         with quiet():
             text = self._processor.apply_chat_template(said, add_generation_prompt=True)
             inputs = self._processor(text=text, images=[[Image.fromarray(photo.pixels)]], return_tensors="pt")

@@ -107,11 +107,11 @@ def export_vlm(
                 measured += parity.measure_vision(files, family.specs, answers, variant, threads)
             for variant, held in built.entries[contract.DECODER].items():
                 step(f"Measuring the decoder's {variant}")
-                file = writer.root / held.file
-                measured.append(parity.measure_decoder(file, family.decoder, answers, variant, threads))
+                path = writer.root / held.file
+                measured.append(parity.measure_decoder(path, family.decoder, answers, variant, threads))
             for variant in (v for v in ordered if v != "int4"):
-                file = writer.root / built.entries[contract.EMBED_TOKENS][variant].file
-                measured.append(parity.compare_embedding(file, answers, variant, threads))
+                path = writer.root / built.entries[contract.EMBED_TOKENS][variant].file
+                measured.append(parity.compare_embedding(path, answers, variant, threads))
             report = parity.require(family.reference, answers, measured)
             del answers
             entries = {**vision.entries, **built.entries}
