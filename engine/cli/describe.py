@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode="markdown")
 
-DEMO = "smolvlm-demo"
 PROMPT = "Describe this image."
 NEW_TOKENS = 256
 
@@ -91,9 +90,9 @@ def _speed(found: dict[str, Any]) -> str:
 @app.command()
 def describe(
     source: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images, or folders of images.")],
+    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask about each image.")] = PROMPT,
     system: Annotated[str | None, typer.Option(help="Instructions for the model, before the prompt.")] = None,
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = DEMO,
     out: Annotated[
         Path | None,
         typer.Option(
