@@ -60,6 +60,7 @@ class ServerSettings(BaseModel):
         media_url_hosts, media_url_host_allowlist, media_allow_private_ips, media_max_redirects,
             media_connect_timeout_s, media_read_timeout_s, media_total_timeout_s, media_video_timeout_s,
             media_ca_file: Of such fetches; see `FetchPolicy`.
+        media_max_urls, media_max_fetched_bytes: That one request may name, and have fetched, all in all.
         media_roots: Folders whose files requests may name; empty for none.
         body_timeout_s: Seconds that a client may send nothing in the middle of a body, until 408.
         media_max_image_bytes, media_max_video_bytes: Of one encoded file.
@@ -102,6 +103,8 @@ class ServerSettings(BaseModel):
     media_total_timeout_s: float = Field(default=60.0, gt=0)
     media_video_timeout_s: float = Field(default=300.0, gt=0)
     media_ca_file: Path | None = None
+    media_max_urls: int = Field(default=1000, ge=1)
+    media_max_fetched_bytes: int = Field(default=DEFAULT_MAX_VIDEO_BYTES, ge=1)
     media_roots: tuple[Path, ...] = ()
     media_max_image_bytes: int = Field(default=DEFAULT_MAX_BYTES, ge=1)
     media_max_video_bytes: int = Field(default=DEFAULT_MAX_VIDEO_BYTES, ge=1)
