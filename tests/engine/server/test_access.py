@@ -182,6 +182,36 @@ async def test_pages_of_other_origins_are_refused(
     assert answer.status_code == (200 if allowed else 403), answer.text
 
 
+@pytest.mark.parametrize(
+    ("host", "settings", "allowed"),
+    [
+        ("127.0.0.1:7463", {}, True),
+        ("localhost", {}, True),
+        ("LOCALHOST:1", {}, True),
+        ("[::1]:7463", {}, True),
+        ("127.3.4.5:80", {"host": "127.3.4.5"}, True),
+        ("", {}, True),  # no browser
+        ("evil.example:7463", {}, False),  # a name that resolves to 127.0.0.1
+        ("127.0.0.1.evil.example", {}, False),
+        ("localhost.evil.example", {}, False),
+        ("user@127.0.0.1@evil.example", {}, False),
+        ("[", {}, False),
+        ("10.0.0.5", {}, False),
+        ("labels.lan", {"cors_allow_origins": ("https://labels.lan",)}, True),
+        ("labels.lan:8443", {"cors_allow_origins": ("https://labels.lan",)}, True),
+        ("other.lan", {"cors_allow_origins": ("https://labels.lan",)}, False),
+        ("box.lan", {"api_keys": ("k",)}, True),  # a proxy on this machine
+        ("box.lan", {"host": "0.0.0.0", "allow_anonymous": True}, True),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/info", "/v1/models", "/", "/v1/jobs/job-1", "/app/models/"])
+async def test_without_keys_loopback_goes_by_its_own_names(
+    connect: Callable[..., Any], path: str, host: str, settings: dict[str, Any], allowed: bool
+) -> None:
+    answer = await connect(**settings).get(path, headers={"Host": host, "X-API-Key": "k"})
+    assert (answer.status_code != 403) is allowed, answer.text
+
+
 async def test_allowed_origins_get_cors_headers_and_preflight_needs_no_key(connect: Callable[..., Any]) -> None:
     client = connect(api_keys=("k",), cors_allow_origins=("https://labels.lan",))
     asked = {"Origin": "https://labels.lan", "Access-Control-Request-Method": "POST"}
