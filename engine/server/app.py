@@ -61,7 +61,7 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
     app.include_router(page.router())
     openapi.install(app, bool(settings.api_keys))
     # The last one added is the outermost.
-    app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes, total=settings.max_bodies_bytes)
     app.add_middleware(CallerMiddleware, keyed=bool(settings.api_keys))
     # The page asks for a key itself, so its files are open.
     open_paths = {*OPEN_PATHS, page.DOCUMENT_PATH}

@@ -56,6 +56,8 @@ class ServerSettings(BaseModel):
         embedding_handles: Answer with a few numbers that stand for an image embedding, instead of 22 MB.
         echo_mb: MiB of sent embeddings that are kept, to know them again when they come back.
         max_request_body_bytes: Larger bodies are refused with 413, whether they say their length or not.
+        max_bodies_bytes: Of all requests under way together; a body without room is answered with 503 at once. One of
+            `max_request_body_bytes` always has room when it is alone.
         media_allow_url: Fetch images and videos from http(s) addresses.
         media_url_hosts, media_url_host_allowlist, media_allow_private_ips, media_max_redirects,
             media_connect_timeout_s, media_read_timeout_s, media_total_timeout_s, media_video_timeout_s,
@@ -63,6 +65,7 @@ class ServerSettings(BaseModel):
         media_max_urls, media_max_fetched_bytes: That one request may name, and have fetched, all in all.
         media_roots: Folders whose files requests may name; empty for none.
         body_timeout_s: Seconds that a client may send nothing in the middle of a body, until 408.
+        body_total_timeout_s: Seconds that a whole body may take to come, until 408.
         media_max_image_bytes, media_max_video_bytes: Of one encoded file.
         media_max_image_pixels: Width times height, checked on the header before decoding.
         segmentation_timeout_s, detection_timeout_s, tracking_timeout_s, vlm_timeout_s: Seconds until 504.
@@ -92,7 +95,9 @@ class ServerSettings(BaseModel):
     embedding_handles: bool = False
     echo_mb: int = Field(default=MAX_TEXT_BYTES >> 20, ge=0)
     max_request_body_bytes: int = Field(default=100 * _MIB, ge=1)
+    max_bodies_bytes: int = Field(default=512 * _MIB, ge=1)
     body_timeout_s: float = Field(default=60.0, gt=0)
+    body_total_timeout_s: float = Field(default=300.0, gt=0)
     media_allow_url: bool = False
     media_url_hosts: tuple[str, ...] = ()
     media_url_host_allowlist: tuple[str, ...] = ()

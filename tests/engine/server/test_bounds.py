@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pixano_edge.engine.server.limits import BodyLimitMiddleware
 from tests.engine.provider.fakes import data_uri, png, until
 
 from .web import says, web
@@ -108,6 +109,87 @@ async def test_a_fetch_ends_when_nobody_waits_for_it(connect: Callable[..., Any]
         fetching.cancel()
         assert await asyncio.to_thread(over.wait, 5)
         assert sum(sent) < 8000
+
+
+def body_scope(length: int | None) -> dict[str, Any]:
+    return {"type": "http", "path": "/", "headers": [] if length is None else [(b"content-length", b"%d" % length)]}
+
+
+@pytest.mark.parametrize("stated", [True, False])
+async def test_bodies_without_room_are_refused_at_once_and_room_comes_back(stated: bool) -> None:
+    """Of 100 bytes two bodies of 60 have room; a third has none until one of them is answered."""
+    gate, read = asyncio.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        read.append(scope)
+        await gate.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    limit = BodyLimitMiddleware(app, 60, 120)
+
+    async def ask(size: int) -> dict[str, Any]:
+        chunks = [{"type": "http.request", "body": b"x" * (size // 2), "more_body": more} for more in (True, False)]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return chunks.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await limit(body_scope(size if stated else None), receive, send)
+        return {"status": sent[0]["status"], "headers": dict(sent[0]["headers"]), "body": sent[-2:]}
+
+    first = [asyncio.ensure_future(ask(60)) for _ in range(2)]
+    while len(read) < 2:
+        await asyncio.sleep(0)
+    refused = await asyncio.wait_for(ask(2), 5)
+    assert (refused["status"], refused["headers"][b"retry-after"]) == (503, b"1")
+    assert len(read) == 2
+    # Of a body without a stated length the first bytes have no room already.
+    assert (await asyncio.wait_for(ask(62), 5))["status"] == (413 if stated else 503)
+    nothing = asyncio.ensure_future(ask(0))  # what has no body needs no room
+    while len(read) < 3:
+        await asyncio.sleep(0)
+    gate.set()
+    assert [(await one)["status"] for one in (*first, nothing)] == [200] * 3
+    assert (await ask(60))["status"] == 200
+    assert limit._held == 0
+
+
+async def test_room_comes_back_from_a_client_that_left() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise ConnectionError
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    limit = BodyLimitMiddleware(app, 60, 60)
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            await limit(body_scope(60), receive, None)  # type: ignore[arg-type]
+
+
+async def test_a_body_that_trickles_is_given_up(connect: Callable[..., Any]) -> None:
+    async def trickle(start: bytes) -> Any:
+        yield start
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            yield b"a"
+
+    begun = time.monotonic()
+    client = connect(body_timeout_s=1.0, body_total_timeout_s=0.2)
+    part = b'--x\r\nContent-Disposition: form-data; name="metadata"\r\n\r\n'
+    for path, kind, start in (
+        (SEGMENT, "application/json", b'{"model":"'),
+        (f"{SEGMENT}/binary", "multipart/form-data; boundary=x", part),
+    ):
+        answer = await client.post(path, content=trickle(start), headers={"Content-Type": kind})
+        assert answer.status_code == 408, answer.text
+    assert time.monotonic() - begun < 3
 
 
 async def test_an_older_client_that_submits_again_gets_the_same_job(connect: Callable[..., Any]) -> None:
