@@ -21,7 +21,7 @@ from ..errors import EdgeError
 from ..provider.types import NDArrayData
 from .answers import dumps, rle
 from .arrays import WireArray
-from .errors import ApiError, api_error, log, request_id
+from .errors import ApiError, api_error
 from .legacy_schemas import DetectionRequest, MaskRequest, TextRequest, TrackingRequest
 from .routes_v1 import fetched_video
 from .state import Server
@@ -41,9 +41,7 @@ class LegacyRoute(APIRoute):
             try:
                 return await handle(request)
             except EdgeError as error:
-                found = api_error(error)
-                if found.status >= 500:
-                    log.warning("%s", error, extra={"request_id": request_id(request), "error": type(error).__name__})
+                found = api_error(error, request)
             except ApiError as error:
                 found = error
             return Response(dumps({"detail": found.message}), found.status, found.headers, "application/json")

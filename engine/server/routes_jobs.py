@@ -183,5 +183,5 @@ async def _events(request: Request, chunks: AsyncIterator[Any]) -> AsyncIterator
 
 
 def _error(request: Request, error: EdgeError) -> bytes:
-    found = api_error(error)
+    found = api_error(error, request)
     return error_body(found.status, found.message, request_id(request))

@@ -223,6 +223,23 @@ async def test_allowed_origins_get_cors_headers_and_preflight_needs_no_key(conne
     assert refused.headers["Access-Control-Allow-Origin"] == "https://labels.lan"
 
 
+async def test_warnings_are_shown_to_holders_of_a_key_alone(connect: Callable[..., Any]) -> None:
+    for keys, headers, shown in (
+        ((), {}, True),
+        (("k",), {}, False),
+        (("k",), {"X-API-Key": "wrong"}, False),
+        (("k",), {"X-API-Key": "k"}, True),
+        (("k",), {"Authorization": "Bearer k"}, True),
+    ):
+        client = connect(api_keys=keys)
+        client._transport.app.state.server.warnings.append("/home/somebody is full")
+        for path in ("/info", "/v1/info"):
+            answer = await client.get(path, headers=headers)
+            assert answer.status_code == 200
+            assert ("/home/somebody is full" in answer.json()["warnings"]) is shown, (keys, headers)
+            assert shown or "somebody" not in answer.text
+
+
 async def test_json_routes_take_json_alone(client: Any) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         refused = await client.post(SEGMENT, content=json.dumps(CLICK), headers={"Content-Type": kind})

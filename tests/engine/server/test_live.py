@@ -108,7 +108,9 @@ def test_an_upload_above_the_limit_reads_its_answer(tmp_path: Path) -> None:
         assert httpx.post(f"{url}{SEGMENT}", content=chunks, timeout=60).status_code == 413
         # curl asks before it sends as much
         with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port)) as connection:
-            head = f"POST {SEGMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\nExpect: 100-continue\r\n\r\n"
+            head = (
+                f"POST {SEGMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\nExpect: 100-continue\r\n\r\n"
+            )
             connection.sendall(head.encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
