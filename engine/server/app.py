@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,8 +18,10 @@ from .context import ContextMiddleware
 from .errors import HANDLERS
 from .guard import BrowserGuard
 from .limits import BodyLimitMiddleware
-from .settings import ServerSettings
+from .settings import STRONG_KEY, ServerSettings
 from .state import Server, make_provider
+
+log = logging.getLogger("pixano_edge.server")
 
 
 def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | None = None) -> FastAPI:
@@ -36,6 +39,8 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if weak := settings.weak_keys():
+            log.warning("%d API key(s) have fewer than %d characters and may be guessed", weak, STRONG_KEY)
         loading = asyncio.ensure_future(server.preload())
         try:
             yield

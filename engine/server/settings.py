@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import EdgeError
+from ..provider.jobs_file import job_file
 from ..provider.settings import (
     DEFAULT_CACHE_MB,
     DEFAULT_MAX_BYTES,
@@ -25,6 +26,9 @@ PREFIXES = ("PIXANO_EDGE_", "PIXANO_INFERENCE_")
 """Of environment variables; the first one wins. The second is what Pixano's own inference server reads."""
 
 DEFAULT_PORT = 7463
+
+STRONG_KEY = 16
+"""Characters from which an API key is not warned about; ``openssl rand -hex 16`` writes 32."""
 
 _MIB = 1 << 20
 _LISTS = (
@@ -49,10 +53,12 @@ class ServerSettings(BaseModel):
         store: Folder of the model store; None for the user's own.
         demo: Offer the packaged demo bundles.
         bundle_roots: Folders besides the store from which ``POST /v1/models`` may load bundles by path.
+        manage_models: Whether ``POST`` and ``DELETE /v1/models`` answer; see `models_managed` for None.
         preload: Models to load at start.
         device, backend, precision, threads, cache_mb: Of models that are loaded on demand; see `EdgeProvider`.
         queue_depth: Requests that may wait per model, and clips it may track in at once.
-        jobs: File in which tracking jobs outlive the server, or the folder of a ``jobs.sqlite``; None for memory.
+        jobs: File in which tracking jobs outlive the server, or the folder of a ``jobs.sqlite``; text that ends with a
+            slash is a folder, whether it is there or not. None for memory.
         embedding_handles: Answer with a few numbers that stand for an image embedding, instead of 22 MB.
         echo_mb: MiB of sent embeddings that are kept, to know them again when they come back.
         max_request_body_bytes: Larger bodies are refused with 413, whether they say their length or not.
@@ -72,7 +78,8 @@ class ServerSettings(BaseModel):
         cors_allow_origins: Origins whose pages may call the server from a browser; ``*`` for all.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
         log_json: One JSON object per line instead of text.
-        shutdown_timeout_s: Seconds that requests under way have to end after SIGTERM.
+        shutdown_delay_s: Seconds between SIGTERM and closing the listener, in which ``ready`` answers 503.
+        shutdown_timeout_s: Seconds that requests under way have to end after that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +91,7 @@ class ServerSettings(BaseModel):
     store: Path | None = None
     demo: bool = False
     bundle_roots: tuple[Path, ...] = ()
+    manage_models: bool | None = None
     preload: tuple[str, ...] = ()
     device: str = "auto"
     backend: str = "auto"
@@ -121,6 +129,7 @@ class ServerSettings(BaseModel):
     cors_allow_origins: tuple[str, ...] = ()
     log_level: str = "info"
     log_json: bool = False
+    shutdown_delay_s: float = Field(default=0.0, ge=0)
     shutdown_timeout_s: float = Field(default=30.0, ge=0)
 
     @field_validator(*_LISTS, mode="before")
@@ -140,6 +149,11 @@ class ServerSettings(BaseModel):
         if any(not key.strip() or not key.isascii() or not key.isprintable() for key in value):
             raise ValueError("a key is empty or holds characters that an HTTP header cannot carry")
         return value
+
+    @field_validator("jobs", mode="before")
+    @classmethod
+    def _jobs(cls, value: Any) -> Any:
+        return job_file(value) if isinstance(value, str) else value
 
     @field_validator("log_level")
     @classmethod
@@ -184,6 +198,20 @@ class ServerSettings(BaseModel):
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
             return False
+
+    @property
+    def models_managed(self) -> bool:
+        """Whether clients may load and unload models: what `manage_models` says, else everybody but strangers.
+
+        Pixano's clients load models by ``POST /v1/models``, and only bundles of this machine can be loaded, so
+        holders of a key and users of this machine may. Without keys beyond loopback anybody could unload what others
+        work with.
+        """
+        return bool(self.loopback or self.api_keys) if self.manage_models is None else self.manage_models
+
+    def weak_keys(self) -> int:
+        """How many keys are short enough to be guessed."""
+        return sum(len(key) < STRONG_KEY for key in self.api_keys)
 
     def check_bind(self) -> None:
         """Refuses to serve everybody by accident.

@@ -11,7 +11,7 @@ import pytest
 
 from pixano_edge.engine.errors import EdgeError
 from pixano_edge.engine.provider.callers import caller
-from pixano_edge.engine.server import ServerSettings
+from pixano_edge.engine.server import ServerSettings, create_app
 from pixano_edge.engine.server.auth import AuthMiddleware, Keys
 from pixano_edge.engine.server.limits import BodyLimitMiddleware
 from tests.engine.provider.fakes import data_uri, png
@@ -238,6 +238,41 @@ async def test_warnings_are_shown_to_holders_of_a_key_alone(connect: Callable[..
             assert answer.status_code == 200
             assert ("/home/somebody is full" in answer.json()["warnings"]) is shown, (keys, headers)
             assert shown or "somebody" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "managed"),
+    [
+        ({}, True),
+        ({"host": "0.0.0.0", "api_keys": ("k",)}, True),
+        ({"host": "0.0.0.0", "allow_anonymous": True}, False),
+        ({"host": "0.0.0.0", "allow_anonymous": True, "manage_models": True}, True),
+        ({"manage_models": False}, False),
+        ({"api_keys": ("k",), "manage_models": False}, False),
+    ],
+)
+async def test_who_may_load_and_unload_models(
+    connect: Callable[..., Any], settings: dict[str, Any], managed: bool
+) -> None:
+    client = connect(**settings, headers={"X-API-Key": "k"})
+    wish = {"name": "alpha", "modelClass": "Sam2ImagePredictor", "modelParams": {}}
+    loaded = await client.post("/v1/models", json=wish)
+    assert loaded.status_code == (201 if managed else 403), loaded.text
+    gone = await client.delete("/v1/models/alpha")
+    assert gone.status_code == (200 if managed else 403), gone.text
+    assert managed or loaded.json()["error"]["code"] == "forbidden"
+    assert (await client.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize(("keys", "warned"), [(("x" * 15, "y" * 16), 1), (("y" * 16,), 0), ((), 0)])
+async def test_short_keys_are_warned_about_at_start(
+    provider: Any, caplog: pytest.LogCaptureFixture, keys: tuple[str, ...], warned: int
+) -> None:
+    app = create_app(ServerSettings(api_keys=keys), provider)
+    async with app.router.lifespan_context(app):
+        pass
+    found = [record.getMessage() for record in caplog.records if "API key" in record.getMessage()]
+    assert found == ["1 API key(s) have fewer than 16 characters and may be guessed"] * warned
 
 
 async def test_json_routes_take_json_alone(client: Any) -> None:

@@ -211,6 +211,35 @@ def command(tmp_path: Path, *options: str) -> Iterator[tuple[Any, str]]:
         process.stdout.close()
 
 
+def test_ready_says_503_before_the_listener_closes(tmp_path: Path, opener: FakeOpener) -> None:
+    import asyncio
+
+    from pixano_edge.engine.server.run import DrainingServer, bind, uvicorn_config
+
+    provider = make_provider(tmp_path, opener, media_roots=[])
+    settings = ServerSettings(shutdown_delay_s=1.5)
+    app = create_app(settings, provider)
+    listening = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = DrainingServer(uvicorn_config(app, settings), app.state.server.leave, settings.shutdown_delay_s)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        assert httpx.get(f"{url}/v1/ready").status_code == 200
+        server.should_exit = True  # what the signal does
+        until(lambda: httpx.get(f"{url}/v1/ready").status_code == 503)
+        assert httpx.get(f"{url}/v1/models").status_code == 200, "served on"
+        thread.join(10)
+        assert not thread.is_alive()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+    finally:
+        server.force_exit = server.should_exit = True
+        thread.join(10)
+        asyncio.run(provider.close())
+
+
 def test_the_command_serves_and_finishes_what_it_began(tmp_path: Path) -> None:
     with command(tmp_path, "--log-json") as (process, url):
         with httpx.Client(base_url=url, headers={"X-API-Key": "k1"}, timeout=60) as client:
