@@ -40,7 +40,7 @@ SPOOL_BYTES = 4 << 20
 """Larger files of an upload wait on disk."""
 
 
-def parse_json(body: bytes | bytearray | memoryview) -> Any:
+def parse_json(body: bytes | bytearray) -> Any:
     """A JSON document.
 
     Raises:
