@@ -94,7 +94,7 @@ def serve(
         media_roots=media_root or None,
         media_allow_url=allow_url,
         bundle_roots=bundle_root or None,
-        jobs=Path(jobs) if jobs and jobs != MEMORY else None,
+        jobs=jobs if jobs and jobs != MEMORY else None,
         cors_allow_origins=cors_origin or None,
         log_level=log_level,
         log_json=log_json,

@@ -47,6 +47,13 @@ class JobStoreError(InferenceError):
     """
 
 
+class JobEndedError(InferenceError):
+    """The job that somebody watches failed or was canceled; the message is its detail, which its status tells, too.
+
+    An addition of Pixano Edge to the interface.
+    """
+
+
 class ModelBusyError(InferenceError):
     """Too many requests wait for this model already; an addition of Pixano Edge to the interface."""
 

@@ -35,6 +35,13 @@ COMMIT;
 """
 
 
+def job_file(path: Path | str) -> Path:
+    """The file of jobs that a path names: itself, or ``jobs.sqlite`` in it where it is a folder. A path that is written
+    with a slash at its end is one, whether it is there or not."""
+    folder = Path(path).is_dir() or (isinstance(path, str) and path.endswith(("/", os.sep)))
+    return Path(path) / "jobs.sqlite" if folder else Path(path)
+
+
 class FileLock:
     """Keeps other processes away from a file of jobs, until `release` or the end of this process.
 

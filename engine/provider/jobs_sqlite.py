@@ -24,7 +24,7 @@ from typing import Any
 from .errors import InvalidRequestError, JobStoreError, ModelBusyError
 from .jobs import JOB_CAP, JobRecord, can_be_resumed
 from .jobs_clips import KeptClip, KeptMedia, kept_request
-from .jobs_file import FileLock, open_file
+from .jobs_file import FileLock, job_file, open_file
 from .media import MediaPolicy
 from .types import CompressedRLEData
 from .video_types import CANCELED, COMPLETED, FAILED, RUNNING, TrackedFrame, TrackedObject
@@ -33,6 +33,9 @@ SAVED_JOB_TTL = 7 * 24 * 3600.0
 """Seconds that a job is kept on disk after its end."""
 SAVED_JOB_BYTES = 2 << 30
 """Bytes of rows and clips that are kept; the oldest ended jobs go when more come."""
+
+PROBLEM_TOLD = 24 * 3600.0
+"""Seconds that `warnings` tell of a disk that was full, after it took jobs again."""
 
 _UNSAVED = frozenset({"replayed"})
 _WAIT = 30.0
@@ -76,7 +79,8 @@ class SqliteJobStore:
     At opening, jobs that were running are marked failed; those whose request is kept say how to resume them.
 
     Args:
-        path: The file, or a folder that gets ``jobs.sqlite``. Clips are kept beside it, readable by this user alone.
+        path: The file, or a folder that gets ``jobs.sqlite``; text that ends with a slash is one, and is made. Clips
+            are kept beside it, readable by this user alone.
         ttl: Seconds that a job is kept after its end.
         cap: Jobs that are kept; running ones never go.
         max_bytes: Of rows and clips together. A clip of more than half of it is not kept: its job cannot be resumed.
@@ -95,8 +99,7 @@ class SqliteJobStore:
         max_bytes: int = SAVED_JOB_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        path = Path(path)
-        self.path = path / "jobs.sqlite" if path.is_dir() else path
+        self.path = job_file(path)
         self._clips = self.path.with_name(f"{self.path.name}.clips")
         self._ttl = ttl
         self._cap = cap
@@ -112,6 +115,7 @@ class SqliteJobStore:
         self._rows: deque[tuple[str, int, str]] = deque()
         self._asked = self._done = 0
         self._problem: str | None = None
+        self._past: tuple[str, float] | None = None
         self._closing = self._closed = False
         self._aside: str | None = None
         self._open()
@@ -121,8 +125,17 @@ class SqliteJobStore:
     @property
     def warnings(self) -> list[str]:
         with self._lock:
-            found = [self._aside, self._problem and f"Jobs are not saved at the moment: {self._problem}. {_FULL}"]
+            found = [self._aside, self._trouble()]
         return [text for text in found if text]
+
+    def _trouble(self) -> str | None:
+        """Under the lock: what keeps or kept jobs from being saved."""
+        if self._problem is not None:
+            return f"Jobs are not saved at the moment: {self._problem}. {_FULL}"
+        if self._past is None or self._clock() - self._past[1] >= PROBLEM_TOLD:
+            return None
+        moment = datetime.fromtimestamp(self._past[1], timezone.utc).isoformat(timespec="seconds")
+        return f"Jobs could not be saved at {moment}: {self._past[0]}. They are saved again; resume those that failed."
 
     @property
     def nbytes(self) -> int:
@@ -420,6 +433,8 @@ class SqliteJobStore:
                     self._dirty = dict.fromkeys([job_id for job_id in dirty if job_id in self._jobs]) | self._dirty
                     self._gone = dict.fromkeys(gone) | self._gone
                 self._problem = problem
+                if problem is not None:
+                    self._past = problem, self._clock()
                 self._done = asked
                 self._changed.notify_all()
             if not failed:

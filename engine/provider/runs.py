@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EdgeError
 from ..models.rle import decode_rle
-from .errors import InferenceError, ModelNotFoundError, provider_errors
+from .errors import InferenceError, JobEndedError, ModelNotFoundError, provider_errors
 from .families import LoadedModel
 from .models import ModelTable, Slot
 from .video_prompts import TrackingRequest
@@ -146,7 +146,7 @@ class Run:
 
     def cancel(self) -> None:
         """Ends the run now; what it is just computing is dropped. Of a run that ended this is no news."""
-        self._end(CANCELED, InferenceError(CANCELED_TEXT))
+        self._end(CANCELED, JobEndedError(CANCELED_TEXT))
 
     def read(self, start: int) -> list[TrackedFrame]:
         """Frames from position `start` on, in the order of processing."""
@@ -305,7 +305,7 @@ def agreement(one: TrackedFrame, other: TrackedFrame) -> float:
 
 
 def _changed(frame: int, why: str) -> InferenceError:
-    return InferenceError(
+    return JobEndedError(
         f"Frame {frame} comes out otherwise than before the job stopped ({why}): the model is another one.",
         "Submit the clip again as a new job.",
     )

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import EdgeError
-from .errors import InferenceError, ModelBusyError
+from .errors import InferenceError, JobEndedError, ModelBusyError
 from .families import LoadedModel
 from .jobs import JobLog, JobRecord, JobStore, can_be_resumed, found, new_record, status_of
 from .media import MediaPolicy
@@ -148,7 +148,7 @@ class VideoService:
             yield frame
         record = found(self._store, job_id)
         if record.state in (FAILED, CANCELED):
-            raise InferenceError(record.detail or CANCELED_TEXT, "Frames that were done are in the watched results.")
+            raise JobEndedError(record.detail or CANCELED_TEXT, "Frames that were done are in the watched results.")
 
     def counts(self) -> dict[str, int]:
         """Jobs that are kept, by state."""

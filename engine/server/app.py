@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,8 +18,10 @@ from .context import ContextMiddleware
 from .errors import HANDLERS
 from .guard import BrowserGuard
 from .limits import BodyLimitMiddleware
-from .settings import ServerSettings
+from .settings import STRONG_KEY, ServerSettings
 from .state import Server, make_provider
+
+log = logging.getLogger("pixano_edge.server")
 
 
 def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | None = None) -> FastAPI:
@@ -36,6 +39,8 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if weak := settings.weak_keys():
+            log.warning("%d API key(s) have fewer than %d characters and may be guessed", weak, STRONG_KEY)
         loading = asyncio.ensure_future(server.preload())
         try:
             yield
@@ -61,7 +66,7 @@ def create_app(settings: ServerSettings | None = None, provider: EdgeProvider | 
     app.include_router(page.router())
     openapi.install(app, bool(settings.api_keys))
     # The last one added is the outermost.
-    app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, limit=settings.max_request_body_bytes, total=settings.max_bodies_bytes)
     app.add_middleware(CallerMiddleware, keyed=bool(settings.api_keys))
     # The page asks for a key itself, so its files are open.
     open_paths = {*OPEN_PATHS, page.DOCUMENT_PATH}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,15 +75,20 @@ def validated(model: type[M], value: Any) -> M:
 
 
 async def stream(server: Server, request: Request) -> AsyncIterator[bytes]:
-    """The body as it comes; ends with 408 when nothing comes for long."""
+    """The body as it comes; ends with 408 when nothing comes for long, or not all of it in time."""
+    end = time.monotonic() + server.settings.body_total_timeout_s
     chunks = request.stream().__aiter__()
     while True:
         try:
-            chunk = await asyncio.wait_for(chunks.__anext__(), server.settings.body_timeout_s)
+            chunk = await asyncio.wait_for(
+                chunks.__anext__(), min(server.settings.body_timeout_s, max(0.0, end - time.monotonic()))
+            )
         except StopAsyncIteration:
             return
         except asyncio.TimeoutError:
-            raise ApiError(408, "The rest of the request's body did not come.", {"Connection": "close"}) from None
+            raise ApiError(
+                408, "The rest of the request's body did not come in time.", {"Connection": "close"}
+            ) from None
         yield chunk
 
 

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from ..errors import EdgeError
+from ..provider.errors import JobEndedError, JobStoreError, OutOfMemoryError
 from ..provider.statuses import code_of, status_of
 from .answers import dumps
 
@@ -24,7 +25,12 @@ log = logging.getLogger("pixano_edge.server")
 RETRY_AFTER_S = 1
 
 HIDDEN = "Inference error."
-"""What a client reads of an error that was not foreseen; the log has it with the request's id."""
+"""What a client reads of a fault of the server; the log has it with the request's id."""
+
+TOLD = (OutOfMemoryError, JobStoreError, JobEndedError)
+"""Faults with the status 500 that a client reads in full: it can act on them (a smaller image, fewer prompts, the job
+again later), and their messages are made of numbers, names of models and devices, and the system's words for a full
+disk. All other messages are for who runs the server: they quote libraries, and may hold paths of this machine."""
 
 
 class ApiError(Exception):
@@ -61,10 +67,15 @@ def error_response(
     return Response(error_body(status, message, identity), status, dict(headers or {}), "application/json")
 
 
-def api_error(error: EdgeError) -> ApiError:
-    """An error of the engine as an answer; its message says what to do next."""
+def api_error(error: EdgeError, request: Any) -> ApiError:
+    """An error of the engine as an answer; faults of the server are logged, and hidden but for those of `TOLD`."""
     status = status_of(error)
-    return ApiError(status, str(error), {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None)
+    if status >= 500:
+        log.warning("%s", error, extra={"request_id": request_id(request), "error": type(error).__name__})
+    hidden = status == 500 and not isinstance(error, TOLD)
+    return ApiError(
+        status, HIDDEN if hidden else str(error), {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    )
 
 
 def validation_message(errors: Any) -> list[dict[str, Any]]:
@@ -79,9 +90,7 @@ async def on_api_error(request: Request, error: Any) -> Response:
 
 async def on_edge_error(request: Request, error: Any) -> Response:
     """Handler of `EdgeError`."""
-    found = api_error(error)
-    if found.status >= 500:
-        log.warning("%s", error, extra={"request_id": request_id(request), "error": type(error).__name__})
+    found = api_error(error, request)
     return error_response(found.status, found.message, request_id(request), found.headers)
 
 

@@ -82,7 +82,7 @@ class FetchPolicy:
     resolver: Resolver = field(default=resolve, repr=False, compare=False)
 
 
-def fetch(url: str, policy: FetchPolicy, max_bytes: int, kind: str) -> bytes:
+def fetch(url: str, policy: FetchPolicy, max_bytes: int, kind: str, allowance: Allowance | None = None) -> bytes:
     """The content behind an http(s) URL. Blocks: call it in a thread.
 
     Args:
@@ -90,6 +90,7 @@ def fetch(url: str, policy: FetchPolicy, max_bytes: int, kind: str) -> bytes:
         policy: What is allowed.
         max_bytes: Most bytes of content; checked on the announced length and again while reading.
         kind: ``image`` or ``video``: for messages, and for the total time. The content is not looked at.
+        allowance: Shared with the other fetches of the same request.
 
     Raises:
         InvalidRequestError: Refused, unreachable, too slow, too large, compressed, truncated, or an answer other than
@@ -98,10 +99,12 @@ def fetch(url: str, policy: FetchPolicy, max_bytes: int, kind: str) -> bytes:
     hint = _DOWNLOAD.format(kind=kind)
     if not policy.allow_url:
         raise InvalidRequestError(f"{kind.capitalize()}s are not fetched from URLs by this server.", hint)
-    deadline = _Deadline(policy.video_timeout_s if kind == "video" else policy.total_timeout_s, policy.read_timeout_s)
+    allowance = allowance or Allowance(1, max_bytes)
+    total = policy.video_timeout_s if kind == "video" else policy.total_timeout_s
+    deadline = _Deadline(total, policy.read_timeout_s, allowance)
     target = parse_url(url)
     for _ in range(policy.max_redirects + 1):
-        answer = _get(target, policy, max_bytes, kind, deadline)
+        answer = _get(target, policy, max_bytes, kind, deadline, allowance)
         if isinstance(answer, bytes):
             return answer
         following = parse_url(answer)
@@ -137,15 +140,59 @@ def policy_from_environ(environ: Mapping[str, str] | None = None) -> FetchPolicy
     return FetchPolicy(**found)
 
 
-class _Deadline:
-    """Time left for a whole fetch; bounds each wait on a socket."""
+class Allowance:
+    """What the fetches of one request may take together. Safe to use from several threads.
 
-    def __init__(self, total: float, wait: float) -> None:
+    Args:
+        urls: Addresses at most.
+        nbytes: Bytes of content at most, over all of them.
+    """
+
+    def __init__(self, urls: int, nbytes: int) -> None:
+        self._most = (urls, nbytes)
+        self._urls, self._nbytes = urls, nbytes
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def begin(self, urls: int) -> None:
+        """Counts addresses before any of them is asked; raises InvalidRequestError when there are too many."""
+        with self._lock:
+            self._urls -= urls
+            if self._urls < 0:
+                raise InvalidRequestError(
+                    f"The request names more than {self._most[0]} URLs.",
+                    "Send the media as files or 'data:' URIs, split the request, or raise media_max_urls.",
+                )
+
+    def take(self, nbytes: int) -> None:
+        """Counts content that came; raises InvalidRequestError when it is too much, or nobody waits for it any more."""
+        with self._lock:
+            if self._stopped:
+                raise InvalidRequestError("The request ended before its media were fetched.", "Send it again.")
+            self._nbytes -= nbytes
+            if self._nbytes < 0:
+                raise InvalidRequestError(
+                    f"The media behind the request's URLs have more than {self._most[1]} bytes together.",
+                    "Send smaller ones, split the request, or raise media_max_fetched_bytes.",
+                )
+
+    def stop(self) -> None:
+        """Ends what is being fetched at its next bytes, and what has not begun at once."""
+        with self._lock:
+            self._stopped = True
+
+
+class _Deadline:
+    """Time left for a whole fetch; bounds each wait on a socket, and ends it where the request has ended."""
+
+    def __init__(self, total: float, wait: float, allowance: Allowance) -> None:
+        self._allowance = allowance
         self._end = time.monotonic() + total
         self._wait = wait
 
     def wait(self, longest: float | None = None) -> float:
         """Seconds that the next operation may take; raises TimeoutError when none are left."""
+        self._allowance.take(0)
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("the total time is over")
@@ -194,7 +241,9 @@ class _Socket:
         """Left to `_get`, which owns the socket."""
 
 
-def _get(target: Target, policy: FetchPolicy, max_bytes: int, kind: str, deadline: _Deadline) -> bytes | str:
+def _get(
+    target: Target, policy: FetchPolicy, max_bytes: int, kind: str, deadline: _Deadline, allowance: Allowance
+) -> bytes | str:
     """One request: the content, or the URL that it redirects to."""
     host, hint = target.host, _DOWNLOAD.format(kind=kind)
     if policy.url_hosts and not listed(host, policy.url_hosts):
@@ -217,7 +266,7 @@ def _get(target: Target, policy: FetchPolicy, max_bytes: int, kind: str, deadlin
                 authority = f"[{host}]" if ":" in host else host
                 return urljoin(f"{target.scheme}://{authority}:{target.port}{target.path}", location)
             _check_head(response, host, max_bytes, kind, hint)
-            return _body(response, host, max_bytes, kind)
+            return _body(response, host, max_bytes, kind, allowance)
     except ssl.SSLCertVerificationError as error:
         _LOG.info("fetch: certificate of %s: %s", host, error)
         message = f"The certificate of '{host}' is not valid for it, or not from an authority this server trusts."
@@ -304,7 +353,7 @@ def _check_head(response: http.client.HTTPResponse, host: str, max_bytes: int, k
         raise _too_large(max_bytes, kind)
 
 
-def _body(response: http.client.HTTPResponse, host: str, max_bytes: int, kind: str) -> bytes:
+def _body(response: http.client.HTTPResponse, host: str, max_bytes: int, kind: str, allowance: Allowance) -> bytes:
     announced = response.length
     content, size = io.BytesIO(), 0
     while chunk := response.read(min(CHUNK, max_bytes + 1 - size)):
@@ -312,6 +361,7 @@ def _body(response: http.client.HTTPResponse, host: str, max_bytes: int, kind: s
         size += len(chunk)
         if size > max_bytes:
             raise _too_large(max_bytes, kind)
+        allowance.take(len(chunk))
     if announced is not None and size != announced:
         raise InvalidRequestError(f"'{host}' broke off after {size} of {announced} bytes.", "Try again.")
     return content.getvalue()

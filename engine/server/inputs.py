@@ -20,6 +20,7 @@ from .media import is_url
 
 if TYPE_CHECKING:
     from .echoes import Answering, Echoes
+    from .fetch import Allowance
     from .media import Media
 
 
@@ -116,12 +117,13 @@ async def text_input(
     wire: schemas.VlmRequest, media: Media, images: list[bytes] | None = None
 ) -> TextImageConditionalGenerationInput:
     """Text about images; URLs, also those within messages, are fetched, and become ``data:`` URIs."""
+    allowance = media.allowance()
     given: Any = images if images is not None else list(wire.images or []) or None
     if given is not None:
-        given = await media.fetched_all(given)
+        given = await media.fetched_all(given, allowance=allowance)
     prompt = wire.prompt
     if isinstance(prompt, list):
-        prompt = [await _message(message, media) for message in prompt]
+        prompt = [await _message(message, media, allowance) for message in prompt]
     return TextImageConditionalGenerationInput(
         model=wire.model,
         prompt=prompt,
@@ -131,7 +133,7 @@ async def text_input(
     )
 
 
-async def _message(message: dict[str, Any], media: Media) -> dict[str, Any]:
+async def _message(message: dict[str, Any], media: Media, allowance: Allowance) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, list):
         return message
@@ -140,7 +142,7 @@ async def _message(message: dict[str, Any], media: Media) -> dict[str, Any]:
         image = part.get("image_url") if isinstance(part, dict) else None
         url = image.get("url") if isinstance(image, dict) else image
         if is_url(url):
-            fetched = await media.fetched(url)
+            fetched = await media.fetched(url, allowance=allowance)
             part = {**part, "image_url": {"url": f"data:image/x-fetched;base64,{base64.b64encode(fetched).decode()}"}}
         parts.append(part)
     return {**message, "content": parts}

@@ -21,7 +21,7 @@ from ..errors import EdgeError
 from ..provider.types import NDArrayData
 from .answers import dumps, rle
 from .arrays import WireArray
-from .errors import ApiError, api_error, log, request_id
+from .errors import ApiError, api_error
 from .legacy_schemas import DetectionRequest, MaskRequest, TextRequest, TrackingRequest
 from .routes_v1 import fetched_video
 from .state import Server
@@ -41,9 +41,7 @@ class LegacyRoute(APIRoute):
             try:
                 return await handle(request)
             except EdgeError as error:
-                found = api_error(error)
-                if found.status >= 500:
-                    log.warning("%s", error, extra={"request_id": request_id(request), "error": type(error).__name__})
+                found = api_error(error, request)
             except ApiError as error:
                 found = error
             return Response(dumps({"detail": found.message}), found.status, found.headers, "application/json")
@@ -131,57 +129,47 @@ def text(output: Any) -> dict[str, Any]:
 async def answer_masks(server: Server, request: Request, wire: MaskRequest, image: bytes | None = None) -> Response:
     """Masks, of `image` where that was uploaded beside the request."""
     given = await server.on_thread(wire.to_input, server.media, image)
-    given.image = await server.media.fetched(given.image)
-    result = await server.answered(
-        request,
-        "segmentation",
-        lambda: server.provider.image_mask_generation(given, math.inf),
-        server.settings.segmentation_timeout_s,
-    )
+
+    async def compute() -> Any:
+        given.image = await server.media.fetched(given.image)
+        return await server.provider.image_mask_generation(given, math.inf)
+
+    result = await server.answered(request, "segmentation", compute, server.settings.segmentation_timeout_s)
     return await server.respond(lambda: envelope(result, masks(result.data)))
-
-
-async def tracking_input(server: Server, wire: TrackingRequest, frames: list[bytes] | None = None) -> Any:
-    """The provider's request, of `frames` where these were uploaded beside it."""
-    given = await server.on_thread(wire.to_input, server.media, frames)
-    given.video = await fetched_video(server, given.video)
-    return given
 
 
 async def answer_tracking(
     server: Server, request: Request, wire: TrackingRequest, frames: list[bytes] | None = None
 ) -> Response:
     """Objects through a clip, of `frames` where these were uploaded beside the request."""
-    given = await tracking_input(server, wire, frames)
-    result = await server.answered(
-        request,
-        "tracking",
-        lambda: server.provider.video_mask_generation(given, math.inf),
-        server.settings.tracking_timeout_s,
-    )
+    given = await server.on_thread(wire.to_input, server.media, frames)
+
+    async def compute() -> Any:
+        given.video = await fetched_video(server, given.video)
+        return await server.provider.video_mask_generation(given, math.inf)
+
+    result = await server.answered(request, "tracking", compute, server.settings.tracking_timeout_s)
     return await server.respond(lambda: envelope(result, rows(result.data)))
 
 
 async def answer_boxes(server: Server, request: Request, wire: DetectionRequest) -> Response:
     """Boxes of named classes."""
     given = await server.on_thread(wire.to_input, server.media)
-    given.image = await server.media.fetched(given.image)
-    result = await server.answered(
-        request,
-        "detection",
-        lambda: server.provider.image_zero_shot_detection(given, math.inf),
-        server.settings.detection_timeout_s,
-    )
+
+    async def compute() -> Any:
+        given.image = await server.media.fetched(given.image)
+        return await server.provider.image_zero_shot_detection(given, math.inf)
+
+    result = await server.answered(request, "detection", compute, server.settings.detection_timeout_s)
     return await server.respond(lambda: envelope(result, boxes(result.data)))
 
 
 async def answer_text(server: Server, request: Request, wire: TextRequest) -> Response:
     """Text about images."""
-    given = await wire.to_input(server.media)
-    result = await server.answered(
-        request,
-        "vlm",
-        lambda: server.provider.text_image_conditional_generation(given, math.inf),
-        server.settings.vlm_timeout_s,
-    )
+
+    async def compute() -> Any:
+        given = await wire.to_input(server.media)
+        return await server.provider.text_image_conditional_generation(given, math.inf)
+
+    result = await server.answered(request, "vlm", compute, server.settings.vlm_timeout_s)
     return await server.respond(lambda: envelope(result, text(result.data)))

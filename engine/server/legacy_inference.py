@@ -14,6 +14,7 @@ from . import legacy
 from . import legacy_schemas as schemas
 from .bodies import read_request, read_upload
 from .errors import ApiError
+from .routes_jobs import submitted
 from .state import Server
 
 
@@ -45,11 +46,11 @@ def router(server: Server) -> APIRouter:
     @routes.post("/tracking/jobs/")
     async def submit_job(request: Request) -> Response:
         wire = await read_request(server, request, schemas.TrackingRequest)
-        return await submit(wire, None)
+        return await submit(request, wire, None)
 
     @routes.post("/tracking/jobs/binary")
     async def submit_job_binary(request: Request) -> Response:
-        return await submit(*await read_upload(server, request, schemas.TrackingRequest, "frames", "video"))
+        return await submit(request, *await read_upload(server, request, schemas.TrackingRequest, "frames", "video"))
 
     @routes.get("/tracking/jobs/{job_id}")
     async def get_job(job_id: str) -> Response:
@@ -68,9 +69,9 @@ def router(server: Server) -> APIRouter:
     async def vlm(request: Request) -> Response:
         return await legacy.answer_text(server, request, await read_request(server, request, schemas.TextRequest))
 
-    async def submit(wire: schemas.TrackingRequest, frames: list[bytes] | None) -> Response:
-        given = await legacy.tracking_input(server, wire, frames)
-        return await server.respond(job(await server.provider.submit_video_mask_generation_job(given)))
+    async def submit(request: Request, wire: schemas.TrackingRequest, frames: list[bytes] | None) -> Response:
+        given = await server.on_thread(wire.to_input, server.media, frames)
+        return await server.respond(job(await submitted(server, request, given)))
 
     return routes
 

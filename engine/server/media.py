@@ -14,7 +14,7 @@ from typing import Any
 
 from ..provider.errors import InvalidRequestError
 from .arrays import decode
-from .fetch import FetchPolicy, fetch
+from .fetch import Allowance, FetchPolicy, fetch
 from .settings import ServerSettings
 
 _DATA_URI = {
@@ -77,24 +77,52 @@ class Media:
             raise InvalidRequestError(f"The data URI holds no {kind} (0 bytes).", "Encode the file's bytes again.")
         return content
 
-    async def fetched(self, source: Any, kind: str = "image") -> Any:
-        """The content behind an http(s) URL; anything else as it is.
+    def allowance(self) -> Allowance:
+        """What the URLs of one request may take together."""
+        return Allowance(self._settings.media_max_urls, self._settings.media_max_fetched_bytes)
+
+    async def fetched(self, source: Any, kind: str = "image", allowance: Allowance | None = None) -> Any:
+        """The content behind an http(s) URL; anything else as it is. Cancelling ends the fetch.
+
+        Args:
+            source: Of a request.
+            kind: ``image`` or ``video``.
+            allowance: Of the request, where it may name several URLs.
 
         Raises:
             InvalidRequestError: Not allowed, or it cannot be fetched.
         """
         if not is_url(source):
             return source
-        work = asyncio.get_running_loop().run_in_executor(
-            self._threads, fetch, source, self._policy, self._limit(kind), kind
-        )
-        return await work
+        return (await self.fetched_all([source], kind, allowance))[0]
 
-    async def fetched_all(self, sources: Sequence[Any]) -> list[Any]:
-        """`fetched` of many images, some at a time."""
-        if not any(map(is_url, sources)):
-            return list(sources)
-        return list(await asyncio.gather(*(self.fetched(source) for source in sources)))
+    async def fetched_all(
+        self, sources: Sequence[Any], kind: str = "image", allowance: Allowance | None = None
+    ) -> list[Any]:
+        """`fetched` of many, some at a time; the first failure ends all of them."""
+        found = list(sources)
+        urls = [index for index, source in enumerate(found) if is_url(source)]
+        if not urls:
+            return found
+        shared = allowance or self.allowance()
+        shared.begin(len(urls))
+        loop = asyncio.get_running_loop()
+        limit = self._limit(kind)
+        under_way = [
+            loop.run_in_executor(self._threads, fetch, found[index], self._policy, limit, kind, shared)
+            for index in urls
+        ]
+        done = False
+        try:
+            for index, content in zip(urls, await asyncio.gather(*under_way), strict=True):
+                found[index] = content
+            done = True
+            return found
+        finally:
+            if not done:
+                shared.stop()
+                for future in under_way:
+                    future.cancel()
 
     def _limit(self, kind: str) -> int:
         video = self._settings.media_max_video_bytes

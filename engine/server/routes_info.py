@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..errors import EdgeError
 from ..provider.states import DEPLOYING, RUNNING
 from . import openapi
 from .answers import CAPABILITIES, dumps
+from .auth import Keys, given_key
 from .metrics import CONTENT_TYPE
 from .models import model_entries
 from .state import Server
@@ -22,6 +23,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def router(server: Server) -> APIRouter:
     """The routes."""
     routes = APIRouter()
+
+    keys = Keys(server.settings.api_keys)
+
+    def trusted(request: Request) -> bool:
+        """Whether warnings are shown: they may hold paths of this machine."""
+        return not keys or keys.accept(given_key(dict(request.scope["headers"])) or b"")
 
     def get(name: str, summary: str, responses: dict[int | str, Any]) -> Callable[[F], F]:
         """Registers a route with and without the version."""
@@ -62,7 +69,7 @@ def router(server: Server) -> APIRouter:
         return Response(await server.on_thread(server.metrics.text), media_type=CONTENT_TYPE)
 
     @get("info", "What this box is and does", openapi.answer("Info"))
-    async def info() -> Response:
+    async def info(request: Request) -> Response:
         found = await server.provider.get_server_info()
         entries = await model_entries(server)
         body = {
@@ -81,7 +88,7 @@ def router(server: Server) -> APIRouter:
             "ready": found.ready and not server.starting,
             "gpuInfo": found.gpu_info,
             "versions": found.versions,
-            "warnings": [*found.warnings, *server.warnings],
+            "warnings": [*found.warnings, *server.warnings] if trusted(request) else [],
             "jobs": [_public(job) for job in found.jobs],
             "latency": server.stats.latency(),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -30,18 +31,8 @@ def router(server: Server) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
     async def submit(request: Request, given: Any) -> Response:
-        async def start() -> VideoMaskGenerationJobStatus:
-            given.video = await fetched_video(server, given.video)
-            return await server.provider.submit_video_mask_generation_job(given, SUBMIT_TIMEOUT_S)
-
-        # A client whose connection broke sends the request again: it must not start a second job.
-        digest = getattr(request.state, "body_digest", None)
-        begun = await server.once(request, digest, start, patience=0.0, keep=SUBMIT_AGAIN_S, good=going_on)
-        status = await server.provider.get_video_mask_generation_job(begun.job_id)
+        status = await submitted(server, request, given)
         return await server.respond(lambda: answers.job(status), 202)
-
-    def going_on(status: VideoMaskGenerationJobStatus) -> bool:
-        return server.provider.job_state(status.job_id) in (RUNNING, COMPLETED)
 
     @routes.post(
         "/inference/tracking/jobs",
@@ -108,8 +99,11 @@ def router(server: Server) -> APIRouter:
     )
     async def tracking_stream(request: Request) -> Response:
         given = await read_tracking(server, request)
-        given.video = await fetched_video(server, given.video)
-        found = server.provider.stream_video_mask_generation(given, server.settings.tracking_timeout_s)
+        end = time.monotonic() + server.settings.tracking_timeout_s
+        given.video = await server.once(
+            request, None, lambda: fetched_video(server, given.video), server.settings.tracking_timeout_s
+        )
+        found = server.provider.stream_video_mask_generation(given, max(0.0, end - time.monotonic()))
         return await begin(request, _lines(request, found), NDJSON)
 
     @routes.post(
@@ -124,12 +118,35 @@ def router(server: Server) -> APIRouter:
     )
     async def vlm_stream(request: Request) -> Response:
         wire = await read_request(server, request, schemas.VlmRequest)
-        given = await inputs.text_input(wire, server.media)
-        timeout = server.settings.vlm_timeout_s
-        found = server.provider.stream_text_image_conditional_generation(given, timeout)
+        end = time.monotonic() + server.settings.vlm_timeout_s
+        given = await server.once(
+            request, None, lambda: inputs.text_input(wire, server.media), server.settings.vlm_timeout_s
+        )
+        found = server.provider.stream_text_image_conditional_generation(given, max(0.0, end - time.monotonic()))
         return await begin(request, _events(request, found), SSE)
 
     return routes
+
+
+async def submitted(server: Server, request: Request, given: Any) -> VideoMaskGenerationJobStatus:
+    """A new job, or that of an equal request: a client whose connection broke sends it again, and must not start two.
+
+    Args:
+        server: Has the jobs.
+        request: Read by one of the functions of `bodies`, which note its digest.
+        given: The provider's request; what URLs name is fetched here, in the time of a tracking request.
+    """
+
+    async def start() -> VideoMaskGenerationJobStatus:
+        given.video = await fetched_video(server, given.video)
+        return await server.provider.submit_video_mask_generation_job(given, SUBMIT_TIMEOUT_S)
+
+    def going_on(status: VideoMaskGenerationJobStatus) -> bool:
+        return server.provider.job_state(status.job_id) in (RUNNING, COMPLETED)
+
+    digest, timeout = getattr(request.state, "body_digest", None), server.settings.tracking_timeout_s
+    begun = await server.once(request, digest, start, timeout, patience=0.0, keep=SUBMIT_AGAIN_S, good=going_on)
+    return await server.provider.get_video_mask_generation_job(begun.job_id)
 
 
 async def _lines(request: Request, frames: AsyncIterator[Any]) -> AsyncIterator[bytes]:
@@ -166,5 +183,5 @@ async def _events(request: Request, chunks: AsyncIterator[Any]) -> AsyncIterator
 
 
 def _error(request: Request, error: EdgeError) -> bytes:
-    found = api_error(error)
+    found = api_error(error, request)
     return error_body(found.status, found.message, request_id(request))

@@ -11,6 +11,7 @@ from ..bundle import BundleStore
 from . import openapi, schemas
 from .answers import CAPABILITIES, dumps
 from .bodies import read_request
+from .errors import ApiError
 from .models import BundlePaths, deploy, model_entries, read_config
 from .state import Server
 
@@ -21,6 +22,10 @@ def router(server: Server) -> APIRouter:
     roots = (BundleStore(server.settings.store).root, *server.settings.bundle_roots)
     allowed = BundlePaths(roots, server.provider.stored)
 
+    def check_managed() -> None:
+        if not server.settings.models_managed:
+            raise ApiError(403, "Clients load and unload no models here. Set manage_models if they should.")
+
     @routes.get("", summary="Models that requests may name", responses=openapi.answer("Models"), response_model=None)
     async def models() -> Response:
         return Response(dumps(await model_entries(server)), media_type="application/json")
@@ -29,11 +34,12 @@ def router(server: Server) -> APIRouter:
         "",
         summary="Load a bundle",
         status_code=201,
-        responses={**openapi.answer("Model", 201), **openapi.errors(400, 404, 409, 415, 422)},
+        responses={**openapi.answer("Model", 201), **openapi.errors(400, 403, 404, 409, 415, 422)},
         openapi_extra=openapi.body(schemas.DeployRequest),
         response_model=None,
     )
     async def load(request: Request) -> Response:
+        check_managed()
         wire: schemas.DeployRequest = await read_request(server, request, schemas.DeployRequest)
         entry = await deploy(server, await server.on_thread(read_config, wire, allowed))
         return Response(dumps(entry), 201, media_type="application/json")
@@ -41,10 +47,11 @@ def router(server: Server) -> APIRouter:
     @routes.delete(
         "/{name}",
         summary="Unload a model",
-        responses={**openapi.answer("Deleted"), **openapi.errors(404)},
+        responses={**openapi.answer("Deleted"), **openapi.errors(403, 404)},
         response_model=None,
     )
     async def unload(name: str) -> dict[str, str]:
+        check_managed()
         await server.provider.delete_model(name)
         return {"status": "deleted", "model": name}
 

@@ -11,7 +11,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..provider.errors import TaskNotSupportedError
-from ..provider.types import ImageMaskGenerationResult
+from ..provider.types import (
+    ImageMaskGenerationResult,
+    ImageZeroShotDetectionResult,
+    TextImageConditionalGenerationResult,
+    VideoMaskGenerationResult,
+)
 from . import answers, inputs, openapi, schemas
 from .bodies import read_request, read_upload
 from .echoes import Answering
@@ -35,13 +40,14 @@ def router(server: Server) -> APIRouter:
             path, summary=summary, responses={**found, **_ERRORS}, openapi_extra=body, response_model=None
         )
 
+    # URLs are fetched within the work, so that it is over with its waiter's patience, and done once for equal requests.
     # The time limit is the waiter's; the work has none of its own, so that whoever asks again can join it.
 
     async def segment(request: Request, given: Any, sent: Answering) -> Response:
-        given.image = await server.media.fetched(given.image)
         asked = given.return_image_embedding
 
         async def compute() -> tuple[ImageMaskGenerationResult, Answering]:
+            given.image = await server.media.fetched(given.image)
             return await server.provider.image_mask_generation(given, math.inf), sent
 
         timeout = server.settings.segmentation_timeout_s
@@ -54,32 +60,27 @@ def router(server: Server) -> APIRouter:
         return await server.respond(body)
 
     async def detect(request: Request, given: Any) -> Response:
-        given.image = await server.media.fetched(given.image)
-        result = await server.answered(
-            request,
-            "detection",
-            lambda: server.provider.image_zero_shot_detection(given, math.inf),
-            server.settings.detection_timeout_s,
-        )
+        async def compute() -> ImageZeroShotDetectionResult:
+            given.image = await server.media.fetched(given.image)
+            return await server.provider.image_zero_shot_detection(given, math.inf)
+
+        result = await server.answered(request, "detection", compute, server.settings.detection_timeout_s)
         return await server.respond(lambda: answers.envelope(result, "detection", answers.detection(result.data)))
 
     async def track(request: Request, given: Any) -> Response:
-        given.video = await fetched_video(server, given.video)
-        result = await server.answered(
-            request,
-            "tracking",
-            lambda: server.provider.video_mask_generation(given, math.inf),
-            server.settings.tracking_timeout_s,
-        )
+        async def compute() -> VideoMaskGenerationResult:
+            given.video = await fetched_video(server, given.video)
+            return await server.provider.video_mask_generation(given, math.inf)
+
+        result = await server.answered(request, "tracking", compute, server.settings.tracking_timeout_s)
         return await server.respond(lambda: answers.envelope(result, "tracking", answers.tracking(result.data)))
 
-    async def describe(request: Request, given: Any) -> Response:
-        result = await server.answered(
-            request,
-            "vlm",
-            lambda: server.provider.text_image_conditional_generation(given, math.inf),
-            server.settings.vlm_timeout_s,
-        )
+    async def describe(request: Request, wire: Any, images: list[bytes] | None = None) -> Response:
+        async def compute() -> TextImageConditionalGenerationResult:
+            given = await inputs.text_input(wire, server.media, images)
+            return await server.provider.text_image_conditional_generation(given, math.inf)
+
+        result = await server.answered(request, "vlm", compute, server.settings.vlm_timeout_s)
         return await server.respond(lambda: answers.envelope(result, "vlm", answers.vlm(result.data)))
 
     @post("/segmentation", "Masks on one image", "SegmentationAnswer", openapi.body(schemas.SegmentationRequest))
@@ -132,7 +133,7 @@ def router(server: Server) -> APIRouter:
     @post("/vlm", "Text about images", "VlmAnswer", openapi.body(schemas.VlmRequest))
     async def vlm(request: Request) -> Response:
         wire = await read_request(server, request, schemas.VlmRequest)
-        return await describe(request, await inputs.text_input(wire, server.media))
+        return await describe(request, wire)
 
     @post(
         "/vlm/binary",
@@ -142,7 +143,7 @@ def router(server: Server) -> APIRouter:
     )
     async def vlm_binary(request: Request) -> Response:
         wire, images = await read_upload(server, request, schemas.VlmRequest, "images")
-        return await describe(request, await inputs.text_input(wire, server.media, images))
+        return await describe(request, wire, images)
 
     @post("/embedding", "Not there: no model of this server embeds", None, openapi.body(schemas.EmbeddingRequest))
     async def embedding(request: Request) -> Response:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -70,9 +72,33 @@ def uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
     )
 
 
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which says that it ends before it closes its listener, and only then.
+
+    Args:
+        config: As of `uvicorn_config`.
+        leaving: Called once, at the beginning of the end.
+        delay: Seconds that the listener stays open then; a second signal ends them.
+    """
+
+    def __init__(self, config: uvicorn.Config, leaving: Callable[[], None], delay: float) -> None:
+        super().__init__(config)
+        self._leaving = leaving
+        self._delay = delay
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, after the delay."""
+        self._leaving()
+        end = time.monotonic() + self._delay
+        while not self.force_exit and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.1))
+        await super().shutdown(sockets)
+
+
 def serve(settings: ServerSettings, announce: Callable[[str], None] = lambda url: None) -> None:
-    """Serves until SIGINT or SIGTERM: no new connection then, requests under way have `shutdown_timeout_s` to end,
-    models are unloaded, and jobs that run are marked by their store.
+    """Serves until SIGINT or SIGTERM: ``ready`` answers 503 then, after `shutdown_delay_s` there is no new connection,
+    requests under way have `shutdown_timeout_s` to end, models are unloaded, and jobs that run are marked by their
+    store.
 
     Args:
         settings: What to serve.
@@ -87,6 +113,8 @@ def serve(settings: ServerSettings, announce: Callable[[str], None] = lambda url
     try:
         app = create_app(settings)
         announce(url_of(listening))
-        uvicorn.Server(uvicorn_config(app, settings)).run(sockets=[listening])
+        DrainingServer(uvicorn_config(app, settings), app.state.server.leave, settings.shutdown_delay_s).run(
+            sockets=[listening]
+        )
     finally:
         listening.close()

@@ -157,6 +157,10 @@ class Server:
                 f"There is no model '{name[:200]}'.", f"Known: {', '.join(known) or 'none'}. See GET /v1/models."
             )
 
+    def leave(self) -> None:
+        """Makes ``ready`` answer 503; everything else goes on."""
+        self.stopping = True
+
     async def close(self) -> None:
         """Closes what this server made."""
         self.stopping = True

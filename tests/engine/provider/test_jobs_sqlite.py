@@ -28,7 +28,7 @@ from pixano_edge.engine.provider import (
     TrackedObject,
 )
 from pixano_edge.engine.provider.jobs import JobLog, new_record, status_of
-from pixano_edge.engine.provider.jobs_sqlite import SqliteJobStore
+from pixano_edge.engine.provider.jobs_sqlite import PROBLEM_TOLD, SqliteJobStore
 from pixano_edge.engine.provider.media import MediaPolicy
 
 from .fakes import data_uri, png, until
@@ -303,7 +303,8 @@ def test_the_file_does_not_grow_for_ever(opened: Any) -> None:
 
 def test_a_full_disk_fails_the_job_and_nothing_else(opened: Any) -> None:
     """SQLite's own limit of pages stands for the disk: the error is the same."""
-    store = opened()
+    clock = _Clock()
+    store = opened(clock=clock)
     good, bad = _ended(store), _add(store, _request([b"one"]), NONE)
     store.append(bad, _frame(0))
     until(lambda: not store._jobs[bad].waiting)
@@ -333,7 +334,12 @@ def test_a_full_disk_fails_the_job_and_nothing_else(opened: Any) -> None:
     with pytest.raises(JobStoreError, match="full"):
         add()
     store._file.execute("PRAGMA max_page_count = 1000000")
-    until(lambda: not store.warnings)
+    until(lambda: "at the moment" not in str(store.warnings))
+    (told,) = store.warnings  # it would be gone before anybody looked
+    assert "2001-09-09T01:46:40+00:00" in told
+    assert "full" in told
+    clock.now += PROBLEM_TOLD
+    assert not store.warnings
     request, _ = store.resume(bad)
     assert request.model == "m"
     store.append(bad, _frame(len(store.frames(bad))))
@@ -417,7 +423,7 @@ def test_a_second_process_is_refused(opened: Any, path: Path) -> None:
     with pytest.raises(JobStoreError, match=f"runs already \\(process {os.getpid()}\\)"):
         SqliteJobStore(path)
     code = (
-        "import sys\nfrom pixano_edge.engine.provider.jobs_sqlite import SqliteJobStore\n"
+        "import sys\nfrom pixano_edge.engine.provider.jobs_sqlite import PROBLEM_TOLD, SqliteJobStore\n"
         "try:\n    SqliteJobStore(sys.argv[1])\nexcept Exception as error:\n    print(error)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
@@ -499,3 +505,15 @@ def test_records_are_values_that_the_file_takes(opened: Any) -> None:
     store = opened()
     found = store.get(record.job_id)
     assert replace(found, state="running", detail=None, ended=None) == record
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
+    for given, expected in (
+        (f"{tmp_path}/new/", "new/jobs.sqlite"),
+        (f"{tmp_path}/deep/er", "deep/er"),
+        (tmp_path, "jobs.sqlite"),
+    ):
+        store = SqliteJobStore(given)
+        store.close()
+        assert store.path == tmp_path / expected
+        assert store.path.is_file()

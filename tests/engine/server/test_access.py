@@ -11,7 +11,7 @@ import pytest
 
 from pixano_edge.engine.errors import EdgeError
 from pixano_edge.engine.provider.callers import caller
-from pixano_edge.engine.server import ServerSettings
+from pixano_edge.engine.server import ServerSettings, create_app
 from pixano_edge.engine.server.auth import AuthMiddleware, Keys
 from pixano_edge.engine.server.limits import BodyLimitMiddleware
 from tests.engine.provider.fakes import data_uri, png
@@ -182,6 +182,36 @@ async def test_pages_of_other_origins_are_refused(
     assert answer.status_code == (200 if allowed else 403), answer.text
 
 
+@pytest.mark.parametrize(
+    ("host", "settings", "allowed"),
+    [
+        ("127.0.0.1:7463", {}, True),
+        ("localhost", {}, True),
+        ("LOCALHOST:1", {}, True),
+        ("[::1]:7463", {}, True),
+        ("127.3.4.5:80", {"host": "127.3.4.5"}, True),
+        ("", {}, True),  # no browser
+        ("evil.example:7463", {}, False),  # a name that resolves to 127.0.0.1
+        ("127.0.0.1.evil.example", {}, False),
+        ("localhost.evil.example", {}, False),
+        ("user@127.0.0.1@evil.example", {}, False),
+        ("[", {}, False),
+        ("10.0.0.5", {}, False),
+        ("labels.lan", {"cors_allow_origins": ("https://labels.lan",)}, True),
+        ("labels.lan:8443", {"cors_allow_origins": ("https://labels.lan",)}, True),
+        ("other.lan", {"cors_allow_origins": ("https://labels.lan",)}, False),
+        ("box.lan", {"api_keys": ("k",)}, True),  # a proxy on this machine
+        ("box.lan", {"host": "0.0.0.0", "allow_anonymous": True}, True),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/info", "/v1/models", "/", "/v1/jobs/job-1", "/app/models/"])
+async def test_without_keys_loopback_goes_by_its_own_names(
+    connect: Callable[..., Any], path: str, host: str, settings: dict[str, Any], allowed: bool
+) -> None:
+    answer = await connect(**settings).get(path, headers={"Host": host, "X-API-Key": "k"})
+    assert (answer.status_code != 403) is allowed, answer.text
+
+
 async def test_allowed_origins_get_cors_headers_and_preflight_needs_no_key(connect: Callable[..., Any]) -> None:
     client = connect(api_keys=("k",), cors_allow_origins=("https://labels.lan",))
     asked = {"Origin": "https://labels.lan", "Access-Control-Request-Method": "POST"}
@@ -191,6 +221,58 @@ async def test_allowed_origins_get_cors_headers_and_preflight_needs_no_key(conne
     refused = await client.post(SEGMENT, json=CLICK, headers={"Origin": "https://labels.lan"})
     assert refused.status_code == 401
     assert refused.headers["Access-Control-Allow-Origin"] == "https://labels.lan"
+
+
+async def test_warnings_are_shown_to_holders_of_a_key_alone(connect: Callable[..., Any]) -> None:
+    for keys, headers, shown in (
+        ((), {}, True),
+        (("k",), {}, False),
+        (("k",), {"X-API-Key": "wrong"}, False),
+        (("k",), {"X-API-Key": "k"}, True),
+        (("k",), {"Authorization": "Bearer k"}, True),
+    ):
+        client = connect(api_keys=keys)
+        client._transport.app.state.server.warnings.append("/home/somebody is full")
+        for path in ("/info", "/v1/info"):
+            answer = await client.get(path, headers=headers)
+            assert answer.status_code == 200
+            assert ("/home/somebody is full" in answer.json()["warnings"]) is shown, (keys, headers)
+            assert shown or "somebody" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "managed"),
+    [
+        ({}, True),
+        ({"host": "0.0.0.0", "api_keys": ("k",)}, True),
+        ({"host": "0.0.0.0", "allow_anonymous": True}, False),
+        ({"host": "0.0.0.0", "allow_anonymous": True, "manage_models": True}, True),
+        ({"manage_models": False}, False),
+        ({"api_keys": ("k",), "manage_models": False}, False),
+    ],
+)
+async def test_who_may_load_and_unload_models(
+    connect: Callable[..., Any], settings: dict[str, Any], managed: bool
+) -> None:
+    client = connect(**settings, headers={"X-API-Key": "k"})
+    wish = {"name": "alpha", "modelClass": "Sam2ImagePredictor", "modelParams": {}}
+    loaded = await client.post("/v1/models", json=wish)
+    assert loaded.status_code == (201 if managed else 403), loaded.text
+    gone = await client.delete("/v1/models/alpha")
+    assert gone.status_code == (200 if managed else 403), gone.text
+    assert managed or loaded.json()["error"]["code"] == "forbidden"
+    assert (await client.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize(("keys", "warned"), [(("x" * 15, "y" * 16), 1), (("y" * 16,), 0), ((), 0)])
+async def test_short_keys_are_warned_about_at_start(
+    provider: Any, caplog: pytest.LogCaptureFixture, keys: tuple[str, ...], warned: int
+) -> None:
+    app = create_app(ServerSettings(api_keys=keys), provider)
+    async with app.router.lifespan_context(app):
+        pass
+    found = [record.getMessage() for record in caplog.records if "API key" in record.getMessage()]
+    assert found == ["1 API key(s) have fewer than 16 characters and may be guessed"] * warned
 
 
 async def test_json_routes_take_json_alone(client: Any) -> None:

@@ -43,7 +43,7 @@ class Box:
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://box")
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
 
     @property
     def echoes(self) -> Echoes:

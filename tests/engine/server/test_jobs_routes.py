@@ -153,7 +153,7 @@ async def test_text_comes_in_pieces(client: Any, provider: EdgeProvider, monkeyp
     assert events[2]["generatedText"] == "A cat."
     assert events[2]["usage"] == {"promptTokens": 7, "completionTokens": 3, "totalTokens": 10}
     early = await client.post(f"{V1}/vlm/stream", json={**body, "prompt": "early"})
-    assert (early.status_code, early.json()["error"]["message"]) == (500, "It broke. Try again.")
+    assert (early.status_code, early.json()["error"]["message"]) == (500, "Inference error.")
     late = await client.post(f"{V1}/vlm/stream", json={**body, "prompt": "late"})
     assert late.text.startswith('data: {"text":"A "}\n\ndata: {"error":')
 

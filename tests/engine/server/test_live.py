@@ -108,7 +108,9 @@ def test_an_upload_above_the_limit_reads_its_answer(tmp_path: Path) -> None:
         assert httpx.post(f"{url}{SEGMENT}", content=chunks, timeout=60).status_code == 413
         # curl asks before it sends as much
         with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port)) as connection:
-            head = f"POST {SEGMENT} HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\nExpect: 100-continue\r\n\r\n"
+            head = (
+                f"POST {SEGMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\nExpect: 100-continue\r\n\r\n"
+            )
             connection.sendall(head.encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
@@ -125,7 +127,7 @@ def test_broken_http_does_not_hurt(live: Any) -> None:
             connection.settimeout(5)
             connection.recv(1000)
     with socket.create_connection(address) as connection:
-        connection.sendall(f"POST {SEGMENT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+        connection.sendall(f"POST {SEGMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{".encode())
     assert live.get("/v1/health").status_code == 200
 
 
@@ -207,6 +209,35 @@ def command(tmp_path: Path, *options: str) -> Iterator[tuple[Any, str]]:
             process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_ready_says_503_before_the_listener_closes(tmp_path: Path, opener: FakeOpener) -> None:
+    import asyncio
+
+    from pixano_edge.engine.server.run import DrainingServer, bind, uvicorn_config
+
+    provider = make_provider(tmp_path, opener, media_roots=[])
+    settings = ServerSettings(shutdown_delay_s=1.5)
+    app = create_app(settings, provider)
+    listening = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = DrainingServer(uvicorn_config(app, settings), app.state.server.leave, settings.shutdown_delay_s)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        assert httpx.get(f"{url}/v1/ready").status_code == 200
+        server.should_exit = True  # what the signal does
+        until(lambda: httpx.get(f"{url}/v1/ready").status_code == 503)
+        assert httpx.get(f"{url}/v1/models").status_code == 200, "served on"
+        thread.join(10)
+        assert not thread.is_alive()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+    finally:
+        server.force_exit = server.should_exit = True
+        thread.join(10)
+        asyncio.run(provider.close())
 
 
 def test_the_command_serves_and_finishes_what_it_began(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     add_bundle(root, "alpha", tracks=True)
     add_bundle(root, "find", family="owlv2")
     provider = make_provider(root, FakeOpener(), media_roots=[])
-    found = create_app(ServerSettings(store=root), provider)
+    found = create_app(ServerSettings(store=root, cors_allow_origins=("http://testserver",)), provider)
     yield found
     asyncio.run(found.state.server.close())
     asyncio.run(provider.close())

@@ -63,3 +63,19 @@ def test_a_malformed_variable_is_named_and_no_key_is_shown(env: dict[str, str], 
 
 def test_keys_do_not_show_in_a_printed_setting() -> None:
     assert "secret" not in repr(ServerSettings(api_keys=("secret",)))
+
+
+def test_a_folder_for_jobs_is_not_taken_for_a_file(tmp_path: Path) -> None:
+    for text, expected in (
+        (f"{tmp_path}/new/", tmp_path / "new" / "jobs.sqlite"),
+        (str(tmp_path), tmp_path / "jobs.sqlite"),
+        (f"{tmp_path}/mine.db", tmp_path / "mine.db"),
+    ):
+        assert ServerSettings.read({"PIXANO_EDGE_JOBS": text}).jobs == expected
+        assert ServerSettings.read({}, jobs=text).jobs == expected
+    assert not (tmp_path / "new").exists(), "settings make nothing"
+
+
+def test_short_keys_are_counted() -> None:
+    assert ServerSettings(api_keys=("k" * 15, "k" * 16, "k")).weak_keys() == 2
+    assert ServerSettings().weak_keys() == 0

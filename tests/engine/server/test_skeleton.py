@@ -17,7 +17,7 @@ from pixano_edge.engine.server import ServerSettings, create_app
 async def client(tmp_path: Path):
     app = create_app(ServerSettings(demo=True, store=tmp_path, threads=1))
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://box") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
     await app.state.server.close()
 

@@ -110,7 +110,7 @@ def hang_up(soak: Soak, rng: random.Random) -> None:
     image = rng.choice(soak.images)
     body = click_body("sam2-demo", image, rng.randrange(900), rng.randrange(500), returnImageEmbedding=True)
     head = (
-        f"POST {SEGMENTATION} HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\n"
+        f"POST {SEGMENTATION} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     sent = (head + body)[: rng.choice((10, len(head), len(head) + len(body) // 2, len(head) + len(body)))]

@@ -236,13 +236,18 @@ async def test_request_ids_are_echoed_where_they_are_plain(client: Any) -> None:
     ("error", "status", "shown"),
     [
         (OutOfMemoryError("No room.", "Use a smaller image."), 500, "No room. Use a smaller image."),
-        (InferenceError("The back end failed.", "See the log."), 500, "The back end failed. See the log."),
+        (InferenceError("The back end failed at /secret.", "See the log."), 500, "Inference error."),
         (RuntimeError("secret /home/path"), 500, "Inference error."),
         (CancelledError("gone"), 404, None),
     ],
 )
 async def test_failures_inside_say_no_more_than_they_should(
-    client: Any, opener: FakeOpener, error: Exception, status: int, shown: str | None
+    client: Any,
+    opener: FakeOpener,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    status: int,
+    shown: str | None,
 ) -> None:
     await client.post(f"{V1}/segmentation", json=CLICK)
 
@@ -256,6 +261,11 @@ async def test_failures_inside_say_no_more_than_they_should(
     assert "secret" not in answer.text
     if shown is not None:
         assert answer.json()["error"]["message"] == shown
+        identity = answer.json()["error"]["requestId"]
+        logged = [record for record in caplog.records if getattr(record, "request_id", None) == identity]
+        assert any(str(error) in f"{record.getMessage()} {record.exc_text}" for record in logged)
+        older = await client.post("/inference/segmentation/", json={**CLICK, "points": [[[11, 9]]]})
+        assert "secret" not in older.text
 
 
 async def test_a_slow_answer_is_504_and_its_work_is_stopped(connect: Any, opener: FakeOpener) -> None:
