@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,11 @@ import typer
 from ..bundle.store import DEMO_NAMES, BundleStore, default_root
 from ..errors import EdgeError
 from ..server.run import serve as run
-from ..server.settings import DEFAULT_PORT, ServerSettings
+from ..server.settings import DEFAULT_PORT, PREFIXES, ServerSettings
 from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption
 from .output import note
 
 app = typer.Typer(rich_markup_mode="markdown")
-
-MEMORY = "memory"
 
 
 @app.command()
@@ -94,15 +93,13 @@ def serve(
         media_roots=media_root or None,
         media_allow_url=allow_url,
         bundle_roots=bundle_root or None,
-        jobs=jobs if jobs and jobs != MEMORY else None,
+        jobs=jobs or None,
         cors_allow_origins=cors_origin or None,
         log_level=log_level,
         log_json=log_json,
     )
-    if settings.jobs is None and jobs is None:
+    if settings.jobs is None and not (jobs or any(os.environ.get(f"{prefix}JOBS") for prefix in PREFIXES)):
         settings = settings.model_copy(update={"jobs": default_root().parent / "jobs.sqlite"})
-    elif jobs == MEMORY:
-        settings = settings.model_copy(update={"jobs": None})
     for folder in (*settings.media_roots, *settings.bundle_roots):
         if not folder.is_dir():
             raise EdgeError(f"There is no folder '{folder}'.", "Create it, or name another one.")

@@ -27,6 +27,9 @@ PREFIXES = ("PIXANO_EDGE_", "PIXANO_INFERENCE_")
 
 DEFAULT_PORT = 7463
 
+MEMORY = "memory"
+"""As `jobs`: forget tracking jobs at the end."""
+
 STRONG_KEY = 16
 """Characters from which an API key is not warned about; ``openssl rand -hex 16`` writes 32."""
 
@@ -58,7 +61,7 @@ class ServerSettings(BaseModel):
         device, backend, precision, threads, cache_mb: Of models that are loaded on demand; see `EdgeProvider`.
         queue_depth: Requests that may wait per model, and clips it may track in at once.
         jobs: File in which tracking jobs outlive the server, or the folder of a ``jobs.sqlite``; text that ends with a
-            slash is a folder, whether it is there or not. None for memory.
+            slash is a folder, whether it is there or not. `MEMORY` or None for memory.
         embedding_handles: Answer with a few numbers that stand for an image embedding, instead of 22 MB.
         echo_mb: MiB of sent embeddings that are kept, to know them again when they come back.
         max_request_body_bytes: Larger bodies are refused with 413, whether they say their length or not.
@@ -153,6 +156,8 @@ class ServerSettings(BaseModel):
     @field_validator("jobs", mode="before")
     @classmethod
     def _jobs(cls, value: Any) -> Any:
+        if value == MEMORY:
+            return None
         return job_file(value) if isinstance(value, str) else value
 
     @field_validator("log_level")

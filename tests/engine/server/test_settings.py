@@ -73,6 +73,8 @@ def test_a_folder_for_jobs_is_not_taken_for_a_file(tmp_path: Path) -> None:
     ):
         assert ServerSettings.read({"PIXANO_EDGE_JOBS": text}).jobs == expected
         assert ServerSettings.read({}, jobs=text).jobs == expected
+    assert ServerSettings.read({"PIXANO_EDGE_JOBS": "memory"}).jobs is None
+    assert ServerSettings.read({"PIXANO_EDGE_JOBS": str(tmp_path)}, jobs="memory").jobs is None
     assert not (tmp_path / "new").exists(), "settings make nothing"
 
 
