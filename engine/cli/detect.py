@@ -36,7 +36,11 @@ Rgb = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
 DEMO, DEMO_THRESHOLD = "owlv2-demo", 0.3
-THRESHOLDS = {"grounding-dino": (0.35, 0.25), DEMO: (DEMO_THRESHOLD, DEMO_THRESHOLD)}
+THRESHOLDS = {
+    "grounding-dino": (0.35, 0.25),
+    DEMO: (DEMO_THRESHOLD, DEMO_THRESHOLD),
+    "grounding-dino-demo": (0.5, 0.5),
+}
 """Box and text threshold by family, or name, where the command takes other ones than `DEFAULT_THRESHOLDS`: those of the
 examples in upstream's README (IDEA-Research/GroundingDINO), and the demo's own."""
 DEFAULT_THRESHOLDS = (0.1, 0.1)

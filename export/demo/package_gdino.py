@@ -1,9 +1,11 @@
 """Makes the bundle of the demo's Grounding DINO that ships with the package, from the checkpoint in the source.
 
 Run from the repository root: ``python -m pixano_edge.export.demo.package_gdino``. After another training run:
-``--trained FOLDER`` takes that run's checkpoint first, with its scores calibrated (:mod:`.calibrate_gdino`). Weights
+``--trained FOLDER`` takes that run's checkpoint first, its scores calibrated and its queries' boxes kept as they start
+(:mod:`.calibrate_gdino`). Weights
 are rounded to half precision, as for the demo's SAM 2 (:mod:`.package`), and the bundle goes into
-``engine/assets/grounding-dino-demo``.
+``engine/assets/grounding-dino-demo``: in fp32 only, since weights of convolutions are not shared between variants
+(:mod:`pixano_edge.export.half_weights`), and with both the bundle has 24 MB.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 import typer
 from transformers import GroundingDinoForObjectDetection
 
-from pixano_edge.export.demo.calibrate_gdino import calibrate
+from pixano_edge.export.demo.calibrate_gdino import calibrate, keep_boxes
 from pixano_edge.export.demo.gdino_model import build_processor, build_tokenizer
 from pixano_edge.export.demo.package import check_size, round_checkpoint, scene_photos
 from pixano_edge.export.demo.package_owlv2 import CLASSES
@@ -40,6 +42,7 @@ def package(checkpoint: Path, bundle: Path, threads: int | None = None) -> Path:
         bundle,
         licence="Apache-2.0",
         name=NAME,
+        variants=("fp32",),
         photos=scene_photos(),
         classes=CLASSES,
         threads=threads,
@@ -55,6 +58,7 @@ def take(trained: Path, checkpoint: Path) -> None:
     kind: type = GroundingDinoForObjectDetection
     model = kind.from_pretrained(trained, dtype=torch.float32)
     tokenizer = build_tokenizer()
+    keep_boxes(model)
     threshold = calibrate(model, tokenizer)
     typer.echo(f"Scores calibrated: {threshold:.3f} is now 0.5.")
     with tempfile.TemporaryDirectory() as work:

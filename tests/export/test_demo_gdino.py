@@ -19,7 +19,7 @@ from pixano_edge.engine.models.grounding_dino.text import Captioner  # noqa: E40
 from pixano_edge.export.demo import gdino_loss as losses  # noqa: E402
 from pixano_edge.export.demo import gdino_model as small  # noqa: E402
 from pixano_edge.export.demo import train_gdino as training  # noqa: E402
-from pixano_edge.export.demo.calibrate_gdino import shift_scores  # noqa: E402
+from pixano_edge.export.demo.calibrate_gdino import keep_boxes, shift_scores  # noqa: E402
 from pixano_edge.export.demo.detect_batches import ASKED, NOTHING, UNSURE  # noqa: E402
 from pixano_edge.export.demo.scene_pool import ScenePool, draw_pool, open_pool  # noqa: E402
 from pixano_edge.export.demo.scenes import generate_scene  # noqa: E402
@@ -219,3 +219,15 @@ def test_a_step_reaches_every_parameter_that_is_used(model: Any, pool: ScenePool
     same = [name for name, value in trained.state_dict().items() if torch.equal(value, before[name])]
     # A bias of keys shifts all scores of a softmax alike; nothing else may stand still.
     assert [n for n in same if not n.endswith(("num_batches_tracked", "key.bias", "k_proj.bias", "position_ids"))] == []
+
+
+def test_queries_keep_the_boxes_of_their_places(model: Any) -> None:
+    pixels = torch.randn(1, 3, small.IMAGE_SIZE, small.IMAGE_SIZE)
+    ids = torch.tensor([[101, 1100, 1012, 1101, 1102, 1012, 102]])
+    kept = copy.deepcopy(model)
+    keep_boxes(kept)
+    with torch.no_grad():
+        moved, still = small.predict(model, pixels, ids), small.predict(kept, pixels, ids)
+    best = still.logits.amax(-1).topk(small.QUERIES, 1)[1][0]
+    assert torch.allclose(still.query_boxes[-1, 0], still.boxes[0, best], atol=1e-5)
+    assert not torch.allclose(moved.query_boxes[-1, 0], moved.boxes[0, best], atol=1e-2)
