@@ -26,7 +26,8 @@ def shift_scores(model: GroundingDinoForObjectDetection, by: float) -> None:
     common = model.model.encoder.layers[-1].text_enhancer_layer.layer_norm_after.bias
     move = by * common / common.square().sum()
     model.model.decoder.layer_norm.bias.add_(move)
-    first = model.bbox_embed[-1].layers[0]
+    head: Any = model.bbox_embed[-1]
+    first = head.layers[0]
     first.bias.sub_(first.weight @ move)
 
 
@@ -38,7 +39,8 @@ def keep_boxes(model: GroundingDinoForObjectDetection) -> None:
     in the packaged run these corrections made boxes worse (docs/demo-detector.md), and the second layer looked in the
     wrong places.
     """
-    for head in model.bbox_embed:
+    heads: Any = model.bbox_embed
+    for head in heads:
         head.layers[-1].weight.zero_()
         head.layers[-1].bias.zero_()
 

@@ -48,12 +48,13 @@ VOCABULARY = 1400
 
 def tiny_config() -> GroundingDinoConfig:
     """About 3 million parameters: a ResNet of 18 convolutions, one encoder and two decoder layers, two of BERT."""
+    stages: dict[str, Any] = {"out_features": ["stage3", "stage4"]}
     backbone = ResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 128, 192],
         depths=[1, 2, 4, 2],
         layer_type="basic",
-        out_features=["stage3", "stage4"],
+        **stages,
     )
     text = BertConfig(
         vocab_size=VOCABULARY,
@@ -179,10 +180,12 @@ def initialise(model: GroundingDinoForObjectDetection) -> None:
         layer.fusion_layer.vision_param.fill_(0.1)
         layer.fusion_layer.text_param.fill_(0.1)
     # Boxes start about as large as objects are: the anchors of the finest level are 0.05 wide.
-    head = base.encoder_output_bbox_embed.layers[-1]
+    head: Any = base.encoder_output_bbox_embed
+    head = head.layers[-1]
     head.weight.mul_(0.1)
     head.bias.copy_(torch.tensor([0.0, 0.0, 2.3, 2.3]))
-    for box in model.bbox_embed:
+    boxes: Any = model.bbox_embed
+    for box in boxes:
         box.layers[-1].weight.mul_(0.1)
         box.layers[-1].bias.zero_()
 
