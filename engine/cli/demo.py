@@ -22,6 +22,7 @@ from ..models.masks import mask_iou
 from ..models.rle import decode_rle
 from .demo_clip import ClipResult, read_clip, run_clip
 from .demo_words import ABSENT, run_words
+from .detect import usual_thresholds
 from .draw import overlay, write_png
 from .options import BackendOption, DeviceOption, PrecisionOption, ThreadsOption, open_bundle
 from .output import JsonOption, make_folder, milliseconds, print_json, print_table
@@ -130,7 +131,7 @@ def demo(
     bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
     detector: Annotated[
         str, typer.Option(help="Bundle that finds objects by name; one taught the words.")
-    ] = "owlv2-demo",
+    ] = "grounding-dino-demo",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
@@ -178,7 +179,8 @@ def demo(
     else:
         with closing(by_name):
             asked = ((picture, [(o.name, o.box) for o in objects]) for picture, objects in pictures)
-            words = [run_words(by_name, picture, objects, out) for picture, objects in asked]
+            threshold = usual_thresholds(named.manifest)[0]
+            words = [run_words(by_name, picture, objects, out, threshold) for picture, objects in asked]
             named_info = by_name.info()
     total = time.perf_counter() - begin
     if as_json:

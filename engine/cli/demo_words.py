@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..models.detection.nms import box_iou
 from ..models.images import decode_image
-from .detect import DEMO_THRESHOLD, named_boxes
+from .detect import named_boxes
 from .draw import overlay, write_png
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def word_of(name: str) -> str:
     return f"{words[0]} {words[-1]}"
 
 
-def run_words(detector: Detector, picture: Path, objects: Sequence[tuple[str, Box]], out: Path) -> WordsResult:
+def run_words(
+    detector: Detector, picture: Path, objects: Sequence[tuple[str, Box]], out: Path, threshold: float
+) -> WordsResult:
     """Asks for every object of a picture by name and draws what is found.
 
     Args:
@@ -67,16 +69,17 @@ def run_words(detector: Detector, picture: Path, objects: Sequence[tuple[str, Bo
         picture: Image file.
         objects: Name and true box (x0, y0, x1, y1) of each.
         out: Folder to write to; exists.
+        threshold: Least score of a box and its words.
 
     Raises:
         EdgeError: The picture cannot be read or written, or the detector failed.
     """
     image = decode_image(picture)
     words = [*dict.fromkeys(word_of(name) for name, _ in objects), ABSENT]
-    found, first_seconds = _timed(detector, image, words)
+    found, first_seconds = _timed(detector, image, words, threshold)
     other = image.copy()
     other[0, 0] ^= 1  # another picture for whoever keeps image features
-    _, again_seconds = _timed(detector, other, words)
+    _, again_seconds = _timed(detector, other, words, threshold)
     hits = _hits(found, objects)
     path = out / f"{picture.stem}.words.png"
     write_png(path, overlay(image, [], boxes=named_boxes(found)))
@@ -85,9 +88,11 @@ def run_words(detector: Detector, picture: Path, objects: Sequence[tuple[str, Bo
     )
 
 
-def _timed(detector: Detector, image: npt.NDArray[np.uint8], words: Sequence[str]) -> tuple[Detections, float]:
+def _timed(
+    detector: Detector, image: npt.NDArray[np.uint8], words: Sequence[str], threshold: float
+) -> tuple[Detections, float]:
     start = time.perf_counter()
-    found = detector.detect(image, words, box_threshold=DEMO_THRESHOLD, text_threshold=DEMO_THRESHOLD, nms=NMS)
+    found = detector.detect(image, words, box_threshold=threshold, text_threshold=threshold, nms=NMS)
     return found, time.perf_counter() - start
 
 

@@ -28,6 +28,7 @@ from .prompts import ParsedPrompt, as_box, numbers
 from .segment import COCO_NAME, find_masks, list_images, output_stems
 
 if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest
     from ..models.sam2.predictor import Sam2ImagePredictor
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -35,10 +36,10 @@ app = typer.Typer(rich_markup_mode="markdown")
 Rgb = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-DEMO, DEMO_THRESHOLD = "owlv2-demo", 0.3
+DEMO = "owlv2-demo"
 THRESHOLDS = {
     "grounding-dino": (0.35, 0.25),
-    DEMO: (DEMO_THRESHOLD, DEMO_THRESHOLD),
+    DEMO: (0.3, 0.3),
     "grounding-dino-demo": (0.5, 0.5),
 }
 """Box and text threshold by family, or name, where the command takes other ones than `DEFAULT_THRESHOLDS`: those of the
@@ -51,6 +52,11 @@ SEGMENTER = "sam2-demo"
 
 _MASK_BYTES = 1 << 28
 """Full-size masks held at once: boxes are segmented in groups, so that many boxes on a large photo fit in memory."""
+
+
+def usual_thresholds(manifest: Manifest) -> tuple[float, float]:
+    """Box and text threshold of a bundle where none is asked for."""
+    return THRESHOLDS.get(manifest.name) or THRESHOLDS.get(manifest.family, DEFAULT_THRESHOLDS)
 
 
 @dataclass(frozen=True)
@@ -321,8 +327,7 @@ def detect(
     example = None if like is None else _read_example(like, like_box)
     opened = open_bundle(bundle)
     if like is None:
-        manifest = opened.manifest
-        usual = THRESHOLDS.get(manifest.name) or THRESHOLDS.get(manifest.family, DEFAULT_THRESHOLDS)
+        usual = usual_thresholds(opened.manifest)
         box_threshold = usual[0] if box_threshold is None else box_threshold
         text_threshold = usual[1] if text_threshold is None else text_threshold
     else:

@@ -47,7 +47,7 @@ def test_all_found(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch,
         ((12, 10, 60, 58), "red star"), ((80, 12, 118, 60), "red star"), ((10, 70, 50, 110), "blue circle"),
     )  # fmt: skip
-    result = run_words(detector, picture, OBJECTS, tmp_path)
+    result = run_words(detector, picture, OBJECTS, tmp_path, 0.5)
     assert result.words == ["red star", "blue circle", ABSENT]
     assert (result.objects, result.found, result.wrong) == (3, 3, 0)
     assert result.first_seconds > 0
@@ -69,7 +69,7 @@ def test_all_found(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_counts(
     picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boxes: Any, found: int, wrong: int
 ) -> None:
-    result = run_words(_answers(monkeypatch, *boxes), picture, OBJECTS, tmp_path)
+    result = run_words(_answers(monkeypatch, *boxes), picture, OBJECTS, tmp_path, 0.5)
     assert (result.found, result.wrong) == (found, wrong)
 
 
