@@ -38,6 +38,8 @@ STRIDES = (16, 32, 64)
 GRID = IMAGE_SIZE // STRIDES[0]
 """Places per side of the finest level. They answer for objects; the other levels give context."""
 WIDTH = 128
+CHANNELS = 128
+"""Of the backbone's finest map that is taken."""
 QUERIES = 40
 MAX_TOKENS = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,9 +50,10 @@ VOCABULARY = 1400
 
 def tiny_config() -> GroundingDinoConfig:
     """About 3 million parameters: a ResNet of 18 convolutions, one encoder and two decoder layers, two of BERT."""
-    backbone = ResNetConfig(
+    kind: Any = ResNetConfig  # its annotations leave out `out_features`
+    backbone = kind(
         embedding_size=32,
-        hidden_sizes=[32, 64, 128, 192],
+        hidden_sizes=[32, 64, CHANNELS, 192],
         depths=[1, 2, 4, 2],
         layer_type="basic",
         out_features=["stage3", "stage4"],
@@ -182,7 +185,8 @@ def initialise(model: GroundingDinoForObjectDetection) -> None:
     head = base.encoder_output_bbox_embed.layers[-1]
     head.weight.mul_(0.1)
     head.bias.copy_(torch.tensor([0.0, 0.0, 2.3, 2.3]))
-    for box in model.bbox_embed:
+    boxes: Any = model.bbox_embed
+    for box in boxes:
         box.layers[-1].weight.mul_(0.1)
         box.layers[-1].bias.zero_()
 

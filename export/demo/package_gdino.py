@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -55,7 +55,7 @@ def package(checkpoint: Path, bundle: Path, threads: int | None = None) -> Path:
 
 def take(trained: Path, checkpoint: Path) -> None:
     """Writes a trained checkpoint, calibrated and rounded, to `checkpoint`, which is replaced."""
-    kind: type = GroundingDinoForObjectDetection
+    kind: Any = GroundingDinoForObjectDetection
     model = kind.from_pretrained(trained, dtype=torch.float32)
     tokenizer = build_tokenizer()
     keep_boxes(model)

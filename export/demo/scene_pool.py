@@ -10,6 +10,7 @@ import functools
 import multiprocessing as mp
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,15 +42,13 @@ def _shapes(count: int) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _files(folder: Path, count: int, mode: str) -> dict[str, NDArray[np.generic]]:
-    return {
-        name: np.lib.format.open_memmap(
-            folder / f"{name}.npy",
-            mode=mode,  # type: ignore[arg-type]  # "w+" or "r+" or "r"
-            **({} if mode.startswith("r") else {"dtype": dtype, "shape": shape}),
-        )
-        for name, (shape, dtype) in _shapes(count).items()
-    }
+def _files(folder: Path, count: int, mode: Any) -> dict[str, NDArray[np.generic]]:
+    """The pool's arrays, new ones for mode ``w+``."""
+    made: dict[str, NDArray[np.generic]] = {}
+    for name, (shape, dtype) in _shapes(count).items():
+        new: dict[str, Any] = {"dtype": dtype, "shape": shape} if mode == "w+" else {}
+        made[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode=mode, **new)
+    return made
 
 
 def _draw(chunk: int, folder: Path, count: int, seed: int) -> int:
