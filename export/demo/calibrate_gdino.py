@@ -21,7 +21,7 @@ from pixano_edge.export.demo.scenes import generate_scene
 
 
 @torch.no_grad()
-def shift_scores(model: GroundingDinoForObjectDetection, by: float) -> None:
+def shift_scores(model: Any, by: float) -> None:
     """Adds nearly `by` to every logit of ``model``, in place; boxes and the choice of queries stay as they are."""
     common = model.model.encoder.layers[-1].text_enhancer_layer.layer_norm_after.bias
     move = by * common / common.square().sum()
@@ -32,7 +32,7 @@ def shift_scores(model: GroundingDinoForObjectDetection, by: float) -> None:
 
 
 @torch.no_grad()
-def keep_boxes(model: GroundingDinoForObjectDetection) -> None:
+def keep_boxes(model: Any) -> None:
     """Lets each query of ``model`` keep the box of the place that it started from; in place.
 
     Between its layers the decoder corrects boxes by states before its norm, while the loss only sees states behind it:

@@ -38,6 +38,8 @@ STRIDES = (16, 32, 64)
 GRID = IMAGE_SIZE // STRIDES[0]
 """Places per side of the finest level. They answer for objects; the other levels give context."""
 WIDTH = 128
+CHANNELS = 128
+"""Of the backbone's finest map that is taken."""
 QUERIES = 40
 MAX_TOKENS = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,13 +50,13 @@ VOCABULARY = 1400
 
 def tiny_config() -> GroundingDinoConfig:
     """About 3 million parameters: a ResNet of 18 convolutions, one encoder and two decoder layers, two of BERT."""
-    stages: dict[str, Any] = {"out_features": ["stage3", "stage4"]}
-    backbone = ResNetConfig(
+    kind: Any = ResNetConfig  # its annotations leave out `out_features`
+    backbone = kind(
         embedding_size=32,
-        hidden_sizes=[32, 64, 128, 192],
+        hidden_sizes=[32, 64, CHANNELS, 192],
         depths=[1, 2, 4, 2],
         layer_type="basic",
-        **stages,
+        out_features=["stage3", "stage4"],
     )
     text = BertConfig(
         vocab_size=VOCABULARY,
@@ -180,8 +182,7 @@ def initialise(model: GroundingDinoForObjectDetection) -> None:
         layer.fusion_layer.vision_param.fill_(0.1)
         layer.fusion_layer.text_param.fill_(0.1)
     # Boxes start about as large as objects are: the anchors of the finest level are 0.05 wide.
-    head: Any = base.encoder_output_bbox_embed
-    head = head.layers[-1]
+    head = base.encoder_output_bbox_embed.layers[-1]
     head.weight.mul_(0.1)
     head.bias.copy_(torch.tensor([0.0, 0.0, 2.3, 2.3]))
     boxes: Any = model.bbox_embed

@@ -42,11 +42,11 @@ def _shapes(count: int) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _files(folder: Path, count: int, mode: str) -> dict[str, NDArray[np.generic]]:
-    """``mode`` is "w+", "r+" or "r"."""
-    made: dict[str, Any] = {}
+def _files(folder: Path, count: int, mode: Any) -> dict[str, NDArray[np.generic]]:
+    """The pool's arrays, new ones for mode ``w+``."""
+    made: dict[str, NDArray[np.generic]] = {}
     for name, (shape, dtype) in _shapes(count).items():
-        new: dict[str, Any] = {} if mode.startswith("r") else {"dtype": dtype, "shape": shape}
+        new: dict[str, Any] = {"dtype": dtype, "shape": shape} if mode == "w+" else {}
         made[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode=mode, **new)
     return made
 

@@ -39,6 +39,7 @@ from pixano_edge.export.demo.detect_eval import line, measure
 from pixano_edge.export.demo.detect_loss import centred
 from pixano_edge.export.demo.gdino_loss import PARTS, Targets, WhatIsHere, detection_loss
 from pixano_edge.export.demo.gdino_model import (
+    CHANNELS,
     FIXED_TOKENS,
     GRID,
     IMAGE_SIZE,
@@ -138,8 +139,8 @@ def _true_of(phrase: Phrase, words: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 def shown(pool: ScenePool, row: int, turn: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
     """A scene in one of its 8 positions: image (S, S, 3), boxes (M, 4) and owners (PARTS GRID, PARTS GRID)."""
-    picture: Any = np.ascontiguousarray(turned(np.asarray(pool.images[row]), turn))
-    image: Any = cv2.resize(picture, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+    image: Any = np.ascontiguousarray(turned(np.asarray(pool.images[row]), turn))
+    image = cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
     boxes = np.array([turned_box(tuple(box), SIZE, turn) for box in pool.boxes[row].tolist()], np.float32)
     side = PARTS * GRID
     places = ((np.arange(side) + 0.5) * pool.owner.shape[1] / side).astype(np.int64)
@@ -286,8 +287,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     initialise(model)
     model.train()
     ema = copy.deepcopy(model).eval()
-    backbone: Any = model.config.backbone_config
-    here = WhatIsHere(backbone.hidden_sizes[2])
+    here = WhatIsHere(CHANNELS)
     optimizers, flat, trained = build_optimizers(model, here, args.lr, args.muon_lr)
     step, spent = 0, 0.0
     if args.resume:
