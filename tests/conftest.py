@@ -88,6 +88,28 @@ def tracking_bundle(tracking_checkpoint: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
+def tiny_vlm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers folder of a tiny SmolVLM with seeded, sharpened random weights."""
+    pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
+    from tests.support.vlm import write_smolvlm
+
+    return write_smolvlm(tmp_path_factory.mktemp("vlm") / "tiny-vlm", "smolvlm")
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm_bundle(tiny_vlm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle (fp32) of `tiny_vlm_checkpoint`; read-only, copy it before changing it."""
+    from pixano_edge.export.photos import Photo
+    from pixano_edge.export.smolvlm import export_smolvlm
+    from tests.support.vlm import picture, without_memory
+
+    photos = [Photo(f"p{i}", picture(40 + 9 * i, 70, i)) for i in range(2)]
+    folder = tmp_path_factory.mktemp("bundle") / "tiny-vlm"
+    with without_memory():
+        return export_smolvlm(tiny_vlm_checkpoint, folder, variants=("fp32",), tokens=4, photos=photos, threads=1)
+
+
+@pytest.fixture(scope="session")
 def demo_bundle() -> Path:
     """The trained demo bundle that ships in the package."""
     folder = ROOT / "engine" / "assets" / "sam2-demo"

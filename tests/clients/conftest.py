@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import pytest
 from tests.clients import material
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs pixano-edge[server]")
+
+
+VLM = "tiny-vlm"
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ def serve(app: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """The server that all tests here share."""
+def live(tiny_vlm_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """The server of all tests here: the packaged demo bundles, and a small language model that knows nothing."""
     from pixano_edge.engine.server import ServerSettings, create_app
 
-    app = create_app(ServerSettings(demo=True, store=tmp_path_factory.mktemp("store"), threads=1))
+    store = tmp_path_factory.mktemp("store")
+    shutil.copytree(tiny_vlm_bundle, store / VLM)
+    app = create_app(ServerSettings(demo=True, store=store, threads=1))
     for url in serve(app):
         yield Live(url, app.state.server.provider)
 

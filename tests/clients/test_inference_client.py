@@ -11,8 +11,12 @@ import httpx
 import numpy as np
 import pytest
 
-from pixano_edge.engine.provider import EdgeMaskGenerationInput, EdgeVideoMaskGenerationInput
-from tests.clients.conftest import Live
+from pixano_edge.engine.provider import (
+    EdgeMaskGenerationInput,
+    EdgeVideoMaskGenerationInput,
+    TextImageConditionalGenerationInput,
+)
+from tests.clients.conftest import VLM, Live
 from tests.clients.kits import MODULES, Kit
 from tests.clients.material import Clip, Photo, iou
 
@@ -258,17 +262,25 @@ async def test_failed_job_says_why(kit: Kit, client: Any, clip: Clip) -> None:
     assert "rame 1" in done.detail
 
 
-async def test_vlm(kit: Kit, client: Any, photo: Photo) -> None:
-    ask = {"prompt": "What is this?", "images": [photo.uri], "max_new_tokens": 4, "temperature": 0.0}
-    models = [m.name for m in await client.list_models() if m.capability == "vlm"]
-    if not models:
-        with pytest.raises(kit.PixanoInferenceError) as refused:
-            await client.vlm(kit.VLMRequest(model="sam2-demo", **ask))
-        assert (refused.value.status_code, refused.value.code) == (400, "bad_request")
-        return
-    data = (await client.vlm(kit.VLMRequest(model=models[0], **ask))).data
-    assert data.usage.completion_tokens <= 4
+async def test_vlm(kit: Kit, client: Any, photo: Photo, live: Live) -> None:
+    ask = {"prompt": "What is this?", "images": [photo.uri], "max_new_tokens": 6, "temperature": 0.0}
+    assert [m.name for m in await client.list_models() if m.capability == "vlm"] == [VLM]
+    data = (await client.vlm(kit.VLMRequest(model=VLM, **ask))).data
+    direct = (
+        await live.provider.text_image_conditional_generation(TextImageConditionalGenerationInput(VLM, **ask))
+    ).data
+    assert data.generated_text == direct.generated_text
+    assert (data.usage.prompt_tokens, data.usage.completion_tokens) == (
+        direct.usage.prompt_tokens,
+        direct.usage.completion_tokens,
+    )
     assert data.usage.total_tokens == data.usage.prompt_tokens + data.usage.completion_tokens
+    parts = [{"type": "image_url", "image_url": {"url": photo.uri}}, {"type": "text", "text": "What is this?"}]
+    messages = {**ask, "prompt": [{"role": "user", "content": parts}], "images": None}
+    assert (await client.vlm(kit.VLMRequest(model=VLM, **messages))).data.generated_text == data.generated_text
+    with pytest.raises(kit.PixanoInferenceError) as refused:
+        await client.vlm(kit.VLMRequest(model="sam2-demo", **ask))
+    assert (refused.value.status_code, refused.value.code) == (400, "bad_request")
 
 
 async def test_capabilities_without_a_model(kit: Kit, client: Any, photo: Photo) -> None:

@@ -5,13 +5,14 @@ The checks are in `in_pixano` and run there, by its own pytest.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.clients.conftest import Live
+from tests.clients.conftest import VLM, Live
 from tests.support import environments
 
 CHECKS = Path(__file__).parent / "in_pixano"
@@ -23,7 +24,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("check", sorted(path.name for path in CHECKS.glob("check_*.py")))
-def test_in_pixano(check: str, live: Live, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_in_pixano(check: str, live: Live, tiny_vlm_bundle: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    shutil.copytree(tiny_vlm_bundle, tmp_path / "bundles" / VLM)
     overlay = "pixano-0.7.2" if "_07_" in check else None
     command = [environments.python("pixano"), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     options = ["-o", "addopts=", "-o", "python_files=check_*.py", "--confcutdir", str(CHECKS), str(CHECKS / check)]

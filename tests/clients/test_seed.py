@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pixano_edge.engine.provider import EdgeMaskGenerationInput, EdgeVideoMaskGenerationInput
-from tests.clients.conftest import Live
+from tests.clients.conftest import VLM, Live
 from tests.clients.material import Clip, Photo, iou
 from tests.clients.seed import SeedError, SeedProvider
 
@@ -39,9 +39,11 @@ async def test_connect(seed: SeedProvider, first: str) -> None:
 async def test_models_carry_the_long_task_names(seed: SeedProvider) -> None:
     """Trap 7, the other way round: here a capability would make every model vanish."""
     assert {m.name: m.task for m in await seed.list_models()} == {
+        "grounding-dino-demo": "image_zero_shot_detection",
         "owlv2-demo": "image_zero_shot_detection",
         "sam2-demo": "image_mask_generation",
         "sam2-demo-video": "video_mask_generation",
+        VLM: "text_image_conditional_generation",
     }
     assert [m.name for m in await seed.list_models("video_mask_generation")] == ["sam2-demo-video"]
 

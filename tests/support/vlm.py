@@ -7,11 +7,14 @@ that wrong positions, a stale cache or swapped tiles would not show.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -278,3 +281,15 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     coarse = random.integers(0, 256, (-(-height // 16), -(-width // 16), 3))
     fine = np.kron(coarse, np.ones((16, 16, 1), np.int64))[:height, :width]
     return np.clip(fine + random.integers(-20, 21, fine.shape), 0, 255).astype(np.uint8)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Leaves out what an export measures in processes of their own, which takes most of its time."""
+    from pixano_edge.export import pipeline
+    from pixano_edge.export.vlm import export
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.GraphExport, "measure_memory", lambda self: [])
+        patch.setattr(export, "measure_file", lambda *_: None)
+        yield

@@ -15,25 +15,15 @@ from pixano_edge.engine.provider import (
 )
 from pixano_edge.engine.provider.needs import declared
 from pixano_edge.engine.provider.settings import LoadOptions
-from tests.engine.models.vlm.conftest import without_memory
 
 from .fakes import data_uri, png
 
 _TASK = "text_image_conditional_generation"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pixano_edge.export.photos import Photo
-    from pixano_edge.export.smolvlm import export_smolvlm
-    from tests.support.vlm import picture, write_smolvlm
-
-    folder = tmp_path_factory.mktemp("text")
-    checkpoint = write_smolvlm(folder / "checkpoint", "smolvlm")
-    with without_memory():
-        return export_smolvlm(
-            checkpoint, folder / "bundle", variants=("fp32",), tokens=2, photos=[Photo("p", picture(40, 40))], threads=1
-        )
+@pytest.fixture
+def bundle(tiny_vlm_bundle: Path) -> Path:
+    return tiny_vlm_bundle
 
 
 async def test_answers_of_a_real_bundle(bundle: Path) -> None:

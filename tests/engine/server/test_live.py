@@ -21,6 +21,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs pixano-edge[test]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs pixano-edge[server]")
 
+from pixano_edge.engine.bundle import DEMO_NAMES  # noqa: E402
 from pixano_edge.engine.cli.serve import offered  # noqa: E402
 from pixano_edge.engine.errors import EdgeError  # noqa: E402
 from pixano_edge.engine.server import ServerSettings, create_app  # noqa: E402
@@ -181,10 +182,7 @@ def test_a_port_that_is_taken_and_an_address_of_elsewhere_are_said() -> None:
 
 
 def test_a_model_to_load_at_start_must_be_there(tmp_path: Path) -> None:
-    assert offered(ServerSettings(store=tmp_path, demo=True, preload=("sam2-demo-video",))) == [
-        "owlv2-demo",
-        "sam2-demo",
-    ]
+    assert offered(ServerSettings(store=tmp_path, demo=True, preload=("sam2-demo-video",))) == sorted(DEMO_NAMES)
     assert offered(ServerSettings(store=tmp_path)) == []
     with pytest.raises(EdgeError, match="no model 'sam2-demo'"):
         offered(ServerSettings(store=tmp_path, preload=("sam2-demo",)))
@@ -201,7 +199,7 @@ def command(tmp_path: Path, *options: str) -> Iterator[tuple[Any, str]]:
     )  # fmt: skip
     try:
         line = process.stdout.readline()
-        found = re.search(r"serves owlv2-demo, sam2-demo on (http://127\.0\.0\.1:\d+)", line)
+        found = re.search(r"serves grounding-dino-demo, owlv2-demo, sam2-demo on (http://127\.0\.0\.1:\d+)", line)
         assert found, line + process.stdout.read()
         yield process, found[1]
     finally:
@@ -244,7 +242,7 @@ def test_the_command_serves_and_finishes_what_it_began(tmp_path: Path) -> None:
     with command(tmp_path, "--log-json") as (process, url):
         with httpx.Client(base_url=url, headers={"X-API-Key": "k1"}, timeout=60) as client:
             names = {m["name"] for m in client.get("/v1/models").json()}
-            assert names == {"sam2-demo", "sam2-demo-video", "owlv2-demo"}
+            assert names == {*DEMO_NAMES, "sam2-demo-video"}
             assert httpx.get(f"{url}/v1/models").status_code == 401
             request = {"model": "sam2-demo", "image": data_uri(png(161, 97)), "points": [[[50, 50]]]}
             answers: list[Any] = []

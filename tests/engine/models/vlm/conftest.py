@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,30 +76,9 @@ class Reference:
         return inputs["input_ids"][0].numpy(), made.sequences[0, -tokens:].numpy(), logits
 
 
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Leaves out what an export measures in processes of their own, which takes most of its time."""
-    from pixano_edge.export import pipeline
-    from pixano_edge.export.vlm import export
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.GraphExport, "measure_memory", lambda self: [])
-        patch.setattr(export, "measure_file", lambda *_: None)
-        yield
-
-
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    from pixano_edge.export.photos import Photo
-    from pixano_edge.export.smolvlm import export_smolvlm
-    from tests.support.vlm import picture, write_smolvlm
-
-    folder = tmp_path_factory.mktemp("smolvlm")
-    checkpoint = write_smolvlm(folder / "checkpoint", "smolvlm")
-    photos = [Photo(f"p{i}", picture(40 + 9 * i, 70, i)) for i in range(2)]
-    with without_memory():
-        bundle = export_smolvlm(checkpoint, folder / "bundle", variants=("fp32",), tokens=4, photos=photos, threads=1)
-    return Exported(checkpoint, bundle)
+def exported(tiny_vlm_checkpoint: Path, tiny_vlm_bundle: Path) -> Exported:
+    return Exported(tiny_vlm_checkpoint, tiny_vlm_bundle)
 
 
 @pytest.fixture(scope="session")

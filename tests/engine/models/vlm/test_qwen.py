@@ -19,9 +19,7 @@ from pixano_edge.engine.models.qwen2_5_vl.model import Qwen2_5VlModel
 from pixano_edge.engine.models.qwen2_5_vl.preprocess import patches, resized_size, rope_positions, windows
 from pixano_edge.engine.models.smolvlm.preprocess import Normaliser
 from pixano_edge.engine.models.text.messages import read_conversation
-from tests.support.vlm import picture
-
-from .conftest import without_memory
+from tests.support.vlm import picture, without_memory
 
 TOKENS = 64
 BAR = 1e-3

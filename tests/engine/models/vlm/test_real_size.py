@@ -11,9 +11,9 @@ import pytest
 from pixano_edge.engine.models.decoder.base import GenerationOptions
 from pixano_edge.engine.models.smolvlm.model import SmolVlmModel
 from pixano_edge.engine.models.text.messages import read_conversation
-from tests.support.vlm import picture, write_smolvlm
+from tests.support.vlm import picture, without_memory, write_smolvlm
 
-from .conftest import Reference, without_memory
+from .conftest import Reference
 
 TOKENS = 64
 BAR = 1e-3

@@ -23,7 +23,7 @@ def test_boxes_of_named_classes_and_the_mask_in_one(user: User, provider: Record
     scene = (DEMO / "scene-4.png").read_bytes()
     given = ImageZeroShotDetectionInput(
         scene,
-        "owlv2-demo",
+        "grounding-dino-demo",
         ["yellow circle", "striped ellipse"],
         0.05,
         0.05,  # type: ignore[arg-type]
