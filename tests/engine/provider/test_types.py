@@ -16,7 +16,14 @@ _NONE = "required"
 
 _TABLE = {
     t.ModelConfig: [("name", _NONE), ("task", _NONE), ("path", None), ("config", {}), ("processor_config", {})],
-    t.ModelInfo: [("name", _NONE), ("task", _NONE), ("model_path", None), ("model_class", None), ("provider", None)],
+    t.ModelInfo: [
+        ("name", _NONE),
+        ("task", _NONE),
+        ("model_path", None),
+        ("model_class", None),
+        ("provider", None),
+        ("status", None),
+    ],
     t.ProviderCapabilities: [
         ("tasks", _NONE),
         ("supports_batching", False),
@@ -121,8 +128,11 @@ def test_fields(cls: type) -> None:
 
 def test_additions_come_last() -> None:
     plain = _TABLE[t.ImageMaskGenerationInput]
-    assert _described(t.EdgeMaskGenerationInput) == [*plain, ("mask_input", None), ("return_logits", False)]
-    assert _described(t.EdgeMaskGenerationOutput) == [*_TABLE[t.ImageMaskGenerationOutput], ("mask_logits", None)]
+    newer = [("mask_input", None), ("return_logits", False)]
+    own = [("answer_arrays", False), ("echoed", None), ("embedding_handle", None), ("wants_embedding", None)]
+    assert _described(t.EdgeMaskGenerationInput) == [*plain, *newer, *own]
+    output = _TABLE[t.ImageMaskGenerationOutput]
+    assert _described(t.EdgeMaskGenerationOutput) == [*output, ("mask_logits", None), ("embedding_key", None)]
     video = _TABLE[t.VideoMaskGenerationInput]
     newer = [("propagate", True), ("interval", None), ("keyframes", None)]
     assert _described(v.EdgeVideoMaskGenerationInput) == [*video, *newer]
