@@ -200,6 +200,8 @@ def command(tmp_path: Path, *options: str) -> Iterator[tuple[Any, str]]:
     try:
         line = process.stdout.readline()
         found = re.search(r"serves grounding-dino-demo, owlv2-demo, sam2-demo on (http://127\.0\.0\.1:\d+)", line)
+        if not found:
+            process.kill()  # else reading on would wait for ever
         assert found, line + process.stdout.read()
         yield process, found[1]
     finally:
