@@ -218,7 +218,15 @@ def test_modules_beside_the_installer_are_not_run(kit: Path, public: bytes, tmp_
 def test_a_stopped_installer_leaves_nothing(kit: Path, public: bytes, tmp_path: Path, number: int) -> None:
     """Stopped while the environment is being made, in a real process."""
     command = [sys.executable, "-S", str(kit / "install.pyz"), "--key", public.hex(), "--venv", str(tmp_path / "venv")]
-    process = subprocess.Popen(command, cwd=tmp_path, env={"HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={"HOME": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell in the background starts its programs with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for _ in range(600):
         if (tmp_path / "venv" / "pyvenv.cfg").exists():
             break

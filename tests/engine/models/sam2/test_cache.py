@@ -194,7 +194,8 @@ def test_many_threads_never_see_another_image() -> None:
     run_all([work(seed) for seed in range(4)])
     assert not wrong
     assert cache.stats().bytes <= 2 * NBYTES
-    assert cache.pool.allocated <= 2 + 4 + 2
+    # Two spare sets are kept: threads that let go of more at once free some, which are allocated again.
+    assert cache.pool.allocated < len(made) / 4
 
 
 def test_digest_depends_on_pixels_and_shape_only() -> None:

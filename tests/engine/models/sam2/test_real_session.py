@@ -113,10 +113,13 @@ def test_memory_stands_still_over_500_clicks(predictor: Sam2ImagePredictor) -> N
             predictor.predict(embedding, [Prompt(points=[[10 + i, 40]], labels=[1])], out=out)
 
     click(50)
-    gc.collect()
-    resident = psutil.Process().memory_info().rss
-    click(450)
-    assert psutil.Process().memory_info().rss - resident < 4 << 20
+    grown = []
+    for _ in range(3):  # other tests' threads may grow the process once; a leak grows every time
+        gc.collect()
+        resident = psutil.Process().memory_info().rss
+        click(500)
+        grown.append(psutil.Process().memory_info().rss - resident)
+    assert min(grown) < 4 << 20
     tracemalloc.start()
     try:
         for _ in range(50):
