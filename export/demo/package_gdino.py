@@ -2,10 +2,8 @@
 
 Run from the repository root: ``python -m pixano_edge.export.demo.package_gdino``. After another training run:
 ``--trained FOLDER`` takes that run's checkpoint first, its scores calibrated and its queries' boxes kept as they start
-(:mod:`.calibrate_gdino`). Weights
-are rounded to half precision, as for the demo's SAM 2 (:mod:`.package`), and the bundle goes into
-``engine/assets/grounding-dino-demo``: in fp32 only, since weights of convolutions are not shared between variants
-(:mod:`pixano_edge.export.half_weights`), and with both the bundle has 24 MB.
+(:mod:`.calibrate_gdino`). Weights are rounded to half precision, as for the demo's SAM 2 (:mod:`.package`), and the
+bundle goes into ``engine/assets/grounding-dino-demo``: in fp32 only, to keep the package small.
 """
 
 from __future__ import annotations

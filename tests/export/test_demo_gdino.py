@@ -13,8 +13,11 @@ pytest.importorskip("skimage", reason="making scenes needs pixano-edge[benchmark
 torch = pytest.importorskip("torch", reason="training needs pixano-edge[export]")
 pytest.importorskip("transformers", reason="training needs pixano-edge[export]")
 
+import onnx  # noqa: E402
 from transformers import GroundingDinoForObjectDetection  # noqa: E402
 
+from pixano_edge.engine.bundle import Bundle  # noqa: E402
+from pixano_edge.engine.bundle.store import demo_path  # noqa: E402
 from pixano_edge.engine.models.grounding_dino.text import Captioner  # noqa: E402
 from pixano_edge.export.demo import gdino_loss as losses  # noqa: E402
 from pixano_edge.export.demo import gdino_model as small  # noqa: E402
@@ -231,3 +234,15 @@ def test_queries_keep_the_boxes_of_their_places(model: Any) -> None:
     best = still.logits.amax(-1).topk(small.QUERIES, 1)[1][0]
     assert torch.allclose(still.query_boxes[-1, 0], still.boxes[0, best], atol=1e-5)
     assert not torch.allclose(moved.query_boxes[-1, 0], moved.boxes[0, best], atol=1e-2)
+
+
+@pytest.mark.slow
+def test_the_packaged_detector_builds_for_tensorrt_rtx() -> None:
+    """Its convolutions read their kernels from a Cast (`export.half_weights`)."""
+    tensorrt_rtx = pytest.importorskip("pixano_edge.export.tensorrt_rtx")
+    if tensorrt_rtx.missing_module():
+        pytest.skip("the TensorRT-RTX wheels are not installed")
+    bundle = Bundle.open(demo_path("grounding-dino-demo"))
+    graph = bundle.graph_path("detector", "fp32", target="tensorrt")
+    assert "Cast" in {node.op_type for node in onnx.load(graph, load_external_data=False).graph.node}
+    assert tensorrt_rtx.check_build(graph, bundle.spec("detector", "fp32", "tensorrt"), ("SM89",)).engine_bytes > 0

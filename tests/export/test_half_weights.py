@@ -56,11 +56,11 @@ def kinds(model: onnx.ModelProto) -> dict[str, int]:
     return {t.name: t.data_type for t in model.graph.initializer}
 
 
-def test_exact_weights_of_products_and_sums_are_narrowed(tmp_path: Path) -> None:
+def test_exact_weights_of_products_sums_and_convolutions_are_narrowed(tmp_path: Path) -> None:
     model = make_model()
-    assert narrow(model) == 2 * (16 * 32 + 8 * 16 * 32)
+    assert narrow(model) == 2 * (8 * 8 * 3 * 3 + 16 * 32 + 8 * 16 * 32)
     half, full = TensorProto.FLOAT16, TensorProto.FLOAT
-    assert kinds(model) == {"kernel": full, "weight": half, "bias": half, "small": full}
+    assert kinds(model) == {"kernel": half, "weight": half, "bias": half, "small": full}
     onnx.checker.check_model(model, full_check=True)
     assert check_tensorrt_10_3(model) == []
     onnx.save(make_model(), tmp_path / "plain.onnx")
@@ -99,7 +99,7 @@ def test_the_bytes_are_those_of_the_fp16_graph(tmp_path: Path) -> None:
     model = make_model()
     narrow(model)
     made = share_weights(model, tmp_path / "half.onnx")
-    assert made.saved == {"half.onnx": 2 * (16 * 32 + 8 * 16 * 32)}
+    assert made.saved == {"half.onnx": 2 * (8 * 8 * 3 * 3 + 16 * 32 + 8 * 16 * 32)}
     onnx.save(make_model(), tmp_path / "plain.onnx")
     (tmp_path / "full.onnx").write_bytes(made.model.SerializeToString())
     assert np.array_equal(run(tmp_path / "full.onnx"), run(tmp_path / "plain.onnx"))
