@@ -17,9 +17,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from pixano_edge.export.shared_weights import MIN_BYTES
 
 READERS = frozenset(("Add", "Conv", "ConvTranspose", "Expand", "Gather", "Gemm", "MatMul", "Mul", "Reshape", "Sub"))
-"""Operators that take a computed tensor as well as an initialiser. TensorRT for RTX 1.7 builds convolutions with kernels
-from a Cast; TensorRT 10.3 was not tried. Weights of normalisations stay fp32: TensorRT's parser treats them as weights
-of a layer, which a Cast is not."""
+"""Operators that take a computed tensor as well as an initialiser. TensorRT for RTX 1.7 builds convolutions whose
+kernels come from a Cast; TensorRT 10.3 was not tried. Weights of normalisations stay fp32: TensorRT's parser treats
+them as weights of a layer, which a Cast is not."""
 _WIDE = "_wide"
 
 
