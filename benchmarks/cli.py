@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pixano_edge.engine.cli.options import ThreadsOption, open_bundle, resolve_bundle
-from pixano_edge.engine.cli.output import JsonOption, bytes_text, note, print_json, print_table, progress
+from pixano_edge.engine.cli.options import ThreadsOption, open_bundle
+from pixano_edge.engine.cli.output import JsonOption, bytes_text, note, print_table, progress
 from pixano_edge.engine.errors import MissingDependencyError
 
-from .report import environment, environment_lines, markdown, write_json
-from .seeds import FIRST_SEED
+from . import cli_quality
+from .cli_report import OutputOption, report_figures
+from .report import environment
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-
-OutputOption = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also write all figures to this file, as JSON.")
-]
 
 
 @app.callback()
 def _bench() -> None:
     """Measure speed, memory and mask quality."""
-
-
-def _report(content: dict[str, Any], show: Callable[[], None], as_json: bool, output: Path | None) -> None:
-    """Prints the figures, as JSON or by `show` with the environment below, and writes the file that was asked for."""
-    if as_json:
-        print_json(content)
-    else:
-        show()
-        typer.echo("\n" + "\n".join(environment_lines(content["environment"])))
-    if output is not None:
-        write_json(output, content)
-        note(f"Figures written to {output}")
 
 
 @app.command()
@@ -87,7 +71,7 @@ def segment(
         note("The weights are random: speed is that of the real size, masks are arbitrary and touchier than real ones.")
     title = f"{opened.manifest.name}, input {opened.manifest.preprocess.image_size} px"
     content = {"benchmark": "segment", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
-    _report(
+    report_figures(
         {**content, "environment": facts},
         lambda: print_table(COLUMNS, table_rows(rows), title=title, right=COLUMNS[2:]),
         as_json,
@@ -164,7 +148,7 @@ def track(
             typer.echo(fit.text())
 
     content = {"benchmark": "track", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
-    _report({**content, "costs": [asdict(fit) for fit in fits], "environment": facts}, show, as_json, output)
+    report_figures({**content, "costs": [asdict(fit) for fit in fits], "environment": facts}, show, as_json, output)
 
 
 @app.command()
@@ -230,7 +214,7 @@ def serve(
 
     content = {"benchmark": "serve", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
     more = {"load": to_dicts(loads), "while_tracking": None if wait is None else asdict(wait)}
-    _report({**content, **more, "environment": facts}, show, as_json, output)
+    report_figures({**content, **more, "environment": facts}, show, as_json, output)
 
 
 @app.command()
@@ -327,7 +311,7 @@ def detect(
             print_table(ACCURACY_COLUMNS, accuracy_rows(figures), title=title, right=ACCURACY_COLUMNS[1:])
 
     content = {"benchmark": "detect", "bundle": opened.manifest.name, "rounds": rounds, "classes": list(wanted)}
-    _report({**content, **figures.to_dict(), "environment": facts}, show, as_json, output)
+    report_figures({**content, **figures.to_dict(), "environment": facts}, show, as_json, output)
 
 
 @app.command()
@@ -419,7 +403,7 @@ def describe(
             print_table(ACCURACY_COLUMNS, accuracy_rows(figures), title=title, right=ACCURACY_COLUMNS[1:])
 
     content = {"benchmark": "describe", "bundle": opened.manifest.name, "rounds": rounds, "tokens": tokens}
-    _report({**content, **figures.to_dict(), "environment": facts}, show, as_json, output)
+    report_figures({**content, **figures.to_dict(), "environment": facts}, show, as_json, output)
 
 
 @app.command()
@@ -470,159 +454,7 @@ def gpu(
                 typer.echo(f"warning: {name}: {text}")
 
     content = {"benchmark": "gpu", "bundle": opened.manifest.name, "rounds": rounds, **figures.to_dict()}
-    _report({**content, "environment": facts}, show, as_json, output)
-
-
-@app.command()
-def quality(
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
-    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
-    first: Annotated[int, typer.Option(min=0, help="Seed of the first held-out scene.")] = FIRST_SEED,
-    precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the scenes, one thread each.")] = 1,
-    output: OutputOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Mask quality on held-out synthetic scenes, next to flood fill and GrabCut with the same prompts.
-
-    Needs no torch. Equal arguments give equal figures; the table is Markdown.
-    """
-    if importlib.util.find_spec("skimage") is None:
-        raise MissingDependencyError("skimage", "benchmarks", "The textures of the scenes")
-    from .quality import KINDS, MAIN_COLUMNS, evaluate, main_rows, shape_rows
-
-    folder = resolve_bundle(bundle)
-    with progress("Scenes", scenes, enabled=not as_json) as steps:
-        result = evaluate(folder, scenes, first, precision=precision, jobs=jobs, on_scene=steps.step)
-
-    def show() -> None:
-        typer.echo(
-            f"{result.prompts} objects on {result.scenes} held-out scenes from seed {first}; "
-            "95 % intervals by bootstrap over scenes\n"
-        )
-        typer.echo(markdown(MAIN_COLUMNS, main_rows(result)))
-        for kind in KINDS:
-            typer.echo("\n" + markdown(*shape_rows(result, kind)))
-        for kind in KINDS:
-            typer.echo(f"\nlead over the better baseline, {kind}: {100 * result.lead(kind):.1f} points", nl=False)
-        typer.echo()
-
-    content = {"benchmark": "quality", "first": first, **result.to_dict()}
-    _report({**content, "environment": environment(1)}, show, as_json, output)
-
-
-@app.command(name="track-quality")
-def track_quality(
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "sam2-demo",
-    clips: Annotated[int, typer.Option(min=1, help="Held-out clips.")] = 100,
-    first: Annotated[int, typer.Option(min=0, help="Seed of the first held-out clip.")] = FIRST_SEED,
-    frames: Annotated[int, typer.Option(min=2, help="Frames of a clip.")] = 60,
-    precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the clips, one thread each.")] = 1,
-    output: OutputOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Tracking from one click on held-out synthetic clips, next to keeping the first mask and to optical flow.
-
-    Needs no torch. Equal arguments give equal figures; the table is Markdown.
-    """
-    if importlib.util.find_spec("skimage") is None:
-        raise MissingDependencyError("skimage", "benchmarks", "The textures of the clips")
-    from .tracking_quality import COLUMNS, evaluate, table_rows
-
-    folder = resolve_bundle(bundle)
-    with progress("Clips", clips, enabled=not as_json) as steps:
-        result = evaluate(folder, clips, first, frames, precision=precision, jobs=jobs, on_clip=steps.step)
-
-    def show() -> None:
-        typer.echo(
-            f"{result.objects} objects on {result.clips} held-out clips of {result.frames} frames from seed {first}, "
-            "one click on the first frame; J over the frames after it, 95 % intervals by bootstrap over clips\n"
-        )
-        typer.echo(markdown(COLUMNS, table_rows(result)))
-        for method, lead in result.leads().items():
-            typer.echo(f"\nlead over {method}: {100 * lead:.1f} points", nl=False)
-        typer.echo()
-
-    content = {"benchmark": "track-quality", "first": first, **result.to_dict()}
-    _report({**content, "environment": environment(1)}, show, as_json, output)
-
-
-@app.command(name="describe-quality")
-def describe_quality(
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")],
-    questions: Annotated[int, typer.Option(min=1, help="Held-out questions, of all types alike.")] = 500,
-    captions: Annotated[int, typer.Option(min=1, help="Captions that have to be right as a whole.")] = 100,
-    precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
-    threads: ThreadsOption = None,
-    output: OutputOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Exact answers to questions about held-out synthetic scenes, next to each type's most frequent answer.
-
-    Needs no torch. Equal arguments give equal figures; the table is Markdown.
-    """
-    if importlib.util.find_spec("skimage") is None:
-        raise MissingDependencyError("skimage", "benchmarks", "The textures of the scenes")
-    from .describe_quality import COLUMNS, evaluate, table_rows
-
-    folder = resolve_bundle(bundle)
-    with progress("Answers", questions + captions, enabled=not as_json) as steps:
-        result = evaluate(
-            folder, questions, captions=captions, precision=precision, threads=threads, on_answer=steps.step
-        )
-
-    def show() -> None:
-        typer.echo(
-            f"{result.bundle}, {result.precision}; greedy answers, right word for word; 95 % intervals (Wilson)\n"
-        )
-        typer.echo(markdown(COLUMNS, table_rows(result)))
-
-    content = {"benchmark": "describe-quality", **result.to_dict()}
-    _report({**content, "environment": environment(threads)}, show, as_json, output)
-
-
-@app.command(name="detect-quality")
-def detect_quality(
-    bundle: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Bundle folder, or a name in the local store; may be repeated. Default: both detectors of the package."
-        ),
-    ] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
-    first: Annotated[int, typer.Option(min=0, help="Seed of the first held-out scene.")] = FIRST_SEED,
-    precision: Annotated[str, typer.Option(help="Variant of the bundles.")] = "auto",
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the scenes, one thread each.")] = 1,
-    output: OutputOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Detection by words on held-out synthetic scenes, next to colours and contours with the same questions.
-
-    As many phrases that are true of nothing are asked for as true ones. Needs no torch. Equal arguments give equal
-    figures; the table is Markdown.
-    """
-    if importlib.util.find_spec("skimage") is None:
-        raise MissingDependencyError("skimage", "benchmarks", "The textures of the scenes")
-    from .detection_quality import BASELINE, COLUMNS, DEMOS, evaluate, table_rows
-
-    folders = [resolve_bundle(name) for name in bundle or DEMOS]
-    with progress("Scenes", scenes, enabled=not as_json) as steps:
-        result = evaluate(folders, scenes, first, precision=precision, jobs=jobs, on_scene=steps.step)
-
-    def show() -> None:
-        every = result.of(result.bundle)
-        typer.echo(
-            f"{every.objects} true answers to {every.phrases} phrases on {result.scenes} held-out scenes from seed "
-            f"{first}, {every.absent} phrases asked for in vain; 95 % intervals by jackknife over scenes\n"
-        )
-        typer.echo(markdown(COLUMNS, table_rows(result)))
-        for name in result.bundles:
-            typer.echo(f"\n{name}: lead over {BASELINE} {100 * result.lead(bundle=name):.1f} points of AP50", nl=False)
-        typer.echo()
-
-    content = {"benchmark": "detect-quality", "first": first, **result.to_dict()}
-    _report({**content, "environment": environment(1)}, show, as_json, output)
+    report_figures({**content, "environment": facts}, show, as_json, output)
 
 
 @app.command()
@@ -659,6 +491,12 @@ def memory(
         )
 
     content = {**asdict(drift), "rss_drift": drift.rss_drift, "traced_drift": drift.traced_drift}
-    _report(
+    report_figures(
         {"benchmark": "memory", "bundle": opened.manifest.name, **content, "environment": facts}, show, as_json, output
     )
+
+
+app.command(name="quality")(cli_quality.quality)
+app.command(name="track-quality")(cli_quality.track_quality)
+app.command(name="describe-quality")(cli_quality.describe_quality)
+app.command(name="detect-quality")(cli_quality.detect_quality)

@@ -143,7 +143,7 @@ def measure(
     step("measuring memory")
     bandwidth = measure_read(threads)
     left_out: dict[str, str] = {
-        "llama.cpp": "llama-cpp-python comes as source alone, and the converter of its weights is not in it"
+        "llama.cpp": "no wheel of llama-cpp-python could be had, and a converter of the weights was not tried"
     }
     with ExitStack() as opened:
         step("loading")
