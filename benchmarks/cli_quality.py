@@ -90,7 +90,7 @@ def track_quality(
 
 
 def describe_quality(
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")],
+    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "smolvlm-demo",
     questions: Annotated[int, typer.Option(min=1, help="Held-out questions, of all types alike.")] = 500,
     captions: Annotated[int, typer.Option(min=1, help="Captions that have to be right as a whole.")] = 100,
     precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",

@@ -17,7 +17,7 @@ from .files import Staging, os_errors
 from .manifest import MANIFEST_NAME, NAME_PATTERN
 
 DEMO_NAME = "sam2-demo"
-DEMO_NAMES = ("grounding-dino-demo", "owlv2-demo", DEMO_NAME)
+DEMO_NAMES = ("grounding-dino-demo", "owlv2-demo", DEMO_NAME, "smolvlm-demo")
 """Bundles of the package; the names are taken in every store."""
 
 _NAME = re.compile(NAME_PATTERN)

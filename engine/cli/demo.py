@@ -1,4 +1,4 @@
-"""`pixano-edge demo`: the bundled models on the bundled pictures and clip, with times, IoU and hits, without torch."""
+"""`pixano-edge demo`: the bundled models on the bundled pictures and clip, with times and what was right; no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from ..models.images import decode_image
 from ..models.masks import mask_iou
 from ..models.rle import decode_rle
 from .demo_clip import ClipResult, read_clip, run_clip
+from .demo_talk import TalkResult, read_questions, run_questions
 from .demo_words import ABSENT, run_words
 from .detect import usual_thresholds
 from .draw import overlay, write_png
@@ -132,21 +133,23 @@ def demo(
     detector: Annotated[
         str, typer.Option(help="Bundle that finds objects by name; one taught the words.")
     ] = "grounding-dino-demo",
+    language: Annotated[str, typer.Option(help="Bundle that answers questions about pictures.")] = "smolvlm-demo",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment the bundled pictures, find objects on them by name, track the bundled clip; writes pictures and times.
+    """Segment, find by name, track and describe the bundled pictures and clip; writes pictures and times.
 
     The models are small and were trained on such pictures of shapes; they know nothing else. Export real checkpoints
     with 'pixano-edge export' for real photos.
     """
     begin = time.perf_counter()
     pictures = read_pictures(demo_folder())
-    opened, named = open_bundle(bundle), open_bundle(detector)
+    opened, named, talking = open_bundle(bundle), open_bundle(detector), open_bundle(language)
 
+    from ..models.decoder.opening import open_vlm
     from ..models.detection.opening import open_detector
     from ..models.sam2.predictor import Sam2ImagePredictor
     from ..models.sam2_video.model import Sam2VideoModel
@@ -182,6 +185,16 @@ def demo(
             threshold = usual_thresholds(named.manifest)[0]
             words = [run_words(by_name, picture, objects, out, threshold) for picture, objects in asked]
             named_info = by_name.info()
+    answers: list[TalkResult] = []
+    talk_skipped, talk_info = "", None
+    try:
+        talker = open_vlm(talking, device=device, backend=backend, precision=precision, threads=threads)
+    except MissingDependencyError as error:
+        talk_skipped = str(error)
+    else:
+        with closing(talker):
+            answers = [r for asked in read_questions(demo_folder()) for r in run_questions(talker, *asked)]
+            talk_info = talker.info()
     total = time.perf_counter() - begin
     if as_json:
         print_json(
@@ -199,6 +212,10 @@ def demo(
                 "detector_engine": named_info,
                 "words": words,
                 "words_skipped": words_skipped,
+                "language": talking.manifest.name,
+                "language_engine": talk_info,
+                "answers": [{**asdict(r), "exact": r.exact} for r in answers],
+                "answers_skipped": talk_skipped,
             }
         )
         return
@@ -233,6 +250,11 @@ def demo(
         print_table(columns, hits, right=columns[1:-1], title=title)
     else:
         typer.echo(words_skipped)
+    typer.echo()
+    if answers:
+        _show_answers(talking.manifest.name, answers)
+    else:
+        typer.echo(talk_skipped)
     if tracked is None:
         typer.echo(f"\n{skipped}")
     else:
@@ -246,4 +268,26 @@ def demo(
     typer.echo(
         f"\nLoaded in {milliseconds(load_seconds)}, warmed up in {milliseconds(warm_up_seconds)}, "
         f"all done in {total:.1f} s.\nPictures: {out.resolve()}"
+    )
+
+
+def _show_answers(name: str, answers: list[TalkResult]) -> None:
+    rows = [
+        (
+            r.picture,
+            r.question,
+            r.answer,
+            "yes" if r.exact else f"no: {r.right}",
+            milliseconds(r.first_seconds),
+            milliseconds(r.seconds),
+        )
+        for r in answers
+    ]
+    columns = ("picture", "asked", "answered", "right", "first token", "all of it")
+    right = sum(r.exact for r in answers)
+    print_table(
+        columns,
+        rows,
+        right=columns[-2:],
+        title=f"{name}: {right} of {len(answers)} answers right, word for word",
     )

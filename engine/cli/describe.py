@@ -90,7 +90,7 @@ def _speed(found: dict[str, Any]) -> str:
 @app.command()
 def describe(
     source: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images, or folders of images.")],
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")],
+    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = "smolvlm-demo",
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask about each image.")] = PROMPT,
     system: Annotated[str | None, typer.Option(help="Instructions for the model, before the prompt.")] = None,
     out: Annotated[

@@ -4,7 +4,8 @@
 
 Writes ``DIR/last.pt`` every few minutes (continue with ``--resume``) and ``DIR/final``: the averaged weights as a
 ``smolvlm`` folder with its tokenizer, chat template and pre-processing. The schedule follows the number of steps, so a
-run is reproducible from its seed up to rounding, with the same ``--workers``. The packaged checkpoint is such a run.
+run is reproducible from its seed up to rounding, with the same ``--workers``. The packaged checkpoint is such a run
+whose length was changed on the way (docs/vlm.md).
 
 Each step shows B new scenes and asks eleven questions about each: two of every type and a caption. As in
 ``train_sam2``, a step is divided between processes of one thread whose gradients are averaged; matrices inside the
@@ -189,7 +190,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the demo's small SmolVLM on pictures and questions.")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
-    parser.add_argument("--steps", type=int, default=9000, help="length of the run in steps")
+    parser.add_argument("--steps", type=int, default=3200, help="length of the run in steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--batch", type=int, default=24, help="scenes in a step")

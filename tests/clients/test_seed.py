@@ -43,6 +43,7 @@ async def test_models_carry_the_long_task_names(seed: SeedProvider) -> None:
         "owlv2-demo": "image_zero_shot_detection",
         "sam2-demo": "image_mask_generation",
         "sam2-demo-video": "video_mask_generation",
+        "smolvlm-demo": "text_image_conditional_generation",
         VLM: "text_image_conditional_generation",
     }
     assert [m.name for m in await seed.list_models("video_mask_generation")] == ["sam2-demo-video"]

@@ -299,6 +299,9 @@ def test_demo_writes_pictures_and_times(tiny_bundle: Path, tmp_path: Path):
     for words in report["words"]:
         assert 0 <= words["found"] <= words["objects"]
         assert np.asarray(Image.open(out / words["file"])).ndim == 3
+    assert len(report["answers"]) == 3 * 6  # five types of question and a caption
+    assert all(a["exact"] == (a["answer"] == a["right"]) for a in report["answers"])
+    assert sum(a["exact"] for a in report["answers"]) > 9  # no type's usual answer comes near
     table = _invoke("demo", "--bundle", tiny_bundle, "-o", out)
     assert "one click" in table.stdout
     for text in (report["clip_skipped"], table.stdout):
@@ -353,6 +356,8 @@ def test_demo_without_tokenizers_says_what_to_install(
     report = json.loads(_invoke("demo", "--bundle", tracking_bundle, "-o", tmp_path, "--json").stdout)
     assert report["words"] == []
     assert "pixano-edge[detection]" in report["words_skipped"]
+    assert report["answers"] == []
+    assert "pixano-edge[vlm]" in report["answers_skipped"]
     assert report["clip"] is not None
 
 

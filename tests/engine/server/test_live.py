@@ -199,7 +199,7 @@ def command(tmp_path: Path, *options: str) -> Iterator[tuple[Any, str]]:
     )  # fmt: skip
     try:
         line = process.stdout.readline()
-        found = re.search(r"serves grounding-dino-demo, owlv2-demo, sam2-demo on (http://127\.0\.0\.1:\d+)", line)
+        found = re.search(rf"serves {', '.join(sorted(DEMO_NAMES))} on (http://127\.0\.0\.1:\d+)", line)
         if not found:
             process.kill()  # else reading on would wait for ever
         assert found, line + process.stdout.read()

@@ -33,6 +33,7 @@ async def test_health_ready_info_models(client: httpx.AsyncClient) -> None:
         "sam2-demo-video": "tracking",
         "owlv2-demo": "detection",
         "grounding-dino-demo": "detection",
+        "smolvlm-demo": "vlm",
     }
     assert (await client.get("/v1/info")).json()["models"] == [m["name"] for m in models]
 
