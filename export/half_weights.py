@@ -20,7 +20,8 @@ READERS = frozenset(("Add", "Conv", "ConvTranspose", "Expand", "Gather", "Gemm",
 """Operators that take a computed tensor as well as an initialiser. TensorRT for RTX 1.7 builds convolutions whose
 kernels come from a Cast; TensorRT 10.3 was not tried. Weights of normalisations stay fp32: TensorRT's parser treats
 them as weights of a layer, which a Cast is not."""
-_WIDE = "_wide"
+WIDE = "_wide"
+"""At the end of the name of a weight that was widened."""
 
 
 def narrow(model: onnx.ModelProto) -> int:
@@ -41,14 +42,14 @@ def narrow(model: onnx.ModelProto) -> int:
         if not suits or not all(n.op_type in READERS for n in readers[name]):
             continue
         values = numpy_helper.to_array(tensor)
-        half = _exact_half(values)
+        half = exact_half(values)
         if half is None:
             continue
         for node in readers[name]:
             for index, source in enumerate(node.input):
                 if source == name:
-                    node.input[index] = name + _WIDE
-        casts.append(helper.make_node("Cast", [name], [name + _WIDE], name=f"node_{name}{_WIDE}", to=TensorProto.FLOAT))
+                    node.input[index] = name + WIDE
+        casts.append(helper.make_node("Cast", [name], [name + WIDE], name=f"node_{name}{WIDE}", to=TensorProto.FLOAT))
         tensor.CopyFrom(numpy_helper.from_array(half, name))
         saved += half.nbytes
     nodes = [*casts, *model.graph.node]
@@ -61,7 +62,7 @@ def widen(model: onnx.ModelProto) -> None:
     """Undoes `narrow` in place, for changes to the graph that look at its weights."""
     stored = {t.name: t for t in model.graph.initializer}
     widened = {
-        n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast" and n.output[0] == n.input[0] + _WIDE
+        n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast" and n.output[0] == n.input[0] + WIDE
     }
     for name in widened.values():
         wide = numpy_helper.to_array(stored[name]).astype(np.float32)
@@ -75,7 +76,7 @@ def widen(model: onnx.ModelProto) -> None:
                 node.input[index] = widened[source]
 
 
-def _exact_half(values: np.ndarray) -> np.ndarray | None:
+def exact_half(values: np.ndarray) -> np.ndarray | None:
     """The values in fp16 if every one of them is kept exactly."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
+from pixano_edge.export.half_weights import WIDE
 from pixano_edge.export.tensorrt_passes import PLAIN_PASSES, apply_passes
 
 OPSET = 18
@@ -118,9 +119,12 @@ def count_parameters(model: onnx.ModelProto) -> int:
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the graph's initialisers, inside or not."""
+    """Bytes of the graph's initialisers, inside or not; of those that are stored in half precision, once widened."""
+    casts = {node.input[0]: node for node in model.graph.node if node.op_type == "Cast"}
+    widened = {name for name, node in casts.items() if node.output[0] == name + WIDE}
     return sum(
-        int(np.prod(t.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        int(np.prod(t.dims, dtype=np.int64))
+        * (4 if t.name in widened else onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize)
         for t in model.graph.initializer
     )
 

@@ -81,9 +81,9 @@ def build_decoder(
 def build_embedding(weights: DecoderWeights, store: WeightStore, precision: str = "fp32") -> onnx.ModelProto:
     """Writes the token embedding's graph; a tied head's matrix is stored once."""
     spec = contract.embed_tokens(weights.constants)
-    write = GraphWriter(spec, store)
+    write = GraphWriter(spec, store, half=weights.fit_half)
     dtype = "float16" if precision == "fp16" else "float32"
-    table = write.weight("embed_tokens.weight", weights.embedding.astype(dtype))
+    table = write.matrix("embed_tokens.weight", weights.embedding.astype(dtype))
     name = contract.EMBEDS if dtype == "float32" else "rows"
     rows = write.node("Gather", [table, contract.INPUT_IDS], name, axis=0)
     if dtype != "float32":
@@ -97,7 +97,7 @@ class _Dialect:
     def __init__(self, weights: DecoderWeights, spec: GraphSpec, store: WeightStore, dtype: str, bits: Bits) -> None:
         self.weights, self.spec, self.dtype, self.bits = weights, spec, dtype, bits
         self.c: DecoderConstants = weights.constants
-        self.write = GraphWriter(spec, store)
+        self.write = GraphWriter(spec, store, half=weights.fit_half)
 
     def build(self) -> onnx.ModelProto:
         write, c = self.write, self.c
@@ -151,7 +151,7 @@ class _Dialect:
     def matmul(self, value: str, weight: Matrix, name: str, bits: int, output: str = "") -> str:
         write, output = self.write, output or f"{name}.product"
         if not bits:
-            return write.node("MatMul", [value, write.weight(f"{name}.weight", weight.astype(self.dtype))], output)
+            return write.node("MatMul", [value, write.matrix(f"{name}.weight", weight.astype(self.dtype))], output)
         packed = quantise(weight, bits)
         codes = write.weight(f"{name}.weight_{bits}bit", packed.codes)
         scales = write.weight(f"{name}.scales", packed.scales.astype(self.dtype))
@@ -168,7 +168,7 @@ class _Dialect:
         if self.bits.head:
             self.matmul(row, np.ascontiguousarray(self.weights.head.T), "lm_head", self.bits.head, name)
         else:
-            table = write.weight("lm_head.weight", self.weights.head.astype(self.dtype))
+            table = write.matrix("lm_head.weight", self.weights.head.astype(self.dtype))
             write.node("Gemm", [row, table], name, transB=1)
         if not wide:
             write.cast(name, "float32", contract.LOGITS)

@@ -11,6 +11,8 @@ from onnx import NodeProto, TensorProto, helper
 
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.export.decoder.store import WeightStore
+from pixano_edge.export.half_weights import WIDE, exact_half
+from pixano_edge.export.shared_weights import MIN_BYTES
 
 OPSET = 18
 IR_VERSION = 10
@@ -27,10 +29,11 @@ class GraphWriter:
     Args:
         spec: Inputs and outputs of the graph.
         store: Where weights go.
+        half: Store fp32 matrices in half precision where that is exact, see `half_weights`.
     """
 
-    def __init__(self, spec: GraphSpec, store: WeightStore) -> None:
-        self._spec, self._store = spec, store
+    def __init__(self, spec: GraphSpec, store: WeightStore, half: bool = False) -> None:
+        self._spec, self._store, self._half = spec, store, half
         self._nodes: list[NodeProto] = []
         self._weights: dict[str, TensorProto] = {}
         self._contrib = False
@@ -40,6 +43,15 @@ class GraphWriter:
         if name not in self._weights:
             self._weights[name] = self._store.tensor(name, values)
         return name
+
+    def matrix(self, name: str, values: npt.NDArray[Any]) -> str:
+        """An initialiser that is stored in half precision, with a Cast behind, where `half` says so."""
+        half = exact_half(values) if self._half and values.dtype == np.float32 else None
+        if half is None or half.nbytes < MIN_BYTES:
+            return self.weight(name, values)
+        if name in self._weights:
+            return name + WIDE
+        return self.cast(self.weight(name, half), "float32", name + WIDE)
 
     def ints(self, *values: int) -> str:
         """A constant of int64."""

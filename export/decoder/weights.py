@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from pixano_edge.engine.contracts.decoder import DecoderConstants
 from pixano_edge.engine.errors import ExportError
+from pixano_edge.export.half_weights import exact_half
 
 Matrix = npt.NDArray[np.float32]
 
@@ -97,6 +100,13 @@ class DecoderWeights:
                 f"The language model has {', '.join(wrong)}, which the decoder's graph does not compute.",
                 "Only the published architecture is exported.",
             )
+
+    @functools.cached_property
+    def fit_half(self) -> bool:
+        """Whether fp16 holds every matrix exactly, as where a checkpoint was rounded to it."""
+        tables = (matrix for matrix in (self.embedding, self.head))
+        layers = (part.weight for x in self.layers() for part in (x.qkv, x.out, x.gate_up, x.down))
+        return all(exact_half(matrix) is not None for matrix in itertools.chain(tables, layers))
 
     @property
     def embedding(self) -> Matrix:

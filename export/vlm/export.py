@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -188,24 +187,29 @@ class DecoderExport:
         self.entries: dict[str, dict[str, GraphVariant]] = {graph: {} for graph in _BUILT}
         self.notes: list[str] = []
         self._parameters = 0
-        for precision in variants:
-            self._write(family, precision)
+        floats = [v for v in variants if v != "int4"]
+        # Where fp16 holds the weights exactly, the fp32 graphs read them from there.
+        groups = [floats] if family.weights.fit_half else [[v] for v in floats]
+        for precisions in (*groups, *([v] for v in variants if v == "int4")):
+            self._write(family, precisions)
         for graph, held in self.entries.items():  # plain ones first
             self.entries[graph] = dict(sorted(held.items(), key=lambda item: item[0].endswith(SUFFIX)))
 
-    def _write(self, family: VlmFamily, precision: str) -> None:
-        """The graphs of one precision, which share one file of weights."""
-        root, quantised = self._writer.root / "graphs", precision == "int4"
-        graphs: dict[tuple[str, str], onnx.ModelProto] = {}
-        with ExitStack() as open_stores:
-            store = open_stores.enter_context(WeightStore(root / f"decoder.{precision}.weights"))
+    def _write(self, family: VlmFamily, precisions: Sequence[str]) -> None:
+        """The graphs of precisions that share one file of weights, which is named after the last."""
+        quantised = precisions[-1] == "int4"
+        graphs: dict[tuple[str, str, str], onnx.ModelProto] = {}
+        with WeightStore(self._writer.root / "graphs" / f"decoder.{precisions[-1]}.weights") as store:
             targets = (contract.ONNX,) if quantised else (contract.ONNX, contract.TENSORRT)
-            for target in targets:
-                graphs[contract.DECODER, target] = build_decoder(family.weights, store, precision, target)
-            if not quantised:
-                graphs[contract.EMBED_TOKENS, contract.ONNX] = build_embedding(family.weights, store, precision)
+            for precision in precisions:
+                for target in targets:
+                    model = build_decoder(family.weights, store, precision, target)
+                    graphs[precision, contract.DECODER, target] = model
+                if not quantised:
+                    model = build_embedding(family.weights, store, precision)
+                    graphs[precision, contract.EMBED_TOKENS, contract.ONNX] = model
         store.seal(*graphs.values())
-        for (graph, target), model in graphs.items():
+        for (precision, graph, target), model in graphs.items():
             check_contract(model, self._spec(graph, precision, target))
             tensorrt = target == contract.TENSORRT
             file = f"graphs/{graph}.{precision}{'.tensorrt' if tensorrt else ''}.onnx"

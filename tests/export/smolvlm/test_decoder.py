@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,38 @@ def test_weights_are_stored_once(weights: DecoderWeights, tmp_path: Path) -> Non
     assert table["embed_tokens.weight"] == table["lm_head.weight"]
     assert all(int(e["offset"]) % ALIGNMENT == 0 for e in table.values() if e)
     assert len({p.value for g in (first, *others) for p in g.metadata_props if p.key.endswith("sha256")}) == 1
+
+
+def test_weights_that_fp16_holds_are_stored_in_it(
+    weights: DecoderWeights, loaded_smolvlm: SmolVlmCheckpoint, smolvlm_answer: Answer, tmp_path: Path
+) -> None:
+    """The same logits bit by bit from half the bytes, in one file with fp16's; one weight more of precision ends it."""
+    assert not weights.fit_half
+    rounded = copy.copy(loaded_smolvlm)
+    rounded.model = copy.deepcopy(loaded_smolvlm.model)
+    with torch.no_grad():
+        for parameter in rounded.model.parameters():
+            parameter.copy_(parameter.half().float())
+    narrow, wide = SmolVlmFamily(rounded).weights, SmolVlmFamily(rounded).weights
+    assert narrow.fit_half
+    wide.__dict__["fit_half"] = False
+    for target in (contract.ONNX, contract.TENSORRT):
+        got = []
+        for kind, name in ((narrow, "narrow"), (wide, "wide")):
+            (tmp_path / name).mkdir(exist_ok=True)
+            file = write(tmp_path / name, kind, "fp32", target)
+            got.append(DecoderRun(file, kind.constants, target, threads=1).logits(smolvlm_answer.parts()))
+        assert (got[0] == got[1]).all()
+        small, large = ((tmp_path / n / f"fp32.{target}.weights").stat().st_size for n in ("narrow", "wide"))
+        assert small < 0.6 * large
+    with WeightStore(tmp_path / "both.weights") as store:
+        build_decoder(narrow, store, "fp16")
+        size = store.path.stat().st_size
+        build_decoder(narrow, store, "fp32")
+    assert store.path.stat().st_size - size < 200_000  # tables of the angles, which stay fp32
+    with torch.no_grad():
+        rounded.model.model.text_model.layers[0].mlp.down_proj.weight[0, 0] = 0.1
+    assert not SmolVlmFamily(rounded).weights.fit_half
 
 
 def matrices(weights: DecoderWeights) -> Iterator[np.ndarray]:
