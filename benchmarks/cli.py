@@ -177,17 +177,8 @@ def serve(
     The server runs in a process of its own, the engine in this one; both get the same requests on a photo of 2
     megapixels, in turns. The overhead of a request is its time less what the engine took for it, as its answer tells.
     """
-    from .serve import (
-        COLUMNS,
-        LOAD_COLUMNS,
-        clicks_while_tracking,
-        load,
-        load_rows,
-        measure,
-        table_rows,
-        to_dicts,
-        wait_text,
-    )
+    from .clicks import clicks_while_tracking, wait_text
+    from .serve import COLUMNS, LOAD_COLUMNS, load, load_rows, measure, table_rows, to_dicts
 
     facts = environment(threads)
     with progress("Preparing", None, enabled=not as_json) as steps:

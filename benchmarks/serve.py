@@ -1,4 +1,4 @@
-"""What HTTP adds to the engine: the requests of Pixano's page, many clients at once, clicks while a clip is tracked.
+"""What HTTP adds to the engine: the requests of Pixano's page, and many clients at once.
 
 The server is a process of its own. Beside it, the same requests go to an `EdgeProvider` in this process, in turns with
 those over HTTP. The overhead is paired: seconds until the answer's last byte, less what the engine took for that very
@@ -30,7 +30,15 @@ from pixano_edge.engine.provider.types import ArrayData, EdgeMaskGenerationInput
 
 from .metrics import Latency, latency
 from .segment import SETTLE_SECONDS
-from .serving import JOBS, SEGMENTATION, Client, FrameWatch, ServerProcess, click_body, engine_seconds, jpeg_uri, photo
+from .serving import (
+    SEGMENTATION,
+    Client,
+    ServerProcess,
+    click_body,
+    engine_seconds,
+    jpeg_uri,
+    photo,
+)
 
 NAME = "bench"
 """What the bundle is called in the store."""
@@ -81,27 +89,6 @@ class LoadRow:
     errors: int
     per_second: float
     seconds: Latency
-
-
-@dataclass(frozen=True)
-class WaitRow:
-    """Clicks while a clip is tracked.
-
-    Attributes:
-        frame: Seconds per frame of the job.
-        idle: Seconds of a click without the job.
-        click: Seconds of a click with it.
-        frames: `click` less the median of `idle`, in median frames.
-        most_frames: The longest of these.
-        frames_passed: Most frames that ended while one click was on its way, upload included.
-    """
-
-    frame: Latency
-    idle: Latency
-    click: Latency
-    frames: Latency
-    most_frames: float
-    frames_passed: int
 
 
 @contextmanager
@@ -289,59 +276,8 @@ def _closed_loop(port: int, image: str, clients: int, seconds: float) -> LoadRow
     return LoadRow(clients, len(times), sum(errors for _, errors in found), len(times) / lasted, latency(times))
 
 
-def clicks_while_tracking(
-    bundle: Bundle, *, clicks: int, threads: int, step: Callable[[str], None] = lambda _: None
-) -> WaitRow:
-    """Clicks at random moments while a clip of 960x540 is tracked on the same model."""
-    import cv2
-
-    image = jpeg_uri(photo())
-    wide = cv2.resize(photo(), (1100, 540), interpolation=cv2.INTER_AREA)
-    frames = [jpeg_uri(np.asarray(wide[:, i : i + 960], np.uint8), 75) for i in range(0, 128, 4)]
-    count = 12 + 4 * clicks  # a click waits for a frame at most, and comes 1 to 2 frames after the one before
-    rng = np.random.default_rng(0)
-    with served(bundle.root, threads) as server, Client(server.port) as client:
-        step("clicks without a job")
-        tracked = f"{NAME}-video"  # loads all graphs, so that the clicks before and during the job meet one model
-        body = click_body(tracked, image, 400, 300)
-        for _ in range(3):
-            _click(client, body)
-        idle = []
-        for _ in range(max(10, clicks // 2)):
-            time.sleep(SETTLE_SECONDS)
-            idle.append(_click(client, body))
-        step("clicks while tracking")
-        job = {
-            "model": tracked, "video": [frames[i % len(frames)] for i in range(count)], "objectsIds": [1],
-            "frameIndexes": [0],
-            "keyframes": [{"frameIndex": 0, "prompts": {"points": [{"x": 480, "y": 270, "label": 1}]}}],
-        }  # fmt: skip
-        status, answer, _ = client.post(JOBS, json.dumps(job).encode())
-        if status != 202:
-            raise EdgeError(f"The server answered {status}: {answer[:300]!r}", "Look at its log.")
-        job_id = json.loads(answer)["jobId"]
-        watch = FrameWatch(server.port, job_id)
-        while len(watch.times) < 8:
-            if not watch.is_alive():
-                raise EdgeError("The tracking job ended before its first frames.", "Look at the server's log.")
-            time.sleep(0.05)
-        frame = float(np.median(np.diff(watch.times)))
-        times, passed = [], []
-        for _ in range(clicks):
-            time.sleep(float(rng.uniform(1.0, 2.0)) * frame)
-            if not watch.is_alive():
-                raise EdgeError("The tracking job ended before the last click.", "Use a slower model, or fewer clicks.")
-            before = len(watch.times)
-            times.append(_click(client, body))
-            passed.append(len(watch.times) - before)
-        alone = [b - a for a, b in zip(watch.times, watch.times[1:])]
-        client.delete(f"/v1/jobs/{job_id}")
-        watch.join(60)
-    waits = [(taken - latency(idle).p50) / frame for taken in times]
-    return WaitRow(latency(alone), latency(idle), latency(times), latency(waits), max(waits), max(passed))
-
-
-def _click(client: Client, body: bytes) -> float:
+def click(client: Client, body: bytes) -> float:
+    """Seconds of a click; raises EdgeError for another answer than masks."""
     status, answer, seconds = client.post(SEGMENTATION, body)
     if status != 200:
         raise EdgeError(f"The server answered {status}: {answer[:300]!r}", "Look at its log.")
@@ -379,15 +315,6 @@ def load_rows(rows: Sequence[LoadRow]) -> list[tuple[str, ...]]:
         )
         for row in rows
     ]  # fmt: skip
-
-
-def wait_text(row: WaitRow) -> str:
-    """One line for people."""
-    return (
-        f"click while tracking: p50 {1000 * row.click.p50:.0f} ms, p99 {1000 * row.click.p99:.0f} ms; alone "
-        f"{1000 * row.idle.p50:.0f} ms; a frame {1000 * row.frame.p50:.0f} ms; waited p50 {row.frames.p50:.2f}, at "
-        f"most {row.most_frames:.2f} frames; at most {row.frames_passed} frame(s) ended while one was on its way"
-    )
 
 
 def to_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:

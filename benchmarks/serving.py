@@ -163,6 +163,20 @@ def engine_seconds(answer: bytes) -> float:
     return float(found[1])
 
 
+def stage_totals(client: Client, model: str, stage: str) -> tuple[float, int]:
+    """Seconds and runs of a stage of a model up to now, by the server's clock (its metrics); zeros before the first."""
+    status, text = client.get("/metrics")
+    if status != 200:
+        raise EdgeError(f"The server's metrics answered {status}: {text[:200]!r}", "Look at the server's log.")
+    labels = re.escape(f'{{model="{model}",stage="{stage}"}}')
+    found = {
+        part: re.search(rf"^pixano_edge_stage_seconds_{part}{labels} (\S+)$", text.decode(), re.MULTILINE)
+        for part in ("sum", "count")
+    }
+    seconds, count = (float(match[1]) if match else 0.0 for match in found.values())
+    return seconds, round(count)
+
+
 def jpeg_uri(pixels: npt.NDArray[np.uint8], quality: int = 90) -> str:
     """``data:`` URI of a picture, (H, W, 3) uint8 RGB."""
     import cv2

@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 
 from tests.support.browser import no_browser_reason
+from tests.support.once import WORKER, once
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if WORKER in os.environ:
+    # Before torch and OpenBLAS are loaded, here and in processes that tests start: workers share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,9 +63,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
     from tests.support.tiny import make_tiny_checkpoint
 
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-sam2"
-    make_tiny_checkpoint(folder)
-    return folder
+    return once(tmp_path_factory, "checkpoints/tiny-sam2", make_tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +71,9 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """Bundle (images alone, fp32 and fp16) of `tiny_checkpoint`; read-only, copy it before changing it."""
     from pixano_edge.export.sam2 import export_sam2
 
-    return export_sam2(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-sam2", image_only=True)
+    return once(
+        tmp_path_factory, "bundles/tiny-sam2", lambda folder: export_sam2(tiny_checkpoint, folder, image_only=True)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +82,9 @@ def tracking_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
     from tests.support.tiny import make_tracking_model, save_checkpoint
 
-    return save_checkpoint(make_tracking_model(), tmp_path_factory.mktemp("tracking") / "tracking-sam2")
+    return once(
+        tmp_path_factory, "checkpoints/tracking-sam2", lambda folder: save_checkpoint(make_tracking_model(), folder)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +92,9 @@ def tracking_bundle(tracking_checkpoint: Path, tmp_path_factory: pytest.TempPath
     """Bundle (images and video, fp32 and fp16) of `tracking_checkpoint`; read-only, copy it before changing it."""
     from pixano_edge.export.sam2 import export_sam2
 
-    return export_sam2(tracking_checkpoint, tmp_path_factory.mktemp("bundle") / "tracking-sam2", threads=1)
+    return once(
+        tmp_path_factory, "bundles/tracking-sam2", lambda folder: export_sam2(tracking_checkpoint, folder, threads=1)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +103,7 @@ def tiny_vlm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
     from tests.support.vlm import write_smolvlm
 
-    return write_smolvlm(tmp_path_factory.mktemp("vlm") / "tiny-vlm", "smolvlm")
+    return once(tmp_path_factory, "checkpoints/tiny-vlm", lambda folder: write_smolvlm(folder, "smolvlm"))
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +114,37 @@ def tiny_vlm_bundle(tiny_vlm_checkpoint: Path, tmp_path_factory: pytest.TempPath
     from tests.support.vlm import picture, without_memory
 
     photos = [Photo(f"p{i}", picture(40 + 9 * i, 70, i)) for i in range(2)]
-    folder = tmp_path_factory.mktemp("bundle") / "tiny-vlm"
-    with without_memory():
-        return export_smolvlm(tiny_vlm_checkpoint, folder, variants=("fp32",), tokens=4, photos=photos, threads=1)
+
+    def export(folder: Path) -> None:
+        with without_memory():
+            export_smolvlm(tiny_vlm_checkpoint, folder, variants=("fp32",), tokens=4, photos=photos, threads=1)
+
+    return once(tmp_path_factory, "bundles/tiny-vlm", export)
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers folder of a tiny Qwen2.5-VL with seeded, sharpened random weights."""
+    pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
+    from tests.support.vlm import write_qwen
+
+    return once(tmp_path_factory, "checkpoints/tiny-qwen2.5-vl", write_qwen)
+
+
+@pytest.fixture(scope="session")
+def qwen_bundle(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle (fp32 and fp16) of `qwen_folder`; read-only. Memory is not measured: that takes a process per graph."""
+    from pixano_edge.export.photos import Photo
+    from pixano_edge.export.qwen2_5_vl import export_qwen_vl
+    from tests.support.vlm import PICTURES, without_memory
+
+    photos = [Photo(name, pixels) for name, pixels in PICTURES]
+
+    def export(folder: Path) -> None:
+        with without_memory():
+            export_qwen_vl(qwen_folder, folder, photos=photos, questions=("What is on this image?",), threads=1)
+
+    return once(tmp_path_factory, "bundles/qwen2.5-vl", export)
 
 
 @pytest.fixture(scope="session")
@@ -136,23 +174,23 @@ def small_dino(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return export_model(sharpened(small_config()), folder, shortest_edge=96, longest_edge=160)
 
 
-def _owl_checkpoint(family: str, folder: Path) -> Path:
+def _owl_checkpoint(family: str, factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
     from tests.support.tiny_owl import make_model, save_checkpoint
 
-    return save_checkpoint(make_model(family), folder)
+    return once(factory, f"checkpoints/tiny-{family}", lambda folder: save_checkpoint(make_model(family), folder))
 
 
 @pytest.fixture(scope="session")
 def owl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """transformers folder of a tiny OWLv2 with seeded, sharpened random weights."""
-    return _owl_checkpoint("owlv2", tmp_path_factory.mktemp("checkpoint") / "tiny-owlv2")
+    return _owl_checkpoint("owlv2", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def owlvit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """transformers folder of a tiny OWL-ViT."""
-    return _owl_checkpoint("owlvit", tmp_path_factory.mktemp("checkpoint") / "tiny-owlvit")
+    return _owl_checkpoint("owlvit", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +198,7 @@ def owl_bundle(owl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Bundle (fp32 and fp16) of `owl_checkpoint`; read-only, copy it before changing it."""
     from pixano_edge.export.owlv2 import export_owl
 
-    return export_owl(owl_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-owlv2", threads=1)
+    return once(tmp_path_factory, "bundles/tiny-owlv2", lambda folder: export_owl(owl_checkpoint, folder, threads=1))
 
 
 @pytest.fixture(scope="session")
@@ -168,17 +206,22 @@ def owlvit_bundle(owlvit_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     """Bundle (fp32) of `owlvit_checkpoint`; read-only."""
     from pixano_edge.export.owlv2 import export_owl
 
-    folder = tmp_path_factory.mktemp("bundle") / "tiny-owlvit"
-    return export_owl(owlvit_checkpoint, folder, "owlvit", variants=["fp32"], threads=1)
+    return once(
+        tmp_path_factory,
+        "bundles/tiny-owlvit",
+        lambda folder: export_owl(owlvit_checkpoint, folder, "owlvit", variants=["fp32"], threads=1),
+    )
 
 
 @pytest.fixture(scope="session")
 def dino_checkpoint(small_dino: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """transformers folder of a small Grounding DINO."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint") / "small-dino"
-    small_dino.model.save_pretrained(folder)
-    small_dino.processor.save_pretrained(folder)
-    return folder
+
+    def save(folder: Path) -> None:
+        small_dino.model.save_pretrained(folder)
+        small_dino.processor.save_pretrained(folder)
+
+    return once(tmp_path_factory, "checkpoints/small-dino", save)
 
 
 @pytest.fixture(scope="session")
@@ -186,6 +229,9 @@ def dino_bundle(dino_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """Bundle (fp32) of `dino_checkpoint`; read-only."""
     from pixano_edge.export.grounding_dino import export_grounding_dino
 
-    folder = tmp_path_factory.mktemp("bundle") / "small-dino"
     lists = [["a cat"], ["coffee cup", "spoon", "table"]]
-    return export_grounding_dino(dino_checkpoint, folder, variants=("fp32",), classes=lists, threads=1)
+    return once(
+        tmp_path_factory,
+        "bundles/small-dino",
+        lambda folder: export_grounding_dino(dino_checkpoint, folder, variants=("fp32",), classes=lists, threads=1),
+    )

@@ -117,8 +117,8 @@ def test_base_install_is_small_and_pulls_no_torch(
     subprocess.run([python, "-m", "pip", "install", "-q", f"{wheel}[cpu]"], check=True, timeout=600)
     size = installed() - bare
     packages = {p.name.split("-")[0].lower() for p in site.glob("*.dist-info")}
-    with capsys.disabled():
-        print(f"\nbase install with [cpu]: {size / 1e6:.0f} MB, {len(packages)} packages")  # noqa: T201
+    with capsys.disabled():  # to stderr, which workers of pytest-xdist share
+        print(f"\nbase install with [cpu]: {size / 1e6:.0f} MB, {len(packages)} packages", file=sys.stderr)  # noqa: T201
     assert not packages & {"torch", "transformers", "optimum", "onnx"}
     assert size < 400e6
     shown = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True)

@@ -20,7 +20,7 @@ from ..models.images import decode_image
 from ..models.masks import LazyMasks
 from ..models.rle import decode_rle, encode_rle
 from .coco import CocoWriter
-from .draw import overlay, write_masks, write_png
+from .draw import mask_index, overlay, write_masks, write_png
 from .draw_text import NamedBox
 from .options import BackendOption, DeviceOption, ForceOption, PrecisionOption, ThreadsOption, open_bundle
 from .output import JsonOption, make_folder, milliseconds, note, print_json, print_table, progress
@@ -193,11 +193,15 @@ def detect_file(
         start = time.perf_counter()
         masks = segment_boxes(predictor, image, found.boxes) if len(found) else []
         result.segment_seconds = time.perf_counter() - start
-        written = write_masks(out, stem, LazyMasks(masks, BoxMask.decode), (height, width))
+    lazy, areas = LazyMasks(masks, BoxMask.decode), [mask.area for mask in masks]
+    index = mask_index(lazy, (height, width), areas)
+    if predictor is not None:
+        written = write_masks(out, stem, lazy, (height, width), index=index)
         result.mask_files = [path.name for path in written]
     labels = found.labels.tolist()
     picture = out / f"{stem}.overlay.png"
-    write_png(picture, overlay(image, LazyMasks(masks, BoxMask.decode), boxes=named_boxes(found), kinds=labels))
+    drawn = overlay(image, lazy, boxes=named_boxes(found), kinds=labels, index=index, areas=areas)
+    write_png(picture, drawn)
     result.overlay = picture.name
     image_id = coco.add_image(file.name, height, width)
     for number, (box, score, label) in enumerate(zip(found.boxes.tolist(), found.scores.tolist(), labels)):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
+MaskIndex = npt.NDArray[np.uint8 | np.uint16]
+"""Object numbers per pixel, see `mask_index`."""
 
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _POSITIVE, _NEGATIVE = (30, 200, 60), (230, 40, 40)
@@ -28,9 +30,7 @@ def line_width(height: int, width: int) -> int:
     return max(1, round(max(height, width) / 500))
 
 
-def _paint_fill(
-    image: Image, index: npt.NDArray[np.uint8 | np.uint16], colours: Sequence[tuple[int, int, int]]
-) -> None:
+def _paint_fill(image: Image, index: MaskIndex, colours: Sequence[tuple[int, int, int]]) -> None:
     """Tints every pixel once, however many masks cover it, so that the picture stays visible below."""
     table = np.array([_BLACK, *colours], np.float32)
     inside = index > 0
@@ -76,6 +76,8 @@ def overlay(
     prompts: Sequence[Prompt] = (),
     boxes: Sequence[NamedBox] = (),
     kinds: Sequence[int] | None = None,
+    index: MaskIndex | None = None,
+    areas: Sequence[int] | None = None,
 ) -> Image:
     """A copy of `image` with translucent masks, their contours, the marks of the prompts and named boxes.
 
@@ -85,6 +87,8 @@ def overlay(
         prompts: What was asked; green plus = foreground point, red minus = background point, white line = box.
         boxes: Drawn last, the first on top; one of kind k has the colour of the k-th mask.
         kinds: Gives each mask the colour of such a kind; None takes the masks' own numbers.
+        index: What `mask_index` gave for these masks, where it is there already.
+        areas: Pixels of each mask, where they are known: masks are looked at once less.
 
     Returns:
         (H, W, 3) uint8 RGB, owned by the caller.
@@ -93,8 +97,8 @@ def overlay(
     height, width = image.shape[:2]
     thick = line_width(height, width)
     colours = [colour_of(k) for k in (range(len(masks)) if kinds is None else kinds)]
-    _paint_fill(picture, mask_index(masks, (height, width)), colours)
-    for number in _large_to_small(masks):
+    _paint_fill(picture, mask_index(masks, (height, width), areas) if index is None else index, colours)
+    for number in _large_to_small(masks, areas):
         _paint_contour(picture, np.ascontiguousarray(masks[number]), colours[number], thick)
     for prompt in prompts:
         if prompt.box is not None:
@@ -107,20 +111,25 @@ def overlay(
     return paint_boxes(picture, boxes, thick) if boxes else picture
 
 
-def _large_to_small(masks: Sequence[Mask]) -> list[int]:
-    areas = np.array([np.count_nonzero(mask) for mask in masks], np.int64)
-    order: list[int] = np.argsort(-areas, kind="stable").tolist()
+def _large_to_small(masks: Sequence[Mask], areas: Sequence[int] | None) -> list[int]:
+    counts = np.array([np.count_nonzero(mask) for mask in masks] if areas is None else areas, np.int64)
+    order: list[int] = np.argsort(-counts, kind="stable").tolist()
     return order
 
 
-def mask_index(masks: Sequence[Mask], size: tuple[int, int]) -> npt.NDArray[np.uint8 | np.uint16]:
+def mask_index(masks: Sequence[Mask], size: tuple[int, int], areas: Sequence[int] | None = None) -> MaskIndex:
     """Object numbers 1..K per pixel, 0 for the background; where masks overlap the smaller one wins.
+
+    Args:
+        masks: (H, W) bool each.
+        size: (height, width) of the image.
+        areas: Pixels of each mask, where they are known.
 
     Returns:
         (H, W) uint8 for up to 255 masks, uint16 above.
     """
     index = np.zeros(size, np.uint8 if len(masks) <= 255 else np.uint16)
-    for number in _large_to_small(masks):
+    for number in _large_to_small(masks, areas):
         index[masks[number]] = number + 1
     return index
 
@@ -144,7 +153,12 @@ def write_png(path: Path, array: npt.NDArray[Any], palette: bool = False) -> Non
 
 
 def write_masks(
-    folder: Path, stem: str, masks: Sequence[Mask], size: tuple[int, int], separate: bool = False
+    folder: Path,
+    stem: str,
+    masks: Sequence[Mask],
+    size: tuple[int, int],
+    separate: bool = False,
+    index: MaskIndex | None = None,
 ) -> list[Path]:
     """Writes the mask files of one image.
 
@@ -157,6 +171,7 @@ def write_masks(
         masks: (H, W) bool each.
         size: (height, width) of the image.
         separate: One file per mask; for masks that may overlap fully.
+        index: What `mask_index` gave for these masks, where it is there already.
 
     Returns:
         The files written.
@@ -168,7 +183,7 @@ def write_masks(
         return paths
     path = folder / f"{stem}.mask.png"
     if len(masks) == 1:
-        write_png(path, masks[0])
+        write_png(path, masks[0] if index is None else index > 0)
     else:
-        write_png(path, mask_index(masks, size), palette=True)
+        write_png(path, mask_index(masks, size) if index is None else index, palette=True)
     return [path]

@@ -17,7 +17,7 @@ from ..models.images import decode_image
 from ..models.masks import LazyMasks
 from . import auto_options
 from .coco import AUTOMATIC_KEYS, CocoWriter
-from .draw import overlay, write_masks, write_png
+from .draw import mask_index, overlay, write_masks, write_png
 from .options import BackendOption, DeviceOption, ForceOption, PrecisionOption, ThreadsOption, open_bundle
 from .output import JsonOption, Steps, make_folder, milliseconds, note, print_json, print_table, progress
 from .prompts import BOX_HELP, POINT_HELP, PROMPT_HELP, ParsedPrompt, parse_prompts
@@ -53,6 +53,11 @@ class Found:
     @property
     def mask(self) -> Mask:
         return self.source if isinstance(self.source, np.ndarray) else self.source.mask
+
+    @property
+    def area(self) -> int:
+        """Foreground pixels."""
+        return int(np.count_nonzero(self.source)) if isinstance(self.source, np.ndarray) else self.source.area
 
 
 @dataclass
@@ -164,11 +169,14 @@ def segment_file(
     marks = [p.to_prompt() for p in prompts]
     # Candidates of one prompt cover each other: the picture shows the best one.
     shown = [f for i, f in enumerate(found) if not multimask or i == 0 or found[i - 1].prompt != f.prompt]
-    write_png(picture, overlay(image, LazyMasks(shown, lambda f: f.mask), marks))
+    lazy, areas = LazyMasks(shown, lambda f: f.mask), [f.area for f in shown]
+    index = mask_index(lazy, (height, width), areas)
+    write_png(picture, overlay(image, lazy, marks, index=index, areas=areas))
     result.overlay = picture.name
-    result.mask_files = [
-        p.name for p in write_masks(out, stem, LazyMasks(found, lambda f: f.mask), (height, width), separate=multimask)
-    ]
+    every = LazyMasks(found, lambda f: f.mask)
+    same = index if len(shown) == len(found) else None
+    written = write_masks(out, stem, every, (height, width), separate=multimask, index=same)
+    result.mask_files = [path.name for path in written]
     image_id = coco.add_image(file.name, height, width)
     for f in found:
         if isinstance(f.source, np.ndarray):

@@ -13,6 +13,7 @@ import uvicorn
 
 from ..errors import EdgeError
 from .app import create_app
+from .deadlines import with_head_deadline
 from .logs import configure
 from .settings import ServerSettings
 
@@ -63,6 +64,8 @@ def uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
     """How uvicorn runs the application; logging is configured apart."""
     return uvicorn.Config(
         app,
+        http=with_head_deadline(settings.head_timeout_s),
+        ws="none",  # there are no WebSockets, and a request to become one is an ordinary one
         log_config=None,
         access_log=False,
         server_header=False,

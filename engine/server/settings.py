@@ -73,6 +73,7 @@ class ServerSettings(BaseModel):
             media_ca_file: Of such fetches; see `FetchPolicy`.
         media_max_urls, media_max_fetched_bytes: That one request may name, and have fetched, all in all.
         media_roots: Folders whose files requests may name; empty for none.
+        head_timeout_s: Seconds that a client may take for the head of a request, until its connection is closed.
         body_timeout_s: Seconds that a client may send nothing in the middle of a body, until 408.
         body_total_timeout_s: Seconds that a whole body may take to come, until 408.
         media_max_image_bytes, media_max_video_bytes: Of one encoded file.
@@ -107,6 +108,7 @@ class ServerSettings(BaseModel):
     echo_mb: int = Field(default=MAX_TEXT_BYTES >> 20, ge=0)
     max_request_body_bytes: int = Field(default=100 * _MIB, ge=1)
     max_bodies_bytes: int = Field(default=512 * _MIB, ge=1)
+    head_timeout_s: float = Field(default=20.0, gt=0)
     body_timeout_s: float = Field(default=60.0, gt=0)
     body_total_timeout_s: float = Field(default=300.0, gt=0)
     media_allow_url: bool = False

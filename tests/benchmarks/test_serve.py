@@ -39,6 +39,9 @@ def test_a_small_run_of_everything(demo_bundle: Path, tmp_path: Path) -> None:
     # That none waits for two frames is what test_hangups.py shows, where nothing depends on the machine's load.
     assert wait["click"]["count"] == wait["frames"]["count"] == 2
     assert wait["frame"]["count"] >= 8
+    assert 0 <= wait["queued"]["p50"] < wait["click"]["p99"]
+    assert 0 < wait["step"] < 60
+    assert wait["most_steps"] > 0
 
 
 def test_the_photo_is_as_large_as_it_says() -> None:

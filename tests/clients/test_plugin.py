@@ -24,6 +24,8 @@ from pixano_inference.utils import media_security
 from pixano_inference.utils.media_security import MediaPolicy, MediaSecurityError
 
 from pixano_edge.engine.plugins import ray_models
+from pixano_edge.engine.provider import EdgeProvider, TextImageConditionalGenerationInput
+from pixano_edge.engine.provider import ModelConfig as Configured
 
 PATHS = {"EdgeSegmentation": "sam2-demo", "EdgeTracking": "sam2-demo", "EdgeDetection": "owlv2-demo"}
 
@@ -131,6 +133,40 @@ def test_detection(replica: Any, photo: Photo) -> None:
     assert replica.interface.thresholds == ["box"]
     with pytest.raises(ValueError, match="classes"):
         replica.predict(pixano.DetectionInput(image=photo.png))
+
+
+def test_text_is_the_providers(tiny_vlm_bundle: Path, photo: Photo) -> None:
+    """Greedy answers of a small model that knows nothing: the same tokens, from a text and from messages."""
+    ask: dict[str, Any] = {"prompt": "What is this?", "max_new_tokens": 6, "temperature": 0.0}
+    model = deployed("EdgeVLM", path=str(tiny_vlm_bundle))
+    model.load_model()
+    try:
+        output = model.predict(pixano.VLMInput(**ask, images=[photo.uri]))
+        parts = [{"type": "image_url", "image_url": {"url": photo.uri}}, {"type": "text", "text": ask["prompt"]}]
+        messages = {**ask, "prompt": [{"role": "user", "content": parts}]}
+        assert model.predict(pixano.VLMInput(**messages)).generated_text == output.generated_text
+        assert model.interface.images.min == 0
+        with pytest.raises(MediaSecurityError):
+            model.predict(pixano.VLMInput(**ask, images=["http://127.0.0.1:1/photo.png"]))
+    finally:
+        model.unload()
+
+    async def directly() -> Any:
+        provider = EdgeProvider(threads=1)
+        try:
+            settings = {"device": "cpu", "threads": 1}
+            config = Configured("one", "text_image_conditional_generation", str(tiny_vlm_bundle), settings)
+            await provider.instantiate_model("edge", config)
+            request = TextImageConditionalGenerationInput("one", **ask, images=[photo.uri])
+            return (await provider.text_image_conditional_generation(request)).data
+        finally:
+            await provider.close()
+
+    expected = asyncio.run(directly())
+    assert output.generated_text == expected.generated_text
+    assert output.usage.prompt_tokens == expected.usage.prompt_tokens > 6
+    assert output.usage.completion_tokens == expected.usage.completion_tokens == 6
+    assert output.usage.total_tokens == expected.usage.prompt_tokens + 6
 
 
 def test_cpu_unless_the_deployment_has_gpus() -> None:

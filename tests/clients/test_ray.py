@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from pixano_edge.engine.provider import (
     EdgeProvider,
     EdgeVideoMaskGenerationInput,
     ImageZeroShotDetectionInput,
+    TextImageConditionalGenerationInput,
 )
 from tests.clients.kits import Kit
 from tests.clients.material import Clip, Photo, iou
@@ -35,11 +37,12 @@ from pixano_inference.configs import DeploymentConfig, ModelConfig
 
 small = DeploymentConfig(num_cpus=0.3, max_replicas=1)
 models = [
-    ModelConfig(name=name, model_class=kind, model_params={"path": path, "threads": 1}, deployment=small)
+    ModelConfig(name=name, model_class=kind, model_params={{"path": path, "threads": 1}}, deployment=small)
     for name, kind, path in (
         ("masks", "EdgeSegmentation", "sam2-demo"),
         ("clips", "EdgeTracking", "sam2-demo"),
         ("boxes", "EdgeDetection", "owlv2-demo"),
+        ("words", "EdgeVLM", "{words}"),
     )
 ]
 """
@@ -49,10 +52,10 @@ ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
-def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def ray_url(tiny_vlm_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``pixano-inference --config`` on a free port; Ray is stopped afterwards, whatever happened."""
     folder = tmp_path_factory.mktemp("ray")
-    (folder / "models.py").write_text(CONFIG)
+    (folder / "models.py").write_text(CONFIG.format(words=tiny_vlm_bundle))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,6 +119,7 @@ async def test_models_and_interfaces(client: Any) -> None:
         "masks": ("segmentation", "EdgeSegmentation", "RUNNING"),
         "clips": ("tracking", "EdgeTracking", "RUNNING"),
         "boxes": ("detection", "EdgeDetection", "RUNNING"),
+        "words": ("vlm", "EdgeVLM", "RUNNING"),
     }
     assert found["masks"].interface.embeddings
     assert found["clips"].interface.interval
@@ -183,6 +187,27 @@ async def test_detection(kit: Kit, client: Any, own: EdgeProvider, photo: Photo)
     expected = (await own.image_zero_shot_detection(ImageZeroShotDetectionInput(model="owlv2-demo", **ask))).data
     assert (data.boxes, data.scores, data.classes) == (expected.boxes, expected.scores, expected.classes)
     assert data.boxes
+
+
+async def test_text(kit: Kit, client: Any, tiny_vlm_bundle: Path, tmp_path: Path, photo: Photo) -> None:
+    """A small model that knows nothing, so greedy answers of the same tokens are the proof."""
+    ask = {"prompt": "What is this?", "images": [photo.uri], "max_new_tokens": 6, "temperature": 0.0}
+    shutil.copytree(tiny_vlm_bundle, tmp_path / "words")
+    own = EdgeProvider(store=tmp_path, threads=1)
+    try:
+        reference = TextImageConditionalGenerationInput("words", **ask)
+        expected = (await own.text_image_conditional_generation(reference)).data
+    finally:
+        await own.close()
+    data = (await client.vlm(kit.VLMRequest(model="words", **ask))).data
+    assert data.generated_text == expected.generated_text
+    assert data.usage.prompt_tokens == expected.usage.prompt_tokens > 6
+    assert data.usage.completion_tokens == expected.usage.completion_tokens == 6
+    parts = [{"type": "image_url", "image_url": {"url": photo.uri}}, {"type": "text", "text": "What is this?"}]
+    messages = {**ask, "prompt": [{"role": "user", "content": parts}], "images": None}
+    assert (await client.vlm(kit.VLMRequest(model="words", **messages))).data.generated_text == data.generated_text
+    other = {**ask, "prompt": "Where is it?"}
+    assert (await client.vlm(kit.VLMRequest(model="words", **other))).data.generated_text != data.generated_text
 
 
 async def test_its_media_policy_holds(kit: Kit, client: Any, tmp_path: Path, photo: Photo) -> None:

@@ -36,7 +36,8 @@ ENVIRONMENTS = {
     # Pixano brings opencv-python, which has the same cv2 as our opencv-python-headless.
     "pixano": Environment(("pixano==0.8.0", *_OWN), {"pixano-0.7.2": "pixano==0.7.2"}),
     "ray": Environment(
-        ("pixano-inference[server]==0.7.1", "opencv-python-headless>=4.9", "rich>=13", *_OWN), overlays={}
+        ("pixano-inference[server]==0.7.1", "opencv-python-headless>=4.9", "rich>=13", "jinja2>=3.1", *_OWN),
+        overlays={},
     ),
 }
 

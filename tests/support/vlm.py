@@ -283,6 +283,10 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(fine + random.integers(-20, 21, fine.shape), 0, 255).astype(np.uint8)
 
 
+PICTURES = (("wide", picture(50, 97)), ("tall", picture(70, 40, 1)))
+"""What the tests' exports are measured on."""
+
+
 @contextmanager
 def without_memory() -> Iterator[None]:
     """Leaves out what an export measures in processes of their own, which takes most of its time."""

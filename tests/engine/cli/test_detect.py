@@ -163,7 +163,10 @@ def test_then_segment_writes_the_masks_of_the_boxes(photo: Path, tmp_path: Path)
 
 def test_masks_in_groups_are_the_same(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("--classes", "a,b,c,d,e", "--bundle", "fake", "--then-segment")
+    decoded, real = [], command.BoxMask.decode
+    monkeypatch.setattr(command.BoxMask, "decode", lambda mask: (decoded.append(mask), real(mask))[1])
     assert _invoke(photo, *args, "-o", tmp_path / "whole").exit_code == 0
+    assert len(decoded) == 2 * 5  # a mask is decoded for the numbers of the pixels, and for its contour
     monkeypatch.setattr(command, "_MASK_BYTES", 2 * SIZE[0] * SIZE[1])
     assert _invoke(photo, *args, "-o", tmp_path / "parts").exit_code == 0
     assert _coco(tmp_path / "whole") == _coco(tmp_path / "parts")

@@ -61,6 +61,20 @@ def test_smaller_mask_wins_in_the_index():
     assert index[299 // 80, 299 % 80] == 300
 
 
+def test_what_is_known_of_masks_need_not_be_found_again(tmp_path: Path):
+    image = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), np.uint8)
+    masks = [_rect(10, 10, 60, 50), _rect(30, 20, 40, 30), _rect(5, 5, 20, 20)]
+    areas = [int(mask.sum()) for mask in masks]
+    index = mask_index(masks, SIZE, areas)
+    assert (index == mask_index(masks, SIZE)).all()
+    assert (overlay(image, masks, index=index, areas=areas) == overlay(image, masks)).all()
+    for count in (1, 3):
+        known = mask_index(masks[:count], SIZE)
+        (first,) = write_masks(tmp_path, "a", masks[:count], SIZE)
+        (second,) = write_masks(tmp_path, "b", masks[:count], SIZE, index=known)
+        assert first.read_bytes() == second.read_bytes()
+
+
 def test_mask_files_read_back(tmp_path: Path):
     one = _rect(10, 10, 20, 20)
     (path,) = write_masks(tmp_path, "a", [one], SIZE)

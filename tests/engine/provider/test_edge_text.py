@@ -329,11 +329,11 @@ async def test_nothing_of_an_answer_is_kept(provider: EdgeProvider, opener: Fake
 
 async def test_the_loop_stays_free(provider: EdgeProvider, opener: FakeOpener) -> None:
     vlm = await _loaded(provider, opener)
-    vlm.seconds = 0.05
+    vlm.seconds = 0.2
     task = asyncio.create_task(_ask(provider, "a b c d"))
     gaps, last = [], time.perf_counter()
     while not task.done():
         await asyncio.sleep(0.001)
         gaps.append(time.perf_counter() - last)
         last = time.perf_counter()
-    assert max(gaps) < 0.05
+    assert max(gaps) < 0.2

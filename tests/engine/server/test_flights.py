@@ -11,7 +11,7 @@ import pytest
 from pixano_edge.engine.provider.errors import InferenceTimeoutError, InvalidRequestError
 from pixano_edge.engine.server.flights import Flights
 
-STEP = 0.05
+STEP = 0.1
 
 
 class Work:

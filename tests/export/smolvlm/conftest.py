@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from pixano_edge.export import pipeline
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.smolvlm import export_smolvlm
 from pixano_edge.export.smolvlm.checkpoint import SmolVlmCheckpoint, load
 from pixano_edge.export.smolvlm.family import SmolVlmFamily
-from pixano_edge.export.vlm import export
 from pixano_edge.export.vlm.family import Answer
 from tests.support import vlm
+from tests.support.once import once
 
-PHOTOS = [Photo("wide", vlm.picture(50, 97)), Photo("tall", vlm.picture(70, 40, 1))]
+PHOTOS = [Photo(name, pixels) for name, pixels in vlm.PICTURES]
 
 
 @pytest.fixture(scope="session")
 def smolvlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vlm.write_smolvlm(tmp_path_factory.mktemp("smolvlm") / "tiny-smolvlm")
+    return once(tmp_path_factory, "checkpoints/tiny-smolvlm", vlm.write_smolvlm)
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +36,16 @@ def smolvlm_answer(loaded_smolvlm: SmolVlmCheckpoint) -> Answer:
 @pytest.fixture(scope="session")
 def smolvlm_bundle(smolvlm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In every variant; memory is measured by a test of its own, for it takes a process per graph."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.GraphExport, "measure_memory", lambda self: [])
-        patch.setattr(export, "measure_file", lambda *_: None)
-        return export_smolvlm(
-            smolvlm_folder,
-            tmp_path_factory.mktemp("smolvlm") / "bundle",
-            variants=("fp32", "fp16", "int4"),
-            photos=PHOTOS,
-            questions=("What is on this image?",),
-            threads=1,
-        )
+
+    def make(folder: Path) -> None:
+        with vlm.without_memory():
+            export_smolvlm(
+                smolvlm_folder,
+                folder,
+                variants=("fp32", "fp16", "int4"),
+                photos=PHOTOS,
+                questions=("What is on this image?",),
+                threads=1,
+            )
+
+    return once(tmp_path_factory, "bundles/smolvlm", make)

@@ -19,7 +19,7 @@ from pixano_edge.engine.models.qwen2_5_vl.model import Qwen2_5VlModel
 from pixano_edge.engine.models.qwen2_5_vl.preprocess import patches, resized_size, rope_positions, windows
 from pixano_edge.engine.models.smolvlm.preprocess import Normaliser
 from pixano_edge.engine.models.text.messages import read_conversation
-from tests.support.vlm import picture, without_memory
+from tests.support.vlm import picture
 
 TOKENS = 64
 BAR = 1e-3
@@ -85,35 +85,21 @@ def test_positions_are_those_of_transformers() -> None:
     assert following == 5
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    from pixano_edge.export.photos import Photo
-    from pixano_edge.export.qwen2_5_vl import export_qwen_vl
-    from tests.support.vlm import write_qwen
-
-    folder = tmp_path_factory.mktemp("qwen")
-    checkpoint = write_qwen(folder / "checkpoint")
-    photos = [Photo(f"p{i}", picture(40 + 9 * i, 70, i)) for i in range(2)]
-    with without_memory():
-        bundle = export_qwen_vl(checkpoint, folder / "bundle", variants=("fp32",), tokens=4, photos=photos, threads=1)
-    return checkpoint, bundle
-
-
 @pytest.fixture
-def model(folders: tuple[Path, Path]) -> Iterator[Any]:
-    with open_vlm(folders[1], device="cpu", threads=1) as found:
+def model(qwen_bundle: Path) -> Iterator[Any]:
+    with open_vlm(qwen_bundle, device="cpu", threads=1) as found:
         assert isinstance(found, Qwen2_5VlModel)
         yield found
 
 
 @pytest.fixture(scope="module")
-def ask(folders: tuple[Path, Path]) -> Any:
+def ask(qwen_folder: Path) -> Any:
     """Answers of transformers: prompt ids, answer ids, logits of each step."""
     import torch
 
     from pixano_edge.export.qwen2_5_vl.checkpoint import load
 
-    loaded = load(folders[0])
+    loaded = load(qwen_folder)
 
     def run(question: str, images: list[np.ndarray], tokens: int) -> Any:
         said = [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": question}]}]
@@ -160,13 +146,13 @@ def test_tokens_and_logits_are_those_of_transformers(model: Any, ask: Any, sizes
     assert answer.text == model.tokenizer.decode(tokens.tolist())
 
 
-def test_a_kept_prefix_changes_nothing(folders: tuple[Path, Path], model: Any) -> None:
+def test_a_kept_prefix_changes_nothing(qwen_bundle: Path, model: Any) -> None:
     images = [picture(50, 97), picture(30, 30, 1)]
     first = model.generate(read_conversation("What is it?", images), images, GenerationOptions(20))
     second = model.generate(read_conversation("Where is it?", images), images, GenerationOptions(20))
     assert (first.images_encoded, second.images_encoded) == (2, 0)
     assert second.usage.reused > 40
-    with open_vlm(folders[1], device="cpu", threads=1) as fresh:
+    with open_vlm(qwen_bundle, device="cpu", threads=1) as fresh:
         again = fresh.generate(read_conversation("Where is it?", images), images, GenerationOptions(20))
     assert again.text == second.text
     assert again.usage.reused == 0
