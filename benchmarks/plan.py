@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pixano_edge.engine.bundle.manifest import MANIFEST_NAME
+from pixano_edge.engine.bundle.store import DEMO_NAMES, demo_path
+from pixano_edge.engine.contracts import qwen2_5_vl, smolvlm
 from pixano_edge.engine.errors import EdgeError
 
 SIZES = ("demo", "tiny", "small", "base-plus", "large")
@@ -108,7 +112,9 @@ def _commands(name: str, w: Wanted) -> list[Planned]:
         ]
     if name == "describe":
         tokens = ("--tokens", "8" if quick else "64")
-        return [Planned(name, (name, "--size", _VLM[w.size], *tokens, *rounds(1, 5), *threads))]
+        packaged = demo_vlm() if demo else None
+        model = ("--size", _VLM[w.size]) if packaged is None else _demo(packaged)
+        return [Planned(name, (name, *model, *tokens, *rounds(1, 5), *threads))]
     if name == "serve":
         few = ("--clients", "1", "--seconds", "1", "--clicks", "0") if quick else ()
         return [Planned(name, (name, *(bundle_alone if demo else sam), *rounds(3, 50), *few, *threads))]
@@ -118,7 +124,11 @@ def _commands(name: str, w: Wanted) -> list[Planned]:
     if name == "memory":
         return [Planned(name, (name, "--calls", "20" if quick else "500", *threads))]
     if name == "graphs":
-        return [Planned(name, (name, *(bundle_alone if demo else sam), *rounds(2, 20), *threads))]
+        raced = {
+            name: bundle_alone if demo else sam,
+            **({"graphs-detect": ("--bundle", "owlv2-demo")} if demo else {}),
+        }
+        return [Planned(part, (name, *model, *rounds(2, 20), *threads)) for part, model in raced.items()]
     return [Planned(name, (name, *(("--quick",) if quick else ()), *threads))]
 
 
@@ -130,6 +140,15 @@ def _demo(name: str, checkpoints: Path = _CHECKPOINTS) -> tuple[str, ...]:
     inside = Path.cwd().resolve()
     shown = folder.relative_to(inside) if folder.is_relative_to(inside) else folder
     return "--bundle", name, "--checkpoint", str(shown)
+
+
+def demo_vlm() -> str | None:
+    """Name of the packaged bundle that describes pictures; None while there is none."""
+    for name in DEMO_NAMES:
+        file = demo_path(name) / MANIFEST_NAME
+        if file.is_file() and json.loads(file.read_bytes())["family"] in (smolvlm.FAMILY, qwen2_5_vl.FAMILY):
+            return name
+    return None
 
 
 def shown(text: str, hidden: Mapping[str, str]) -> str:

@@ -13,6 +13,10 @@ FAILURES = (RuntimeError, OSError, NotImplementedError, EdgeError)
 """What a contender that cannot be had raises: no compiler, an operator without bf16, a graph that is not understood."""
 
 
+MARGIN = 0.05
+"""Share by which fewer threads must be faster."""
+
+
 @dataclass
 class Beside:
     """What a measurement is told beside its inputs, and tells beside its figures.
@@ -44,7 +48,8 @@ def use_best_threads(
     set_threads: Callable[[int], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Tries `call` with each number of `candidates`, sets the fastest for this process and returns it.
+    """Tries `call` with each number of `candidates`, sets the fastest for this process and returns it; fewer threads
+    must be faster by `MARGIN`, so that chance does not take threads away.
 
     Args:
         call: Work of PyTorch.
@@ -66,7 +71,10 @@ def use_best_threads(
             begun = clock()
             call()
             best[number] = min(best[number], clock() - begun)
-    chosen = min(numbers, key=lambda n: best[n])
+    chosen = numbers[0]
+    for number in numbers[1:]:
+        if best[number] * (1 + MARGIN) < best[chosen]:
+            chosen = number
     set_threads(chosen)
     return chosen
 

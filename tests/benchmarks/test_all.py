@@ -36,12 +36,15 @@ def _all(monkeypatch: pytest.MonkeyPatch, answers: Answers, *args: object):
 def test_every_part_has_a_command_and_a_reader() -> None:
     for size in plan.SIZES:
         planned = plan.make_plan(plan.Wanted(size, (*plan.PARTS, *plan.MORE), threads=3))
-        assert {p.name for p in planned} == set(READERS)
+        assert {p.name for p in planned} == set(READERS) - (set() if size == "demo" else {"graphs-detect"})
         for one in planned:
             assert one.command[1:4] == ("-m", "pixano_edge.engine.cli", "bench")
             assert one.command[-1] == "--json"
             assert one.text.startswith("pixano-edge bench ")
             assert "--threads 3" in one.text
+    described = next(p for p in plan.make_plan(plan.Wanted()) if p.name == "describe")
+    packaged = plan.demo_vlm()
+    assert described.arguments[1:3] == (("--size", "tiny") if packaged is None else ("--bundle", packaged))
     with pytest.raises(EdgeError, match="huge"):
         plan.make_plan(plan.Wanted("huge"))
     with pytest.raises(EdgeError, match="nothing"):
