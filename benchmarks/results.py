@@ -61,14 +61,18 @@ class Figure:
     @property
     def noise(self) -> float | None:
         """Standard error of the median over the median, from the distance of p50 and p90 as of a normal distribution;
-        None with fewer than `LEAST_COUNT` measurements."""
-        if self.p90 is None or self.count < LEAST_COUNT or self.value <= 0:
+        `UNKNOWN_NOISE` for a figure without percentiles, None with fewer than `LEAST_COUNT` measurements."""
+        if self.count < LEAST_COUNT or self.value <= 0:
             return None
+        if self.p90 is None:
+            return UNKNOWN_NOISE
         sigma = abs(self.p90 - self.value) / 1.2816
         return float(1.2533 * sigma / self.count**0.5 / self.value)
 
 
 LEAST_COUNT = 5
+UNKNOWN_NOISE = 0.05
+"""Assumed for medians of which no spread was kept."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def run_all(
     facts = {**environment(wanted.threads), "power": read_power_mode()}
     most = limit or (QUICK_LIMIT if wanted.quick else LIMIT)
     parts = tuple(run_part(planned, most, run, say) for planned in plan)
-    return Run({**asdict(wanted), "command": command}, facts, parts)
+    return Run({**asdict(wanted), "command": shown(command, _hidden())}, facts, parts)
 
 
 def run_part(planned: Planned, limit: float, run: Runner, say: Callable[[str], None]) -> Part:
@@ -65,11 +65,16 @@ def run_part(planned: Planned, limit: float, run: Runner, say: Callable[[str], N
     begun = time.monotonic()
     (outcome,) = run_steps([Step(planned.name, planned.command, limit, read)], limit + 20, run=run, say=say)
     seconds, busy = time.monotonic() - begun, watch.stop()
-    hidden = hidden_paths([(Path.home(), "~"), (Path.cwd(), ".")])
+    hidden = _hidden()
     status: PartStatus = found.pop("status", outcome.status)
     reason = shown(found.pop("reason", outcome.reason), hidden)
     title = found.pop("title", planned.name)
     return Part(planned.name, title, status, reason, shown(planned.text, hidden), seconds, busy, **found)
+
+
+def _hidden() -> dict[str, str]:
+    """Paths of this machine that do not belong into a file that is published."""
+    return hidden_paths([(Path.home(), "~"), (Path.cwd(), ".")])
 
 
 def read_output(name: str, done: Finished, found: dict[str, Any], readers: dict[str, Reader] = READERS) -> Reading:

@@ -213,6 +213,7 @@ def test_noise_is_unknown_with_few_measurements() -> None:
     assert Figure("c", "w", 1.0, p90=1.1, count=4).noise is None
     few, many = (Figure("c", "w", 1.0, p90=1.1, count=n).noise for n in (5, 500))
     assert few == pytest.approx(10 * many)
+    assert Figure("c", "w", 1.0, "1/s", count=5).noise == 0.05
     assert few == pytest.approx(1.2533 * 0.1 / 1.2816 / 5**0.5)
 
 
