@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,10 @@ from pixano_edge.engine.cli.options import ThreadsOption, open_bundle
 from pixano_edge.engine.cli.output import JsonOption, bytes_text, note, print_table, progress
 from pixano_edge.engine.errors import MissingDependencyError
 
-from . import cli_quality
-from .cli_report import OutputOption, report_figures
+from . import cli_all, cli_quality, cli_scale
+from .cli_report import CompileOption, OutputOption, report_figures
 from .report import environment
+from .torch_options import Beside
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -23,6 +24,17 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 @app.callback()
 def _bench() -> None:
     """Measure speed, memory and mask quality."""
+
+
+def _tell(beside: Beside) -> None:
+    """Who was not measured, as remarks."""
+    for name, why in beside.left_out.items():
+        note(f"Not measured: {name}: {why}")
+
+
+def _told(beside: Beside) -> dict[str, Any]:
+    """The same for the file."""
+    return {"left_out": beside.left_out, "torch_threads": beside.torch_threads}
 
 
 @app.command()
@@ -37,6 +49,7 @@ def segment(
     image_size: Annotated[int, typer.Option(help="Side of the model input of the random checkpoint.")] = 1024,
     rounds: Annotated[int, typer.Option(min=1, help="Encoder calls per contender; five times as many clicks.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 2,
+    compiled: CompileOption = False,
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,13 +79,15 @@ def segment(
             checkpoint = None
         elif checkpoint is None:
             note("Without --checkpoint there is nothing to compare --bundle with.")
-        rows = measure(opened, checkpoint, rounds=rounds, threads=threads, step=steps.label)
+        beside = Beside(compiled)
+        rows = measure(opened, checkpoint, rounds=rounds, threads=threads, beside=beside, step=steps.label)
+    _tell(beside)
     if "-random" in opened.manifest.name:
         note("The weights are random: speed is that of the real size, masks are arbitrary and touchier than real ones.")
     title = f"{opened.manifest.name}, input {opened.manifest.preprocess.image_size} px"
     content = {"benchmark": "segment", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
     report_figures(
-        {**content, "environment": facts},
+        {**content, **_told(beside), "environment": facts},
         lambda: print_table(COLUMNS, table_rows(rows), title=title, right=COLUMNS[2:]),
         as_json,
         output,
@@ -99,6 +114,7 @@ def track(
     rounds: Annotated[int, typer.Option(min=1, help="Timed frames per contender and number of objects.")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="Frames of each before that.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 2,
+    compiled: CompileOption = False,
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -132,9 +148,18 @@ def track(
         elif checkpoint is None:
             note("Without --checkpoint there is nothing to compare --bundle with.")
         counts = sorted(set(objects or (1, 2, 4, 8)))
+        beside = Beside(compiled)
         rows = measure(
-            opened, checkpoint, objects=counts, rounds=rounds, warmup=warmup, threads=threads, step=steps.label
+            opened,
+            checkpoint,
+            objects=counts,
+            rounds=rounds,
+            warmup=warmup,
+            threads=threads,
+            beside=beside,
+            step=steps.label,
         )
+    _tell(beside)
     if "-random" in opened.manifest.name:
         note("The weights are random: speed is that of the real size, masks are arbitrary and touchier than real ones.")
     if checkpoint is not None and all(row.mask_iou is None for row in rows):
@@ -148,7 +173,8 @@ def track(
             typer.echo(fit.text())
 
     content = {"benchmark": "track", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
-    report_figures({**content, "costs": [asdict(fit) for fit in fits], "environment": facts}, show, as_json, output)
+    more = {"costs": [asdict(fit) for fit in fits], **_told(beside)}
+    report_figures({**content, **more, "environment": facts}, show, as_json, output)
 
 
 @app.command()
@@ -232,6 +258,7 @@ def detect(
     rounds: Annotated[int, typer.Option(min=1, help="Calls per contender and case.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 2,
     precision: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
+    compiled: CompileOption = False,
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -275,6 +302,7 @@ def detect(
         else:
             image = decode_image(picture)
         wanted = parse_classes(classes, []) or CLASSES
+        beside = Beside(compiled)
         figures = measure(
             opened,
             checkpoint,
@@ -283,12 +311,12 @@ def detect(
             rounds=rounds,
             threads=threads,
             precision=precision,
+            beside=beside,
             step=steps.label,
         )
     if "-random" in opened.manifest.name:
         note("The weights are random: speed is that of the real size, boxes are arbitrary and touchier than real ones.")
-    for name, why in figures.left_out.items():
-        note(f"Not measured: {name}: {why}")
+    _tell(beside)
     side = opened.manifest.preprocess.image_size
 
     def show() -> None:
@@ -302,7 +330,7 @@ def detect(
             print_table(ACCURACY_COLUMNS, accuracy_rows(figures), title=title, right=ACCURACY_COLUMNS[1:])
 
     content = {"benchmark": "detect", "bundle": opened.manifest.name, "rounds": rounds, "classes": list(wanted)}
-    report_figures({**content, **figures.to_dict(), "environment": facts}, show, as_json, output)
+    report_figures({**content, **_told(beside), **figures.to_dict(), "environment": facts}, show, as_json, output)
 
 
 @app.command()
@@ -491,3 +519,5 @@ app.command(name="quality")(cli_quality.quality)
 app.command(name="track-quality")(cli_quality.track_quality)
 app.command(name="describe-quality")(cli_quality.describe_quality)
 app.command(name="detect-quality")(cli_quality.detect_quality)
+cli_all.register(app)
+cli_scale.register(app)

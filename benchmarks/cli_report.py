@@ -16,6 +16,10 @@ OutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also write all figures to this file, as JSON.")
 ]
 
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Have torch.compile beside plain PyTorch; compiling takes minutes.")
+]
+
 
 def report_figures(content: dict[str, Any], show: Callable[[], None], as_json: bool, output: Path | None) -> None:
     """Prints the figures, as JSON or by `show` with the environment below, and writes the file that was asked for."""

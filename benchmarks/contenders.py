@@ -19,6 +19,8 @@ from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.runtime import open_device, open_session
 
+from .torch_options import compile_modules
+
 if TYPE_CHECKING:
     from .segment import Inputs
 
@@ -148,9 +150,10 @@ class OrtContender:
 
 
 class TorchContender:
-    """transformers' ``Sam2Model`` with scaled dot product attention under ``inference_mode``."""
+    """transformers' ``Sam2Model`` with scaled dot product attention under ``inference_mode``; with `compiled`, encoder
+    and decoder go through ``torch.compile``."""
 
-    def __init__(self, checkpoint: Path, inputs: Inputs, threads: int, dtype: str) -> None:
+    def __init__(self, checkpoint: Path, inputs: Inputs, threads: int, dtype: str, compiled: bool = False) -> None:
         import torch
         import transformers
 
@@ -166,6 +169,8 @@ class TorchContender:
         self._mask = torch.from_numpy(inputs.mask).to(kind)[None, None]
         self._size = inputs.picture.shape[:2]
         self._features: list[Any] = []
+        if compiled:
+            compile_modules(self._model, ("vision_encoder", "mask_decoder"))
         self.encode()
 
     def encode(self) -> None:

@@ -28,6 +28,7 @@ from pixano_edge.engine.errors import EdgeError
 from .bandwidth import Bandwidth, measure_read
 from .describe_contenders import Answered, EngineAnswers, GenaiAnswers, TorchAnswers, build_genai
 from .segment import REFERENCE, SETTLE_SECONDS
+from .torch_options import use_best_threads
 
 PICTURE = "picture, first question"
 AGAIN = "same picture, next question"
@@ -135,7 +136,7 @@ def measure(
         picture: (H, W, 3) uint8 RGB.
         tokens: Of each answer, 2 or more.
         rounds: Answers per contender and case.
-        threads: CPU threads of each contender.
+        threads: CPU threads of each contender; transformers takes fewer where that is faster.
         precisions: Variants of the bundle.
         genai_python: Interpreter that has onnxruntime-genai.
         step: Told what is about to be timed.
@@ -156,6 +157,8 @@ def measure(
         if checkpoint is not None:
             for name, dtype in ((REFERENCE, "float32"), ("PyTorch bf16", "bfloat16")):
                 torches[name] = TorchAnswers(checkpoint, picture, tokens, threads, dtype)
+            step("choosing PyTorch's threads")
+            use_best_threads(partial(torches[REFERENCE].text, QUESTION), threads, rounds=1)
         genai = None
         if genai_python is None:
             left_out["onnxruntime-genai"] = "--genai-python names no interpreter that has it"

@@ -22,6 +22,7 @@ from pixano_edge.engine.models.detection.matching import Agreement
 from .detect_contenders import EngineDetections, TorchDetections
 from .metrics import Latency, latency
 from .segment import REFERENCE, interleave
+from .torch_options import FAILURES, Beside, first_line, use_best_threads
 
 FIRST = "first call"
 CACHED = "next picture, text kept"
@@ -97,6 +98,7 @@ def measure(
     rounds: int,
     threads: int,
     precision: str = "auto",
+    beside: Beside | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Figures:
     """Times and compares every contender.
@@ -107,31 +109,35 @@ def measure(
         picture: (H, W, 3) uint8 RGB.
         classes: What to look for.
         rounds: Calls per contender and case.
-        threads: CPU threads of each contender.
+        threads: CPU threads of each contender; PyTorch takes fewer where that is faster.
         precision: Variant of the bundle.
+        beside: Who else takes part.
         step: Told what is about to be timed.
 
     Raises:
         PromptError: The engine refuses the classes, or they are more than transformers asks for at once.
     """
     step("loading")
-    left_out: dict[str, str] = {}
+    beside = beside or Beside()
+    left_out = beside.left_out
     with ExitStack() as opened:
         engine = EngineDetections(bundle, picture, classes, threads, precision)
         opened.callback(engine.close)
         engine.answer()  # classes that it refuses would be a bare error of transformers below
         contenders: dict[str, Contender] = {f"pixano-edge {engine.precision}": engine}
-        if checkpoint is not None:
-            for name, dtype in ((REFERENCE, "float32"), ("PyTorch bf16", "bfloat16")):
-                one = TorchDetections(bundle, checkpoint, picture, classes, threads, dtype)
-                try:
-                    one.first()
-                except RuntimeError as error:  # transformers has operators without bfloat16
-                    if name == REFERENCE:
-                        raise
-                    left_out[name] = str(error).splitlines()[0]
-                else:
-                    contenders[name] = one
+        for name, dtype, compiled in _torch_kinds(beside.compiled) if checkpoint is not None else ():
+            threads_now = beside.torch_threads or threads
+            try:
+                one = TorchDetections(bundle, checkpoint, picture, classes, threads_now, dtype, compiled)  # type: ignore[arg-type]
+                one.first()
+            except FAILURES as error:  # transformers has operators without bfloat16
+                if name == REFERENCE:
+                    raise
+                left_out[name] = first_line(error)
+                continue
+            contenders[name] = one
+            if name == REFERENCE:
+                beside.torch_threads = use_best_threads(one.first, threads)
         rows: list[Row] = []
         cases: list[tuple[str, Callable[[Contender], Callable[[], object] | None]]] = [
             (FIRST, lambda c: c.first),
@@ -151,6 +157,12 @@ def measure(
                 texts = who.texts - before if isinstance(who, EngineDetections) else None
                 rows.append(Row(case, name, seconds[name], ratio, texts))
         return Figures(rows, compare(contenders), left_out)
+
+
+def _torch_kinds(compiled: bool) -> list[tuple[str, str, bool]]:
+    """Name, dtype and whether compiled; the reference first."""
+    kinds = [(REFERENCE, "float32", False), ("PyTorch bf16", "bfloat16", False)]
+    return kinds + [(f"{name}, compiled", dtype, True) for name, dtype, _ in kinds if compiled]
 
 
 def compare(contenders: dict[str, Contender]) -> list[Accuracy]:

@@ -73,7 +73,14 @@ class TorchDetections:
     """
 
     def __init__(
-        self, bundle: Bundle, checkpoint: Path, picture: Rgb, classes: Sequence[str], threads: int, dtype: str
+        self,
+        bundle: Bundle,
+        checkpoint: Path,
+        picture: Rgb,
+        classes: Sequence[str],
+        threads: int,
+        dtype: str,
+        compiled: bool = False,
     ) -> None:
         import torch
         import transformers
@@ -94,6 +101,8 @@ class TorchDetections:
         }[family]
         model = getattr(transformers, f"{load}ForObjectDetection")
         self._model = model.from_pretrained(checkpoint, dtype=self._kind, local_files_only=True).eval()
+        if compiled:
+            self._model.compile()
         # Not AutoProcessor, which takes the image processors that need torchvision.
         self._images = getattr(transformers, f"{load}ImageProcessorPil").from_pretrained(checkpoint)
         if family == grounding_dino.FAMILY:

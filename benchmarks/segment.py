@@ -1,4 +1,4 @@
-"""Encoder, decoder and whole-click times of the engine, interleaved with PyTorch and plain ONNX Runtime.
+"""Encoder, decoder and whole-click times of the engine, interleaved with PyTorch, plain ONNX Runtime and OpenVINO.
 
 All contenders get the same weights, the same input and the same number of threads, in one process. They take turns
 call by call, in an order that rotates, so that a slow minute of the machine hits all of them alike, with a pause
@@ -18,12 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.cli.host import read_host
 from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.models.masks import mask_iou
 
 from .contenders import CLICK_CASE, ENCODER_CASE, MASK_CASE, EngineContender, OrtContender, TorchContender
 from .metrics import Latency, latency, relative_error
+from .openvino_contender import PRECISIONS, OpenVinoContender, left_out
+from .torch_options import FAILURES, Beside, first_line, use_best_threads
 
 ORIGINAL_SIZE = (540, 960)
 """Height and width of the picture that the whole click returns masks for."""
@@ -89,7 +92,7 @@ def make_inputs(c: Sam2Constants, seed: int = 0) -> Inputs:
     return Inputs(picture, pixels, (0.53 * c.image_size, 0.46 * c.image_size), mask)
 
 
-Contender = EngineContender | OrtContender | TorchContender
+Contender = EngineContender | OrtContender | OpenVinoContender | TorchContender
 
 
 def interleave(
@@ -136,7 +139,13 @@ def compare(
 
 
 def measure(
-    bundle: Bundle, checkpoint: Path | None, *, rounds: int, threads: int, step: Callable[[str], None] = lambda _: None
+    bundle: Bundle,
+    checkpoint: Path | None,
+    *,
+    rounds: int,
+    threads: int,
+    beside: Beside | None = None,
+    step: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Times and compares every contender.
 
@@ -144,17 +153,30 @@ def measure(
         bundle: Exported from `checkpoint`.
         checkpoint: Folder in transformers' format; None leaves PyTorch and the accuracy out.
         rounds: Encoder calls per contender; the decoder and the whole click are called five times as often.
-        threads: CPU threads of each contender.
+        threads: CPU threads of each contender; PyTorch takes fewer where that is faster.
+        beside: Who else takes part; filled with who does not, and why.
         step: Told what is about to be timed.
     """
+    beside = beside or Beside()
     constants = Sam2Constants.from_dict(dict(bundle.manifest.constants))
     inputs = make_inputs(constants)
     step("loading")
     contenders: dict[str, Contender] = {"pixano-edge fp32": EngineContender(bundle, constants, inputs, threads)}
     contenders["ONNX Runtime, plain"] = OrtContender(bundle, inputs, threads)
+    beside.left_out |= left_out(read_host().cpu_flags)
+    for name in sorted(PRECISIONS.keys() - beside.left_out.keys()):
+        _add(contenders, beside, name, lambda n=name: OpenVinoContender(bundle, inputs, threads, PRECISIONS[n]))  # type: ignore[misc]
     if checkpoint is not None:
-        for name, dtype in ((REFERENCE, "float32"), ("PyTorch bf16", "bfloat16")):
+        dtypes = {REFERENCE: "float32", "PyTorch bf16": "bfloat16"}
+        for name, dtype in dtypes.items():
             contenders[name] = TorchContender(checkpoint, inputs, threads, dtype)
+        beside.torch_threads = use_best_threads(contenders[REFERENCE].encode, threads)
+        for name, dtype in dtypes.items() if beside.compiled else ():
+            step(f"compiling {name}")
+            _add(
+                contenders, beside, f"{name}, compiled",
+                lambda d=dtype: TorchContender(checkpoint, inputs, beside.torch_threads or threads, d, True),  # type: ignore[misc]
+            )  # fmt: skip
     cases: list[tuple[str, int, Callable[[Contender], Callable[[], object] | None]]] = [
         (ENCODER_CASE, rounds, lambda c: c.encode),
         ("decoder, one click", 5 * rounds, lambda c: c.decode),
@@ -173,6 +195,18 @@ def measure(
             ratio = reference.p50 / seconds[name].p50 if reference else None
             rows.append(Row(case, name, seconds[name], ratio, error, agreement))
     return rows
+
+
+def _add(contenders: dict[str, Contender], beside: Beside, name: str, make: Callable[[], Contender]) -> None:
+    """Adds who can be made and runs; tells why of others."""
+    try:
+        one = make()
+        one.decode()
+        one.decode_with_mask()
+    except FAILURES as error:
+        beside.left_out[name] = first_line(error)
+    else:
+        contenders[name] = one
 
 
 COLUMNS = ("case", "contender", "p50 ms", "p90 ms", "p99 ms", "vs torch fp32", "rel. error", "mask IoU")

@@ -57,7 +57,7 @@ class ServerProcess:
                 text = self.log()[-2000:]
                 self.close()
                 raise EdgeError(f"The server did not start: {text}", "Try the command by hand: pixano-edge serve")
-            time.sleep(0.05)
+            time.sleep(0.01)
         self.port = port
 
     def _port(self) -> int | None:

@@ -29,6 +29,7 @@ from pixano_edge.engine.runtime.base import Device
 
 from .metrics import Latency, latency, relative_error
 from .segment import ORIGINAL_SIZE, REFERENCE, interleave
+from .torch_options import FAILURES, Beside, compile_modules, first_line, use_best_threads
 
 ENGINE, BF16 = "pixano-edge fp32", "PyTorch bf16"
 
@@ -269,6 +270,7 @@ def measure(
     rounds: int,
     warmup: int,
     threads: int,
+    beside: Beside | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Times and compares every contender with every number of objects, all in turns.
@@ -279,19 +281,32 @@ def measure(
         objects: Numbers of objects.
         rounds: Timed frames of each.
         warmup: Frames of each before that.
-        threads: CPU threads of each contender.
+        threads: CPU threads of each contender; PyTorch takes fewer where that is faster.
+        beside: Who else takes part; filled with who does not, and why.
         step: Told what is about to be done.
 
     Raises:
         BundleError: The bundle does not track.
     """
+    beside = beside or Beside()
     step("loading")
     constants = Sam2Constants.from_dict(bundle.manifest.constants)
     length = FILLED + warmup + rounds + 2
     clip = demo_clip(length) if bundle.manifest.name == DEMO else blobs(length)
     with Sam2VideoModel.open(bundle, "cpu", precision="fp32", threads=threads) as model:
         makers: dict[str, Callable[[int], Contender]] = {ENGINE: lambda n: EngineTracking(model, clip, n)}
-        for name, torch_model, dtype in _torch_models(checkpoint, threads):
+        for name, torch_model, dtype in _torch_models(checkpoint, threads, beside.compiled):
+            if name == REFERENCE and threads > 1:
+                step("choosing PyTorch's threads")
+                trial = TorchTracking(torch_model, dtype, constants, clip, 1)
+                beside.torch_threads = use_best_threads(trial.step, threads, rounds=1)
+            if name.endswith(COMPILED):
+                step(f"compiling {name}")
+                try:
+                    TorchTracking(torch_model, dtype, constants, clip, 1)
+                except FAILURES as failure:
+                    beside.left_out[name] = first_line(failure)
+                    continue
             makers[name] = lambda n, m=torch_model, d=dtype: TorchTracking(m, d, constants, clip, n)  # type: ignore[misc]
         contenders: dict[tuple[str, int], Contender] = {}
         for count in objects:
@@ -330,7 +345,11 @@ def costs(rows: Sequence[Row]) -> list[Cost]:
     return [fit_cost(name, seconds) for name, seconds in by.items() if len(seconds) > 1]
 
 
-def _torch_models(checkpoint: Path | None, threads: int) -> Iterator[tuple[str, Any, Any]]:
+COMPILED = ", compiled"
+_PARTS = ("vision_encoder", "memory_attention", "memory_encoder", "mask_decoder")
+
+
+def _torch_models(checkpoint: Path | None, threads: int, compiled: bool) -> Iterator[tuple[str, Any, Any]]:
     if checkpoint is None:
         return
     import torch
@@ -338,9 +357,12 @@ def _torch_models(checkpoint: Path | None, threads: int) -> Iterator[tuple[str, 
 
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    for name, dtype in ((REFERENCE, torch.float32), (BF16, torch.bfloat16)):
-        model = transformers.Sam2VideoModel.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
-        yield name, model.eval(), dtype
+    for ending in ("", COMPILED) if compiled else ("",):
+        for name, dtype in ((REFERENCE, torch.float32), (BF16, torch.bfloat16)):
+            model = transformers.Sam2VideoModel.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
+            if ending:
+                compile_modules(model, _PARTS)
+            yield name + ending, model.eval(), dtype
 
 
 COLUMNS = ("objects", "contender", "p50 ms", "p90 ms", "frames/s", "vs torch fp32", "rel. error", "mask IoU")

@@ -25,6 +25,7 @@ from .media import Media
 from .metrics import Metrics
 from .settings import ServerSettings
 from .stats import Stats
+from .warmup import load_codecs
 
 T = TypeVar("T")
 
@@ -137,7 +138,8 @@ class Server:
         return found
 
     async def preload(self) -> None:
-        """Loads the models that the settings name, one after the other; a failure becomes a warning."""
+        """Loads libraries and the models that the settings name, one after the other; a failure becomes a warning."""
+        await self.on_thread(load_codecs)
         for name in self.settings.preload:
             begun = time.perf_counter()
             try:

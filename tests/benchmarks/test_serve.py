@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 pytest.importorskip("fastapi", reason="needs pixano-edge[server]")
 
 from pixano_edge.benchmarks import serve, serving
+from pixano_edge.benchmarks.readings import read_serve
 from pixano_edge.engine.errors import EdgeError
 
 
@@ -42,6 +43,10 @@ def test_a_small_run_of_everything(demo_bundle: Path, tmp_path: Path) -> None:
     assert 0 <= wait["queued"]["p50"] < wait["click"]["p99"]
     assert 0 < wait["step"] < 60
     assert wait["most_steps"] > 0
+    # `bench all` reads the same output.
+    read = read_serve(content)
+    assert len(read.figures) == 3 * len(rows) + 2 * 2 + 1
+    assert [check.passed for check in read.checks] == [True]
 
 
 def test_the_photo_is_as_large_as_it_says() -> None:

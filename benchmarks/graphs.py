@@ -1,0 +1,228 @@
+"""Every graph of a bundle by itself, on inputs that its model gives it: the engine, stock ONNX Runtime, OpenVINO.
+
+All get the same file, the same inputs and the same number of threads, and take turns. Outputs are compared with those
+of stock ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.cli.host import read_host
+from pixano_edge.engine.contracts import grounding_dino, owlv2, sam2, sam2_video
+from pixano_edge.engine.contracts.base import GraphSpec
+from pixano_edge.engine.errors import EdgeError
+from pixano_edge.engine.runtime import open_device, open_session
+from pixano_edge.engine.runtime.base import Binding
+
+from .metrics import Latency, latency, relative_error
+from .openvino_contender import PRECISIONS, OpenVinoGraph, left_out
+from .segment import interleave
+from .torch_options import FAILURES, first_line
+
+ENGINE, BASELINE = "pixano-edge fp32", "ONNX Runtime, plain"
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one graph.
+
+    Attributes:
+        graph: Its name, with the sizes of its dynamic dimensions.
+        contender: Who.
+        seconds: Percentiles.
+        ratio: `BASELINE`'s p50 over this p50.
+        relative_error: Worst output against `BASELINE`'s, max |difference| / max |reference|.
+    """
+
+    graph: str
+    contender: str
+    seconds: Latency
+    ratio: float
+    relative_error: float
+
+
+@contextmanager
+def recorded(found: dict[str, Arrays]) -> Iterator[None]:
+    """While it is open, `found` gets a copy of the inputs of every graph that runs, by graph; the last run counts."""
+    real = Binding.run
+
+    def run(binding: Binding) -> None:
+        session = binding.session
+        found[session.spec.name] = {n: session._read_impl(b).copy() for n, b in binding.inputs.items()}
+        real(binding)
+
+    Binding.run = run  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Binding.run = real  # type: ignore[method-assign]
+
+
+def real_inputs(bundle: Bundle, threads: int) -> dict[str, Arrays]:
+    """Inputs of each graph: of a click, of a frame tracked with a full memory bank, or of a detection.
+
+    Raises:
+        EdgeError: A language model, whose decoder keeps its cache in place between runs.
+    """
+    from .detect import CLASSES
+    from .detect_contenders import EngineDetections
+    from .serving import photo
+
+    found: dict[str, Arrays] = {}
+    family = bundle.manifest.family
+    if family == sam2.FAMILY:
+        _record_sam2(bundle, threads, found)
+    elif family in (*owlv2.FAMILIES, grounding_dino.FAMILY):
+        engine = EngineDetections(bundle, photo(0.5), CLASSES, threads, "fp32")
+        with recorded(found):
+            engine.first()
+        engine.close()
+    else:
+        raise EdgeError(
+            f"The graphs of a '{family}' cannot be run by themselves: the decoder keeps its cache in place.",
+            "Use: pixano-edge bench describe",
+        )
+    return found
+
+
+def _record_sam2(bundle: Bundle, threads: int, found: dict[str, Arrays]) -> None:
+    from pixano_edge.engine.contracts.sam2 import Sam2Constants
+    from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
+    from pixano_edge.engine.models.sam2_video.model import Sam2VideoModel
+
+    from .contenders import click_prompt
+    from .segment import make_inputs
+    from .track import DEMO, FILLED, EngineTracking, blobs, demo_clip
+
+    if sam2_video.MEMORY_ATTENTION in bundle.specs:
+        length = FILLED + 4
+        clip = demo_clip(length) if bundle.manifest.name == DEMO else blobs(length)
+        with Sam2VideoModel.open(bundle, "cpu", precision="fp32", threads=threads) as model, recorded(found):
+            EngineTracking(model, clip, 1).step()
+    constants = Sam2Constants.from_dict(dict(bundle.manifest.constants))
+    inputs = make_inputs(constants)
+    predictor = Sam2ImagePredictor.open(bundle, device="cpu", precision="fp32", threads=threads)
+    with recorded(found):
+        predictor.predict(inputs.picture, [click_prompt(inputs, constants)])
+    predictor.close()
+
+
+def measure(
+    bundle: Bundle, *, rounds: int, threads: int, step: Callable[[str], None] = lambda _: None
+) -> tuple[list[Row], dict[str, str]]:
+    """Times and compares every contender on every graph.
+
+    Args:
+        bundle: Any but a language model.
+        rounds: Timed runs of each.
+        threads: CPU threads of each contender.
+        step: Told what is about to be timed.
+
+    Returns:
+        Rows, and who was left out with the reason.
+
+    Raises:
+        EdgeError: A language model.
+    """
+    step("recording inputs")
+    missing = left_out(read_host().cpu_flags)
+    rows = []
+    for name, inputs in real_inputs(bundle, threads).items():
+        step(name)
+        rows += _race(bundle.graph_path(name), bundle.specs[name], inputs, rounds, threads, missing)
+    return rows, missing
+
+
+def _race(path: Path, spec: GraphSpec, inputs: Arrays, rounds: int, threads: int, missing: dict[str, str]) -> list[Row]:
+    import onnxruntime as ort
+
+    sizes = sizes_of(spec, inputs)
+    session = open_session(path, spec, open_device("cpu"), threads=threads)
+    binding = session.prepare(sizes)
+    for name, value in inputs.items():
+        binding.write(name, value)
+    outputs = [tensor.name for tensor in spec.outputs]
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    plain = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def engine() -> Arrays:
+        binding.run()
+        return {name: binding.read(name) for name in outputs}
+
+    calls: dict[str, Callable[[], Arrays]] = {
+        ENGINE: engine,
+        BASELINE: lambda: dict(zip(outputs, plain.run(outputs, inputs))),
+    }
+    for who, precision in PRECISIONS.items():
+        if who in missing:
+            continue
+        try:
+            graph = OpenVinoGraph(path, threads, precision)
+            graph.run(inputs)
+        except FAILURES as error:
+            missing[f"{who}, {spec.name}"] = first_line(error)
+        else:
+            calls[who] = lambda g=graph: g.run(inputs)  # type: ignore[misc]
+    times = {who: latency(values) for who, values in interleave(calls, rounds).items()}
+    want = calls[BASELINE]()
+    title = spec.name + (f" ({', '.join(f'{k} {v}' for k, v in sizes.items())})" if sizes else "")
+    rows = [
+        Row(title, who, times[who], times[BASELINE].p50 / times[who].p50, worst(call(), want))
+        for who, call in calls.items()
+    ]
+    session.close()
+    return rows
+
+
+def sizes_of(spec: GraphSpec, inputs: Arrays) -> dict[str, int]:
+    """Sizes of the dynamic dimensions in some inputs."""
+    return {
+        dim: size
+        for tensor in spec.inputs
+        for dim, size in zip(tensor.dims, inputs[tensor.name].shape)
+        if isinstance(dim, str)
+    }
+
+
+def worst(got: Arrays, want: Arrays) -> float:
+    """Largest relative error of the outputs of floats; other outputs count as 0 or infinity."""
+    errors = []
+    for name, value in want.items():
+        other = np.asarray(got[name])
+        if np.issubdtype(value.dtype, np.floating):
+            errors.append(relative_error(other, value))
+        else:
+            errors.append(0.0 if np.array_equal(other, value) else float("inf"))
+    return max(errors)
+
+
+COLUMNS = ("graph", "contender", "p50 ms", "p90 ms", "p99 ms", "vs plain ONNX Runtime", "rel. error")
+
+
+def table_rows(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Cells of the table."""
+    return [
+        (
+            row.graph, row.contender, *(f"{1000 * s:.2f}" for s in (row.seconds.p50, row.seconds.p90, row.seconds.p99)),
+            f"{row.ratio:.2f}x", f"{row.relative_error:.1e}",
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def to_dicts(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows as JSON-ready values, times in seconds."""
+    return [asdict(row) for row in rows]

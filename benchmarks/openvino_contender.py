@@ -1,0 +1,106 @@
+"""OpenVINO's own runtime on the graph files of a bundle, where the package ``openvino`` is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.contracts import sam2
+
+from .contenders import ENCODER_CASE, FEATURES, MASK_CASE, Outputs, prompt_arrays
+
+if TYPE_CHECKING:
+    from .segment import Inputs
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+PRECISIONS = {"OpenVINO fp32": "f32", "OpenVINO bf16": "bf16"}
+"""Contender -> ``INFERENCE_PRECISION_HINT``. Without a hint OpenVINO takes bf16 where the CPU has it."""
+
+MISSING = "not installed: pip install 'pixano-edge[openvino-runtime]'"
+
+
+def is_here() -> bool:
+    """Whether OpenVINO is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def left_out(flags: Sequence[str]) -> dict[str, str]:
+    """Of `PRECISIONS`, who cannot run on a CPU with these flags (as of `engine.cli.host.Host`), and why."""
+    if not is_here():
+        return dict.fromkeys(PRECISIONS, MISSING)
+    if {"AVX512-BF16", "AMX-BF16", "BF16"} & set(flags):
+        return {}
+    return {"OpenVINO bf16": "this CPU has no bf16 instructions"}
+
+
+class OpenVinoGraph:
+    """One ONNX file, compiled for the CPU with the shapes of the first call.
+
+    Args:
+        path: The file.
+        threads: CPU threads.
+        precision: A value of `PRECISIONS`.
+
+    Raises:
+        RuntimeError: OpenVINO cannot read or compile it.
+    """
+
+    def __init__(self, path: Path, threads: int, precision: str) -> None:
+        import openvino
+
+        core = openvino.Core()
+        settings = {
+            "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }  # fmt: skip
+        model = core.read_model(str(path))
+        self._compiled: Any = core.compile_model(model, "CPU", settings)
+        self._request: Any = self._compiled.create_infer_request()
+        self._outputs = {port.get_any_name(): port for port in self._compiled.outputs}
+
+    def run(self, feeds: Arrays) -> Outputs:
+        """Outputs by name, as views that the next call overwrites; inputs are not copied where they fit."""
+        found = self._request.infer(dict(feeds), share_inputs=True, share_outputs=True)
+        return {name: np.asarray(found[port]) for name, port in self._outputs.items()}
+
+
+class OpenVinoContender:
+    """OpenVINO in `bench segment`: encoder and decoder as `OrtContender` has them."""
+
+    click: Callable[[], object] | None = None
+
+    def __init__(self, bundle: Bundle, inputs: Inputs, threads: int, precision: str) -> None:
+        self._encoder, self._decoder = (
+            OpenVinoGraph(bundle.graph_path(name), threads, precision)
+            for name in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)
+        )
+        self._inputs = inputs
+        self._prompts = {use: prompt_arrays(inputs, use) for use in (False, True)}
+        self._features: Outputs = {}
+        self.encode()
+
+    def encode(self) -> None:
+        self._features = self._encoder.run({sam2.PIXEL_VALUES: self._inputs.pixels})
+
+    def _decode(self, use_mask: bool) -> Outputs:
+        return self._decoder.run({**{name: self._features[name] for name in FEATURES}, **self._prompts[use_mask]})
+
+    def decode(self) -> Outputs:
+        return self._decode(False)
+
+    def decode_with_mask(self) -> Outputs:
+        return self._decode(True)
+
+    def outputs(self, case: str) -> Outputs:
+        """As `EngineContender.outputs`."""
+        if case == ENCODER_CASE:
+            return {name: self._features[name].copy() for name in FEATURES}
+        found = self._decode(case == MASK_CASE)
+        return {name: found[name][:, 1:].copy() for name in (sam2.MASKS, sam2.IOU_SCORES)}

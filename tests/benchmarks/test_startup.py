@@ -1,0 +1,89 @@
+"""`bench startup`: a real start of the server with the demo model, and the bars by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("fastapi", reason="needs pixano-edge[server]")
+pytest.importorskip("skimage", reason="the photo needs pixano-edge[benchmarks]")
+
+from pixano_edge.benchmarks import startup
+from pixano_edge.benchmarks.readings import read_startup
+from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.cli.main import app
+
+
+def test_a_real_start(demo_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "startup.json"
+    args = ["bench", "startup", "--bundle", str(demo_bundle), "--starts", "1", "--threads", "1", "-o", str(file)]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0, result.output
+    out = json.loads(file.read_text())
+    cold = out["cold_start"]
+    assert 0 < cold["healthy"]["p50"] <= cold["ready"]["p50"]
+    assert out["models"] == ["sam2-demo"]
+    (request,) = out["requests"]
+    assert request["different"] == 0
+    assert (request["first"]["count"], request["steady"]["count"]) == (1, 5)
+    assert out["import"]["cpu"]["p50"] > 0
+    assert any(name.startswith(("numpy", "pydantic", "pixano_edge")) for name, _ in out["import"]["modules"])
+    memory = out["memory"]
+    # The idle server has not loaded ONNX Runtime; the limit adds what the bundle declares to a process that has.
+    assert 30e6 < memory["idle"] < memory["empty"] < memory["peak"]
+    assert memory["limit"] > memory["empty"] + memory["weights"]
+    assert [bar["unit"] for bar in out["bars"]] == ["s", "s", "x", "B"]
+    assert all(check.passed for check in read_startup(out).checks)
+    assert "serve until 1 models are ready" in result.stdout
+
+
+def test_bars_by_hand(demo_bundle: Path) -> None:
+    out = {
+        "import": {"wall": {"p50": 0.24}}, "models": ["a", "b"], "cold_start": {"ready": {"p50": 2.1}},
+        "requests": [{"task": "a", "times_slower": 1.3}, {"task": "b", "times_slower": 1.1}],
+        "memory": {"peak": 10, "limit": 11},
+    }  # fmt: skip
+    assert [bar.met for bar in startup.bars(out, True)] == [True, False, False, True, True]
+    assert startup.bars(out, False)[1].met  # real sizes have more time
+    bundle = Bundle.open(demo_bundle)
+    one = startup.memory_parts([bundle], 100, [5, None, 7])
+    two = startup.memory_parts([bundle, bundle], 100, [None])
+    assert (one["peak"], two["peak"]) == (7, None)
+    assert two["weights"] == 2 * one["weights"] > 0
+    assert one["limit"] == round(100 + one["weights"] + 1.1 * (one["activations"] + one["bindings"]))
+    assert startup.memory_parts([bundle], None, [])["limit"] is None
+
+
+def test_modules_are_read_from_importtime() -> None:
+    text = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:       100 |        900 |   a.b\nnoise\nimport time:      2000 |       2000 | c\n"
+    )
+    assert startup.slowest(text) == [("c", 0.002), ("a.b", 0.0001)]
+
+
+def test_children_find_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    with startup.compiled_environment() as environ:
+        code = "import json, sys; print(json.dumps([sys.dont_write_bytecode, sys.pycache_prefix]))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, check=True
+        )
+        assert json.loads(done.stdout) == [False, environ["PYTHONPYCACHEPREFIX"]]
+
+
+def test_requests_that_differ_are_counted() -> None:
+    found = [
+        {"first": 2.0, "steady": [1.0, 1.0], "different": 0},
+        {"first": 4.0, "steady": [1.0, 3.0], "different": 1},
+    ]
+    merged = startup.merge("m", found)
+    assert merged["first"]["p50"] == 3
+    assert merged["times_slower"] == 3
+    assert merged["different"] == 1
