@@ -10,7 +10,6 @@ import base64
 import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -391,7 +390,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
