@@ -260,12 +260,12 @@ def check_manifest(manifest: Manifest) -> dict[str, GraphSpec]:
 
 
 def _check_calibrations(manifest: Manifest) -> None:
-    told = [entry.variant for entry in manifest.calibrations]
+    told = [(entry.variant, entry.metric) for entry in manifest.calibrations]
     for entry in manifest.calibrations:
         lacking = [
             g for g in entry.graphs if g not in manifest.graphs or entry.variant not in manifest.graphs[g].variants
         ]
-        if lacking or not entry.graphs or told.count(entry.variant) > 1:
+        if lacking or not entry.graphs or told.count((entry.variant, entry.metric)) > 1:
             raise BundleError(
                 f"The calibration '{entry.variant}' of bundle '{manifest.name}' is listed twice, or of graphs that do "
                 f"not have it: {lacking}.",

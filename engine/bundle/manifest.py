@@ -180,9 +180,9 @@ class CalibrationEntry(_Model):
     """A variant that was made by calibration, and the budget that it met."""
 
     variant: str
-    """Its key in `Graph.variants`."""
+    """Its key in `Graph.variants`; calibrated for several metrics, it has an entry for each."""
     graphs: list[str]
-    """Graphs that it changed, one at least; the others run another variant's file."""
+    """Graphs that ran when it was judged, one at least."""
     metric: str
     """For example ``mask_iou``: agreement with the answers of fp32, 1 is perfect."""
     budget: float = Field(gt=0, le=1)
