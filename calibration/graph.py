@@ -114,6 +114,15 @@ class Graph:
         owner.input[index] = name
         return name
 
+    def move_input(self, node: NodeProto, index: int, tensor: str) -> None:
+        """Makes one input of a node read another tensor."""
+        old = node.input[index]
+        node.input[index] = tensor
+        if old not in node.input:
+            self._readers[old].remove(node)
+        if node not in self._readers[tensor]:
+            self._readers[tensor].append(node)
+
     def add_constant(self, hint: str, value: NDArray[Any]) -> str:
         """Adds an initialiser and returns its name."""
         held = numpy_helper.from_array(value, self.fresh(hint))

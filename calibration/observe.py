@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -26,6 +26,7 @@ from pixano_edge.calibration.histograms import Histogram, Rows
 from pixano_edge.engine.errors import CalibrationError
 from pixano_edge.export.extras import missing
 
+T = TypeVar("T")
 GROUP_BYTES = 1 << 30
 VERSION = 1
 
@@ -45,13 +46,18 @@ class Observations:
     histograms: dict[str, Histogram] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
     feeds: list[str] = field(default_factory=list)
-    _ranges: dict[tuple[str, str], Range] = field(default_factory=dict, repr=False)
+    _memory: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def range(self, tensor: str, method: str) -> Range:
         """What `calibrators.choose` finds for a tensor; remembered, for a search quantises a graph many times."""
-        if (tensor, method) not in self._ranges:
-            self._ranges[tensor, method] = choose(self[tensor], method)
-        return self._ranges[tensor, method]
+        return self.remember(("range", tensor, method), lambda: choose(self[tensor], method))
+
+    def remember(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` gave for a key the first time; it must depend on these observations and their graph alone."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        found: T = self._memory[key]
+        return found
 
     def __getitem__(self, tensor: str) -> Histogram:
         try:
@@ -246,7 +252,14 @@ class _Runner:
         return session
 
 
-def open_graph(model: onnx.ModelProto, threads: int = 0, *, optimise: bool = True, save: Path | None = None) -> Any:
+def open_graph(
+    model: onnx.ModelProto,
+    threads: int = 0,
+    *,
+    optimise: bool = True,
+    save: Path | None = None,
+    arena: bool = False,
+) -> Any:
     """An ``InferenceSession`` of ONNX Runtime on the CPU.
 
     Args:
@@ -254,6 +267,7 @@ def open_graph(model: onnx.ModelProto, threads: int = 0, *, optimise: bool = Tru
         threads: 0 for ONNX Runtime's default.
         optimise: Let it rewrite the graph.
         save: File to write the rewritten graph to.
+        arena: Keep memory between runs: faster, and a run's peak stays taken.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -266,7 +280,7 @@ def open_graph(model: onnx.ModelProto, threads: int = 0, *, optimise: bool = Tru
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.enable_cpu_mem_arena = False  # what one group needs must not stay for the next
+    options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:

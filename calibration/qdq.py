@@ -19,7 +19,7 @@ product. What ONNX Runtime 1.32 makes of it decides the rest (docs/calibration-g
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,10 +27,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from pixano_edge.calibration import smooth as smoothing
 from pixano_edge.calibration.blocks import blocks as find_blocks
 from pixano_edge.calibration.calibrators import Range, levels
 from pixano_edge.calibration.graph import LINEAR, Graph, attribute, digest, infer_shapes
 from pixano_edge.calibration.observe import Observations
+from pixano_edge.calibration.patterns import order_gelus
 from pixano_edge.engine.errors import CalibrationError
 from pixano_edge.export.half_weights import narrow
 
@@ -77,6 +79,7 @@ def quantize(
     *,
     blocks: Collection[str] | None = None,
     method: str = "auto",
+    smooth: float | str | None = "search",
 ) -> tuple[onnx.ModelProto, QuantizationReport]:
     """A copy of a graph in which some blocks compute in int8.
 
@@ -85,6 +88,8 @@ def quantize(
         observations: Of `tensors(model, blocks)` at least.
         blocks: Names, see `blocks.blocks`; None for all.
         method: How ranges are found, see `calibrators`.
+        smooth: Strength with which channels are rescaled first, see `smooth`; ``search`` finds the best for each
+            place; None for none.
 
     Raises:
         CalibrationError: The observations are another graph's or lack a tensor, a block is unknown, a weight is not
@@ -100,10 +105,13 @@ def quantize(
         raise CalibrationError(f"The graph has no blocks {unknown[:5]}.", f"It has {[b.name for b in known][:5]}...")
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    order_gelus(copy)
+    chosen = [block for block in known if blocks is None or block.name in blocks]
     work = _Quantizer(copy, observations, method)
-    for block in known:
-        if blocks is None or block.name in blocks:
-            work.quantize(block.name, block.nodes)
+    if smooth is not None:
+        work.smooth({block.name: block.nodes for block in chosen}, _strength(smooth))
+    for block in chosen:
+        work.quantize(block.name, block.nodes)
     work.report.weight_bytes = (_weight_bytes(model), 0)
     work.graph.finish()
     narrow(copy)
@@ -137,6 +145,15 @@ def quantize_weight(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.
     return np.clip(np.rint(weight / scales.reshape(shape)), -levels(8), levels(8)).astype(np.int8), scales
 
 
+def _strength(smooth: float | str) -> float | None:
+    """The number that was given; None for a search."""
+    if smooth == "search":
+        return None
+    if isinstance(smooth, str) or not 0 < smooth < 1:
+        raise CalibrationError(f"'{smooth}' is no strength of smoothing.", "Use one above 0 and below 1, or search.")
+    return smooth
+
+
 class _Quantizer:
     """Changes a graph block by block."""
 
@@ -148,7 +165,18 @@ class _Quantizer:
         self._observations = observations
         self._method = method
         self._pairs: dict[str, int] = {}  # tensor -> how many pairs it has
+        self._rescaled: dict[str, Range] = {}  # by tensor as it is read now
         self._weights: dict[tuple[str, bool], str] = {}
+
+    def smooth(self, chosen: Mapping[str, Collection[str]], strength: float | None) -> None:
+        """Rescales channels, and notes the ranges of what was rescaled."""
+        done = smoothing.smooth(self.graph, self._observations, chosen, strength)
+        by_node = {node: made for made in done.values() for node in made.readers}
+        for tensor, made in done.items():
+            self._rescaled[tensor] = smoothing.smoothed(self._observations, made, self._method)
+        self.report.smoothed = {
+            name: by_node[node].strength for name, nodes in chosen.items() for node in nodes if node in by_node
+        }
 
     def quantize(self, name: str, nodes: Collection[str]) -> None:
         """Quantises a block, or notes why it stays."""
@@ -180,6 +208,8 @@ class _Quantizer:
         return len(self.graph.readers(tensor)) + (tensor in self.graph.outputs) > 1
 
     def _range(self, tensor: str) -> Range:
+        if tensor in self._rescaled:
+            return self._rescaled[tensor]
         return self._observations.range(tensor, self._method)
 
     def _linear(self, node: NodeProto) -> None:

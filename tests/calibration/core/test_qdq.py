@@ -131,7 +131,7 @@ def test_what_does_not_belong_together_is_refused(case: Case) -> None:
     with pytest.raises(CalibrationError, match=r"no blocks \['absent'\]"):
         qdq.quantize(model, observations, blocks=["absent"])
     with pytest.raises(CalibrationError, match="not observed"):
-        qdq.quantize(model, dataclasses.replace(observations, histograms={}, _ranges={}))
+        qdq.quantize(model, dataclasses.replace(observations, histograms={}, _memory={}))
     old = onnx.ModelProto()
     old.CopyFrom(model)
     old.opset_import[0].version = 12
