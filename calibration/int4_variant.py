@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ from pixano_edge.engine.errors import BundleError
 from pixano_edge.export.decoder.store import WeightStore
 
 INT4 = "int4"
-_READERS = {
+_READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     smolvlm.FAMILY: smolvlm.SmolVlmConstants.from_dict,
     qwen2_5_vl.FAMILY: qwen2_5_vl.QwenVlConstants.from_dict,
 }
