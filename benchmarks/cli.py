@@ -13,7 +13,7 @@ from pixano_edge.engine.cli.options import ThreadsOption, open_bundle
 from pixano_edge.engine.cli.output import JsonOption, bytes_text, note, print_table, progress
 from pixano_edge.engine.errors import MissingDependencyError
 
-from . import cli_quality
+from . import cli_calibrated, cli_quality
 from .cli_report import OutputOption, report_figures
 from .report import environment
 
@@ -500,3 +500,4 @@ app.command(name="quality")(cli_quality.quality)
 app.command(name="track-quality")(cli_quality.track_quality)
 app.command(name="describe-quality")(cli_quality.describe_quality)
 app.command(name="detect-quality")(cli_quality.detect_quality)
+app.command(name="calibrated")(cli_calibrated.calibrated)

@@ -71,6 +71,7 @@ class Task(abc.ABC, Generic[S, M, P, A]):
         about: What it means, in a sentence.
         clips: Whether samples are clips.
         graphs: That run in this task, in pipeline order.
+        unoptimised: Files that ONNX Runtime must run as they are: they round every value, which it would leave out.
 
     Raises:
         CalibrationError: The bundle has no fp32 graphs, or the options lack something.
@@ -89,6 +90,7 @@ class Task(abc.ABC, Generic[S, M, P, A]):
         self.bundle = bundle
         self.options = options
         self.device = open_device("cpu")
+        self.unoptimised: set[Path] = set()
         self._plans: dict[str, P] = {}
         self._references: dict[str, A] = {}
         self._digests: dict[tuple[Path, int], str] = {}
@@ -222,7 +224,10 @@ class Task(abc.ABC, Generic[S, M, P, A]):
                 path, spec = self.file(graph, files), self.spec(graph)
                 threads = self.options.threads
                 if spool is None:
-                    sessions[graph] = open_session(path, spec, self.device, backend="onnxruntime", threads=threads)
+                    options = {"optimization": "none"} if path in self.unoptimised else None
+                    sessions[graph] = open_session(
+                        path, spec, self.device, backend="onnxruntime", threads=threads, options=options
+                    )
                     digests[graph] = self._digest(path)
                 else:
                     to = spool.graph(graph)
