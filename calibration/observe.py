@@ -226,7 +226,7 @@ class _Runner:
     ) -> None:
         self._graph, self._threads = graph, threads
         self._passed = [t for t in tensors if t in {v.name for v in graph.graph.input}]
-        self._groups = _groups(graph, [t for t in tensors if t not in self._passed], feed, group_bytes)
+        self._groups = plan_groups(graph, [t for t in tensors if t not in self._passed], feed, group_bytes)
         weights = sum(len(t.raw_data) for t in graph.graph.initializer)
         # Every session has its weights; where several of them would be too much, each is opened when it is needed.
         self._open: dict[int, Any] | None = {} if weights * len(self._groups) <= group_bytes else None
@@ -295,7 +295,7 @@ def open_graph(
         ) from error
 
 
-def _groups(
+def plan_groups(
     graph: onnx.ModelProto, tensors: Sequence[str], feed: Mapping[str, NDArray[Any]], group_bytes: int
 ) -> list[list[str]]:
     """The tensors in graph order, as many to a group as fit; one that is larger than that has a group of its own."""

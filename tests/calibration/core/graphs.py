@@ -43,7 +43,7 @@ class Builder:
         bias = self.weight(f"{name}.bias", width, scale=0.1)
         return self.node("LayerNormalization", [source, gain, bias], f"{name}.out", axis=-1, epsilon=1e-5)
 
-    def model(self, shape: list[int | str], output: str) -> onnx.ModelProto:
+    def model(self, shape: list[int | str], output: str, rank: int | None = None) -> onnx.ModelProto:
         graph = helper.make_graph(
             self.nodes,
             "test",
@@ -101,7 +101,7 @@ def convolutions(seed: int = 0) -> onnx.ModelProto:
     head = made.node(
         "Gemm", [flat, made.weight("head.weight", 32, 64), made.weight("head.bias", 32)], "head.out", transB=1
     )
-    return made.model([1, 3, 16, 16], head)
+    return made.model([1, 3, 16, 16], head, 2)
 
 
 def pictures(shape: tuple[int, ...], number: int = 4, seed: int = 1) -> list[dict[str, NDArray[np.float32]]]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixano_edge.calibration.calibrators import METHODS, Range, choose, clipped, expected_error, percentile
+from pixano_edge.calibration.calibrators import (
+    AS_GOOD,
+    CLIP_WEIGHT,
+    METHODS,
+    Range,
+    choose,
+    clipped,
+    expected_error,
+    percentile,
+)
 from pixano_edge.calibration.histograms import Histogram
 from pixano_edge.engine.errors import CalibrationError
 
@@ -47,11 +56,24 @@ def test_mse_is_as_good_as_brute_force(values: np.ndarray, bits: int) -> None:
 
 
 @pytest.mark.parametrize("values", [NORMAL, LAPLACE, SPIKE], ids=["normal", "laplace", "spike"])
-def test_auto_is_at_least_as_good_as_every_method(values: np.ndarray) -> None:
+def test_auto_is_the_best_of_all_methods_where_clipping_counts_more(values: np.ndarray) -> None:
     histogram = _histogram(values)
+
+    def cost(amax: float) -> float:
+        return expected_error(histogram, amax, 8, CLIP_WEIGHT)
+
     auto = choose(histogram)
-    assert all(auto.mse <= 1.02 * choose(histogram, method).mse for method in METHODS)
+    assert all(cost(auto.amax) <= AS_GOOD * cost(choose(histogram, method).amax) for method in METHODS)
     assert auto.mse == pytest.approx(_error(values, auto.amax), rel=0.05)
+    assert auto.amax >= choose(histogram, "mse").amax
+
+
+def test_what_is_clipped_counts_more() -> None:
+    histogram = _histogram(LAPLACE)
+    assert expected_error(histogram, 3.0, 8, 8.0) > 4 * expected_error(histogram, 3.0)
+    assert expected_error(histogram, histogram.largest, 8, 8.0) == pytest.approx(
+        expected_error(histogram, histogram.largest), rel=1e-4
+    )
 
 
 def test_auto_keeps_all_of_a_range_where_clipping_gains_nothing() -> None:

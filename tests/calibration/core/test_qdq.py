@@ -15,7 +15,7 @@ from pixano_edge.calibration.fusion import fusion
 from pixano_edge.calibration.observe import Observations, observe
 from pixano_edge.engine.errors import CalibrationError
 from pixano_edge.export.operators import check_tensorrt_10_3
-from tests.calibration.core.graphs import TOKENS, WIDTH, convolutions, error, pictures, run, transformer
+from tests.calibration.core.graphs import TOKENS, WIDTH, Builder, convolutions, error, pictures, run, transformer
 
 CASES = {"transformer": (transformer, (1, TOKENS, WIDTH)), "convolutions": (convolutions, (1, 3, 16, 16))}
 
@@ -169,3 +169,29 @@ def test_what_the_placement_avoids() -> None:
     found = fusion(quantised)
     assert found.integer == 0
     assert len(found.left) == 6
+
+
+def test_a_large_position_embedding_is_stored_in_half() -> None:
+    made = Builder()
+    placed = made.node("Add", ["x", made.weight("position", 1, 256, WIDTH, scale=1.0)], "placed")
+    model = made.model([1, 256, WIDTH], made.linear(placed, "fc", WIDTH, WIDTH))
+    feeds = pictures((1, 256, WIDTH), 2)
+    quantised, report = qdq.quantize(model, observe(model, feeds, qdq.tensors(model), threads=1))
+    kinds = {t.name: t.data_type for t in quantised.graph.initializer}
+    assert kinds["position"] == TensorProto.FLOAT16
+    assert report.weight_bytes[1] < 0.52 * report.weight_bytes[0]
+    assert error(run(quantised, feeds[0])[0], run(model, feeds[0])[0]) < 0.02
+
+
+def test_a_convolution_that_reads_another_one() -> None:
+    made = Builder()
+    first = made.node("Conv", ["x", made.weight("one.weight", 64, 32, 1, 1), made.weight("one.bias", 64)], "one.out")
+    second = made.node("Conv", [first, made.weight("two.weight", 32, 64, 1, 1), made.weight("two.bias", 32)], "y")
+    model = made.model([1, 32, 8, 8], second)
+    feeds = pictures((1, 32, 8, 8))
+    quantised, _ = qdq.quantize(model, observe(model, feeds, qdq.tensors(model), threads=1))
+    assert len({n.name for n in quantised.graph.node}) == len(quantised.graph.node)
+    found = fusion(quantised)
+    assert (found.integer, found.left) == (2, [])
+    assert found.operators["QuantizeLinear"] == found.operators["DequantizeLinear"] == 1
+    assert error(run(quantised, feeds[0])[0], run(model, feeds[0])[0]) < 0.05
