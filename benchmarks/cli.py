@@ -13,7 +13,7 @@ from pixano_edge.engine.cli.options import ThreadsOption, open_bundle
 from pixano_edge.engine.cli.output import JsonOption, bytes_text, note, print_table, progress
 from pixano_edge.engine.errors import MissingDependencyError
 
-from . import cli_all, cli_quality, cli_scale
+from . import cli_all, cli_calibrated, cli_quality, cli_scale
 from .cli_report import CompileOption, OutputOption, report_figures
 from .report import environment
 from .torch_options import Beside
@@ -519,5 +519,6 @@ app.command(name="quality")(cli_quality.quality)
 app.command(name="track-quality")(cli_quality.track_quality)
 app.command(name="describe-quality")(cli_quality.describe_quality)
 app.command(name="detect-quality")(cli_quality.detect_quality)
+app.command(name="calibrated")(cli_calibrated.calibrated)
 cli_all.register(app)
 cli_scale.register(app)

@@ -1,1 +1,1 @@
-"""Build time of Pixano Edge: smaller variants of a bundle within an accuracy budget (not there yet)."""
+"""Build time of Pixano Edge: smaller and faster variants of a bundle within an accuracy budget. Needs no torch."""

@@ -61,6 +61,10 @@ class ExportError(EdgeError):
     """A checkpoint cannot be loaded, exported, or misses the parity bar."""
 
 
+class CalibrationError(EdgeError):
+    """A graph cannot be quantised with the data at hand, or a variant misses its budget."""
+
+
 class BuildError(EdgeError):
     """TensorRT does not take a graph, or building its engine crashed or ran out of time or memory."""
 

@@ -255,7 +255,28 @@ def check_manifest(manifest: Manifest) -> dict[str, GraphSpec]:
                     "Export it again.",
                 )
     _check_memory(manifest)
+    _check_calibrations(manifest)
     return specs
+
+
+def _check_calibrations(manifest: Manifest) -> None:
+    told = [(entry.variant, entry.metric) for entry in manifest.calibrations]
+    for entry in manifest.calibrations:
+        lacking = [
+            g for g in entry.graphs if g not in manifest.graphs or entry.variant not in manifest.graphs[g].variants
+        ]
+        if lacking or not entry.graphs or told.count((entry.variant, entry.metric)) > 1:
+            raise BundleError(
+                f"The calibration '{entry.variant}' of bundle '{manifest.name}' is listed twice, or of graphs that do "
+                f"not have it: {lacking}.",
+                "Calibrate it again.",
+            )
+        if entry.report is not None and entry.report not in manifest.files:
+            raise BundleError(
+                f"The calibration '{entry.variant}' of bundle '{manifest.name}' names '{entry.report}', which the "
+                "manifest does not list.",
+                "Calibrate it again.",
+            )
 
 
 def _check_memory(manifest: Manifest) -> None:

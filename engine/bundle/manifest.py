@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 has `Manifest.calibrations`. Bundles without any are still written as 1, which older versions read."""
 MANIFEST_NAME = "manifest.json"
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -175,6 +176,38 @@ class ParityReport(_Model):
     passed: bool
 
 
+class CalibrationEntry(_Model):
+    """A variant that was made by calibration, and the budget that it met."""
+
+    variant: str
+    """Its key in `Graph.variants`; calibrated for several metrics, it has an entry for each."""
+    graphs: list[str]
+    """Graphs that ran when it was judged, one at least."""
+    metric: str
+    """For example ``mask_iou``: agreement with the answers of fp32, 1 is perfect."""
+    budget: float = Field(gt=0, le=1)
+    """Lowest mean that was asked for."""
+    held_out: float = Field(ge=0, le=1)
+    """Mean on held-out data, at least `budget`."""
+    worst: float = Field(ge=0, le=1)
+    """Of the lowest held-out sample."""
+    held_out_samples: int = Field(ge=1)
+    golden: float | None = Field(default=None, ge=0, le=1)
+    """Mean on the golden pictures when it was published; None where they were not compared."""
+    data: str
+    """Name of the folder or file (no path)."""
+    data_digest: str = ""
+    """SHA-256 over the contents of the files used, hexadecimal."""
+    calibration_samples: int = Field(ge=1)
+    method: str
+    """For example ``auto, smoothing 0.5, 23 of 25 blocks``."""
+    created: datetime
+    tools: dict[str, str]
+    """Versions of what calibrated and judged it."""
+    report: str | None = None
+    """File inside the bundle with every figure, as JSON."""
+
+
 class GoldenSample(_Model):
     """Inputs and PyTorch outputs stored in the bundle, so that a box without torch can check itself."""
 
@@ -233,6 +266,8 @@ class Manifest(_Model):
     golden: list[GoldenSample]
     golden_clip: GoldenSample | None = None
     """Of a bundle that tracks: a clip cut out of `image`, with prompts and reference outputs."""
+    calibrations: list[CalibrationEntry] = []
+    """Of the variants that calibration added; since version 2."""
     files: dict[str, FileEntry]
     """Every file but the manifest itself, by POSIX path relative to the bundle."""
     notes: list[str] = []

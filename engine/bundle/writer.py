@@ -87,11 +87,13 @@ class BundleWriter:
                 for rel in list_files(root)
             }
         try:
-            manifest = Manifest.model_validate({**manifest_fields, "schema_version": SCHEMA_VERSION, "files": files})
+            version = SCHEMA_VERSION if manifest_fields.get("calibrations") else 1
+            manifest = Manifest.model_validate({**manifest_fields, "schema_version": version, "files": files})
         except ValidationError as error:
             raise BundleError(f"The manifest is not complete: {error}", "Fix the fields and write again.") from error
         check_manifest(manifest)
-        data = (manifest.model_dump_json(indent=2) + "\n").encode()
+        newer = {"calibrations"} if version == 1 else None  # a name that older versions would refuse
+        data = (manifest.model_dump_json(indent=2, exclude=newer) + "\n").encode()
         # What is written must also be readable: NaN, for example, becomes null in JSON.
         parse_manifest(data)
         with os_errors(f"writing '{MANIFEST_NAME}'"):

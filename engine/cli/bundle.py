@@ -15,6 +15,7 @@ from ..bundle.files import Progress
 from ..contracts.sam2 import FAMILY
 from ..contracts.sam2_video import constants_of
 from ..errors import BundleError
+from .calibrations import print_calibrations
 from .output import JsonOption, bytes_text, note, print_facts, print_json, print_table, progress
 
 app = typer.Typer(help="Inspect, pack, unpack and store bundles.", no_args_is_help=True)
@@ -157,6 +158,7 @@ def _show(path: Path, manifest: Manifest, digest: str) -> None:
         title="Graphs",
         right=("Opset", "Nodes", "Parameters", "Size"),
     )
+    print_calibrations(manifest.model_dump(mode="json")["calibrations"])
     report = manifest.parity
     if report is None:
         typer.echo("Parity: not measured.")

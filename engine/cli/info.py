@@ -13,6 +13,7 @@ from ..contracts import sam2
 from ..errors import EdgeError
 from ..provider.needs import SOURCES, declared
 from ..provider.settings import LoadOptions
+from .calibrations import print_calibrations
 from .host import read_host
 from .options import BackendOption, DeviceOption, PrecisionOption, open_bundle
 from .output import JsonOption, bytes_text, print_facts, print_json, print_table
@@ -58,6 +59,7 @@ def bundle_facts(bundle: Bundle, device: str, backend: str, precision: str) -> d
         "variants": bundle.variants(),
         "graphs": graphs,
         "parity": manifest["parity"],
+        "calibrations": manifest["calibrations"],
         "golden_samples": [sample["name"] for sample in manifest["golden"]],
         "notes": manifest["notes"],
         "engine": None,
@@ -165,6 +167,7 @@ def _print_bundle(facts: dict[str, Any]) -> None:
         typer.echo(f"\nParity with {parity['reference']} on {len(parity['inputs'])} inputs:")
         headings, cells = _parity_table(parity)
         print_table(headings, cells, right=headings[1:])
+    print_calibrations(facts["calibrations"])
     for warning in facts["warnings"]:
         typer.secho("warning: ", fg=typer.colors.YELLOW, nl=False)
         typer.echo(warning)

@@ -26,6 +26,7 @@ from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError, DeviceError, DeviceMemoryError, EdgeError, MissingDependencyError
 from ..libraries import ORT_WHEELS, SYSTEM, module_version
 from ..runtime.base import Device, DeviceInfo, Session
+from .calibrated import calibration_text, calibrations_of
 from .verdicts import Verdict, VerdictKey, VerdictStore
 
 ONNXRUNTIME = "onnxruntime"
@@ -39,7 +40,7 @@ GPU_ORDER = (
     (TENSORRT, "fp32"),
     (ONNXRUNTIME, "fp32"),
 )
-"""Fastest first. int8 and int4 are not here: they cost accuracy, so they run when asked for."""
+"""Fastest first. int8 and int4 are not here, calibrated or not: they cost accuracy, so they run when asked for."""
 
 _TENSORRT_WHEELS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings")
 _CANNOT_RUN = (BundleError, ContractError, DeviceError, MissingDependencyError)
@@ -287,6 +288,8 @@ def _prove(attempt: _Attempt, found: Combination, info: DeviceInfo) -> str:
     verdict = store.get(key)
     if verdict is None:
         if info.kind == "cpu":
+            if calibrations := calibrations_of(bundle.manifest, found.precision):
+                return calibration_text(calibrations)
             parity = bundle.manifest.parity
             return "checked at export" if parity is not None and parity.passed else "no parity report"
         if not bundle.golden():

@@ -32,15 +32,13 @@ from pixano_edge.engine.contracts import decoder as contract
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.contracts.decoder import MROPE, ONNX, TENSORRT, DecoderConstants
 from pixano_edge.export.decoder.nodes import GraphWriter
-from pixano_edge.export.decoder.quantise import BLOCK, quantise
+from pixano_edge.export.decoder.quantise import ACCURACY_LEVEL, BLOCK, quantise
 from pixano_edge.export.decoder.store import WeightStore
 from pixano_edge.export.decoder.weights import DecoderWeights, Layer, Linear, Matrix
 
 BLOCKED = {"float32": -1e9, "float16": -6e4}
 """Added to the score of a slot that may not be seen; fp16 ends at 65504."""
 INT64_MAX = np.iinfo(np.int64).max
-ACCURACY_LEVEL = 4
-"""Of `MatMulNBits`: the activations are quantised to int8 for the product."""
 
 
 @dataclass(frozen=True)

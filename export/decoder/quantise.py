@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 32
+ACCURACY_LEVEL = 4
+"""Of `MatMulNBits`: the activations are quantised to int8 for the product."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,20 @@ def quantise(weight: npt.NDArray[np.float32], bits: int) -> Quantised:
     scales = np.take_along_axis(blocks, at, axis=-1) / -zero
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(scales == 0, 0, np.rint(blocks / scales))
+    return pack(codes, scales[..., 0], bits, (rows, columns))
+
+
+def pack(codes: npt.NDArray[Any], scales: npt.NDArray[Any], bits: int, shape: tuple[int, int]) -> Quantised:
+    """Codes and scales as `MatMulNBits` takes them.
+
+    Args:
+        codes: (N, K / BLOCK, BLOCK) whole numbers around 0; clipped to what the bits hold.
+        scales: (N, K / BLOCK) floats.
+        bits: 4 or 8.
+        shape: K and N.
+    """
+    zero = 1 << (bits - 1)
     shifted = np.clip(codes + zero, 0, 2 * zero - 1).astype(np.uint8)
     if bits == 4:
         shifted = shifted[..., 0::2] | (shifted[..., 1::2] << 4)
-    return Quantised(np.ascontiguousarray(shifted), scales[..., 0].reshape(-1).copy(), bits, (rows, columns))
+    return Quantised(np.ascontiguousarray(shifted), scales.reshape(-1).astype(np.float32), bits, shape)

@@ -22,6 +22,7 @@ from ...contracts import decoder as contract
 from ...contracts import smolvlm
 from ...errors import BundleError, ImageError, PromptError
 from ...runtime.base import DeviceInfo
+from ..calibrated import calibrations_of, golden_bar
 from ..images import decode_image
 from ..opening import combination_key, locate
 from ..sam2.diagnosis import FP32_MAX_REL, ROOM, Suspect, name_suspect
@@ -176,7 +177,8 @@ def verify_bundle(
 
 
 def judge(bundle: Bundle, report: AnswerReport) -> list[str]:
-    """Every figure that misses the bar of its precision, in words."""
+    """Every figure that misses its bar, in words: that of the precision, or for a calibrated variant the one that
+    follows from its budget."""
     found = []
     if report.prompts < report.samples:
         found.append(f"prompts: {report.samples - report.prompts} of {report.samples} have other tokens than PyTorch's")
@@ -186,7 +188,8 @@ def judge(bundle: Bundle, report: AnswerReport) -> list[str]:
             found.append(f"{tensor.name}: relative error {tensor.max_rel:.2e} > {MAX_REL:.0e}")
         elif not np.isfinite(tensor.max_rel):
             found.append(f"{tensor.name}: not finite")
-    bar = 1.0 if full else expected_share(bundle, report.precision) - SHARE_ROOM
+    own = golden_bar(calibrations_of(bundle.manifest, report.precision))
+    bar = 1.0 if full else own if own is not None else expected_share(bundle, report.precision) - SHARE_ROOM
     if not report.mean_iou >= bar:
         found.append(f"answers: {report.mean_iou:.3f} of PyTorch's tokens are chosen, less than {bar:.3f}")
     return found

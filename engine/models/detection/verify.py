@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...bundle import Bundle, GoldenSample
+from ...bundle.manifest import CalibrationEntry
 from ...errors import BundleError, ImageError, PromptError
 from ...runtime.base import Array, Device, DeviceInfo
+from ..calibrated import calibrations_of, golden_bar
 from ..images import decode_image
 from ..opening import combination_key, locate
 from ..sam2.diagnosis import FP32_MAX_REL, PREPROCESSING, REDUCED_MAX_REL, ROOM, Suspect, name_suspect
@@ -184,7 +186,7 @@ def verify_bundle(
         warnings=list(info["warnings"]),
         key=_key(bundle, info, on),
     )
-    report.problems = judge(report, agreement)
+    report.problems = judge(report, agreement, calibrations_of(bundle.manifest, report.precision))
     if report.problems:
         report.suspect = name_suspect(
             [(t, t.tolerance or FP32_MAX_REL, t.graph) for t in report.tensors],
@@ -196,8 +198,9 @@ def verify_bundle(
     return report
 
 
-def judge(report: DetectionReport, agreement: Agreement) -> list[str]:
-    """Every figure that misses the bar of its precision, in words."""
+def judge(report: DetectionReport, agreement: Agreement, calibrations: Sequence[CalibrationEntry] = ()) -> list[str]:
+    """Every figure that misses its bar, in words: that of the precision, or for a calibrated variant the one that
+    follows from its budget."""
     found = []
     full = report.precision == "fp32"
     for tensor in report.tensors:
@@ -208,9 +211,10 @@ def judge(report: DetectionReport, agreement: Agreement) -> list[str]:
             found.append(f"{tensor.name}: not finite")
     if full:
         return found + [f"detections: {problem}" for problem in agreement.problems()]
-    bar = MIN_IOU.get(report.precision, MIN_IOU["fp16"])
+    own = golden_bar(calibrations)
+    bar = own if own is not None else MIN_IOU.get(report.precision, MIN_IOU["fp16"])
     if not agreement.mean_iou >= bar:
-        found.append(f"detections: mean IoU {agreement.mean_iou:.4f} < {bar}")
+        found.append(f"detections: mean IoU {agreement.mean_iou:.4f} < {bar:.4g}")
     return found
 
 

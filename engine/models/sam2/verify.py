@@ -9,7 +9,7 @@ as for a user: pre-processing, encoder, decoder, resizing. A bundle that tracks 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...bundle import Bundle, GoldenSample
+from ...bundle.manifest import CalibrationEntry
 from ...contracts import sam2
 from ...errors import BundleError, DeviceError, ImageError, PromptError
 from ...runtime.base import DeviceInfo
+from ..calibrated import calibrations_of, golden_bar
 from ..images import decode_image
 from ..masks import mask_iou
 from ..opening import TENSORRT, combination_key, locate
@@ -213,7 +215,7 @@ def verify_bundle(
         warnings=[*info["warnings"], *warnings],
         key=_key(bundle, info, on),
     )
-    report.problems = judge(report)
+    report.problems = judge(report, calibrations_of(bundle.manifest, report.precision))
     if report.problems:
         report.suspect = find_suspect(report.tensors, bundle, report.precision, report.backend, info)
     return report
@@ -224,8 +226,9 @@ def _key(bundle: Bundle, info: dict[str, Any], on: DeviceInfo) -> VerdictKey:
     return combination_key(bundle, found, on)
 
 
-def judge(report: VerifyReport) -> list[str]:
-    """Every figure of a report that misses the bar of its precision, in words."""
+def judge(report: VerifyReport, calibrations: Sequence[CalibrationEntry] = ()) -> list[str]:
+    """Every figure of a report that misses its bar, in words: that of the precision, or for a calibrated variant the
+    one that follows from its budget."""
     found = []
     full = report.precision == "fp32"
     for tensor in report.tensors:
@@ -234,14 +237,17 @@ def judge(report: VerifyReport) -> list[str]:
             found.append(f"{tensor.name}: relative error {tensor.max_rel:.2e} > {FP32_MAX_REL:.0e}")
         elif not np.isfinite(tensor.max_rel):
             found.append(f"{tensor.name}: not finite")
-    bar = MIN_IOU.get(report.precision, MIN_IOU["fp32"])
+    own = golden_bar(calibrations)
+    bar = own if own is not None else MIN_IOU.get(report.precision, MIN_IOU["fp32"])
     iou, which = (report.min_iou, "lowest") if full else (report.mean_iou, "mean")
     if not iou >= bar:
-        found.append(f"masks: {which} IoU {iou:.4f} < {bar}")
+        found.append(f"masks: {which} IoU {iou:.4f} < {bar:.4g}")
     if report.clip is not None:
+        own = golden_bar(calibrations, clip=True)
+        bar = own if own is not None else bar
         iou = report.clip.min_iou if full else report.clip.mean_iou
         if not iou >= bar:
-            found.append(f"tracked clip: {which} IoU {iou:.4f} < {bar}")
+            found.append(f"tracked clip: {which} IoU {iou:.4f} < {bar:.4g}")
     return found
 
 

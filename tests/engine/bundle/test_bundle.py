@@ -102,11 +102,11 @@ def test_truncated_missing_extra(bundle_dir: Path, verify: bool) -> None:
 
 def test_newer_schema_says_upgrade(bundle_dir: Path) -> None:
     def newer(manifest: dict[str, Any]) -> None:
-        manifest["schema_version"] = 2
+        manifest["schema_version"] = 3
         manifest["a_field_of_the_future"] = 1
 
     edit_manifest(bundle_dir, newer)
-    assert "Install a newer pixano-edge" in refused(bundle_dir, "schema version 2", "up to 1").action
+    assert "Install a newer pixano-edge" in refused(bundle_dir, "schema version 3", "up to 2").action
 
 
 MEASURED = {"graph": "mask_decoder", "variant": "fp16", "session_bytes": 1, "activation_bytes": 2, "sizes": {"P": 1}}
@@ -131,6 +131,36 @@ def test_memory_figures_may_be_there_or_not(bundle_dir: Path) -> None:
 )
 def test_memory_figures_that_fit_nothing_are_refused(bundle_dir: Path, memory: list[Any], words: str) -> None:
     edit_manifest(bundle_dir, lambda m: m.update(memory=memory))
+    refused(bundle_dir, words)
+
+
+CALIBRATION = {
+    "variant": "fp16", "graphs": ["mask_decoder"], "metric": "mask_iou", "budget": 0.98, "held_out": 0.99, "worst": 0.9,
+    "held_out_samples": 3, "data": "photos", "calibration_samples": 9, "method": "auto",
+    "created": "2026-01-01T00:00:00Z", "tools": {},
+}  # fmt: skip
+
+
+def test_calibrations_may_be_there_or_not(bundle_dir: Path) -> None:
+    assert "calibrations" not in json.loads((bundle_dir / "manifest.json").read_text())  # older versions read it
+    assert Bundle.open(bundle_dir).manifest.calibrations == []
+    edit_manifest(bundle_dir, lambda m: m.update(schema_version=2, calibrations=[CALIBRATION]))
+    assert Bundle.open(bundle_dir).manifest.calibrations[0].held_out == 0.99
+
+
+@pytest.mark.parametrize(
+    ("calibrations", "words"),
+    [
+        ([{**CALIBRATION, "variant": "int8"}], "mask_decoder"),
+        ([{**CALIBRATION, "graphs": ["other"]}], "other"),
+        ([{**CALIBRATION, "graphs": []}], "listed twice, or of graphs"),
+        ([CALIBRATION] * 2, "listed twice"),
+        ([{**CALIBRATION, "budget": 1.5}], "budget"),
+        ([{**CALIBRATION, "report": "reports/none.json"}], "reports/none.json"),
+    ],
+)
+def test_calibrations_that_fit_nothing_are_refused(bundle_dir: Path, calibrations: list[Any], words: str) -> None:
+    edit_manifest(bundle_dir, lambda m: m.update(schema_version=2, calibrations=calibrations))
     refused(bundle_dir, words)
 
 

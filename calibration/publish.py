@@ -1,0 +1,179 @@
+"""Adding a calibrated variant to a bundle: everything is written beside it and takes its place in one rename.
+
+A graph that the variant does not change runs the fp32 file under the variant's name, so that every graph has the
+variant and nothing is stored twice. What a changed graph kept in float it takes from the fp32 file (`share_weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from pixano_edge.engine.bundle import Bundle, BundleWriter
+from pixano_edge.engine.bundle.manifest import CalibrationEntry, GraphVariant, Manifest
+from pixano_edge.engine.errors import CalibrationError
+from pixano_edge.export.shared_weights import share_weights
+
+from .work import NewGraph
+
+SUFFIX = "-tensorrt"
+
+
+def check_scales(graph: str, model: onnx.ModelProto) -> list[str]:
+    """What is wrong with the scales of a quantised graph, in words: zero, negative or not finite."""
+    constants = {t.name: t for t in model.graph.initializer}
+    problems = []
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
+            continue
+        tensor = constants.get(node.input[1])
+        if tensor is None:
+            problems.append(f"{graph}: the scale '{node.input[1]}' is not a constant")
+            continue
+        scale = numpy_helper.to_array(tensor).astype(np.float64)
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            wrong = scale.reshape(-1)[~(np.isfinite(scale) & (scale > 0)).reshape(-1)][0]
+            problems.append(f"{graph}: the scale '{node.input[1]}' is {wrong}")
+    return problems
+
+
+def publish(
+    bundle: Bundle,
+    destination: Path,
+    variant: str,
+    precision: str,
+    graphs: Mapping[str, NewGraph],
+    entry: CalibrationEntry,
+    reports: Mapping[str, bytes],
+    *,
+    considered: Collection[str] = (),
+    replace: bool = False,
+) -> Bundle:
+    """Writes the bundle with a variant more, or with another one of that name.
+
+    Engines that travelled with the bundle are left out: they were built from the old one.
+
+    Args:
+        bundle: Where the graphs come from; left as it is unless it lies at `destination`.
+        destination: Folder of the result; the bundle's own replaces it in one step.
+        variant: Key in the manifest.
+        precision: Of the variant.
+        graphs: The graphs that change.
+        entry: What the manifest says of the calibration.
+        reports: Files to add, by their path in the bundle; older ones of the same path are replaced.
+        considered: Graphs that might have changed; those that did not run fp32, whatever an earlier calibration said.
+        replace: Also replace a variant that was exported; its parity figures go with it.
+
+    Returns:
+        The bundle at `destination`, opened and checked.
+
+    Raises:
+        CalibrationError: A scale is broken; or the variant is one that was exported, without `replace`.
+        BundleError: The disk is full, or `destination` is taken by something else. The old bundle is whole then.
+    """
+    models = {name: _read(graph) for name, graph in graphs.items()}
+    if problems := [p for name, model in models.items() for p in check_scales(name, model)]:
+        raise CalibrationError(f"The variant is broken: {'; '.join(problems[:3])}.", "Calibrate on real data.")
+    manifest = bundle.manifest
+    calibrated = any(known.variant == variant for known in manifest.calibrations)
+    exported = not calibrated and any(variant in held.variants for held in manifest.graphs.values())
+    if exported and not replace:
+        raise CalibrationError(
+            f"Bundle '{manifest.name}' has a variant '{variant}' that was exported, not calibrated.",
+            "Give --replace to put the new one in its place.",
+        )
+    held = {name: dict(graph.variants) for name, graph in manifest.graphs.items()}
+    files = {name: _file(manifest, name, variant, calibrated, graph) for name, graph in graphs.items()}
+    beside = {f"graphs/{path.name}": path for graph in graphs.values() for path in graph.beside}
+    changed = {*graphs, *considered}
+    earlier = {held[name].pop(variant).file for name in changed if calibrated and variant in held[name]}
+    used = {v.file for variants in held.values() for v in variants.values()}
+    kept = [known for known in manifest.calibrations if not _outdated(known, entry, changed)]
+    dropped = {known.report for known in manifest.calibrations if known not in kept} - {None}
+    gone = {*files.values(), *beside, *reports, *dropped, *(earlier - used)}
+    destination = destination.expanduser().resolve()
+    with BundleWriter(destination, overwrite=destination == bundle.root.resolve()) as writer:
+        for file in manifest.files:
+            if file not in gone:
+                writer.add_file(file, bundle.file(file))
+        for file, source in beside.items():
+            writer.add_file(file, source)
+        for name, graph in graphs.items():
+            if graph.entry is not None:
+                writer.add_file(files[name], graph.path)
+                held[name][variant] = graph.entry.model_copy(update={"file": files[name]})
+            else:
+                holders = dict.fromkeys(held[name][v].file for v in ("fp32", "fp16") if v in held[name])
+                shared = share_weights(models[name], *(writer.root / file for file in holders if file not in gone))
+                writer.add_file(files[name], shared.model.SerializeToString(deterministic=True))
+                held[name][variant] = _entry(models[name], files[name], precision)
+        for name in changed:
+            held[name].pop(variant + SUFFIX, None)
+        foreign = any(held[name][variant].onnxruntime_only for name in graphs)
+        for variants in held.values():
+            _fall_back(variants, variant, precision, foreign)
+        for path, content in reports.items():
+            writer.add_file(path, content)
+        fields = manifest.model_dump(exclude={"schema_version", "files"})
+        fields["graphs"] = {name: {"variants": variants} for name, variants in held.items()}
+        fields["calibrations"] = [known.model_dump() for known in (*kept, entry)]
+        # Figures of older files say nothing of the new ones.
+        fields["memory"] = [m for m in fields["memory"] if m["variant"] != variant or m["graph"] not in changed]
+        if exported and fields["parity"] is not None:
+            for key in ("tensors", "masks", "clips", "detections", "generations"):
+                fields["parity"][key] = [figure for figure in fields["parity"][key] if figure["variant"] != variant]
+        writer.finish(fields)
+    return Bundle.open(destination)
+
+
+def _file(manifest: Manifest, graph: str, variant: str, calibrated: bool, new: NewGraph) -> str:
+    """Where a graph goes: over an earlier calibration, never over an exported file, whose weights others may use."""
+    plain = f"graphs/{graph}.{variant}.onnx"
+    earlier = manifest.graphs[graph].variants.get(variant)
+    mine = calibrated and earlier is not None and earlier.file == plain
+    return plain if mine or new.beside or plain not in manifest.files else f"graphs/{graph}.{variant}.calibrated.onnx"
+
+
+def _read(graph: NewGraph) -> onnx.ModelProto:
+    """The graph; with its weights unless they lie in files of their own."""
+    return onnx.load(str(graph.path), load_external_data=not graph.beside)
+
+
+def _outdated(known: CalibrationEntry, entry: CalibrationEntry, changed: set[str]) -> bool:
+    """Whether an earlier calibration of the variant was judged with graphs that are others now, or by this metric."""
+    if known.variant != entry.variant:
+        return False
+    return known.metric == entry.metric or not changed.isdisjoint(known.graphs)
+
+
+def _entry(model: onnx.ModelProto, file: str, precision: str) -> GraphVariant:
+    sizes = [int(np.prod(t.dims, dtype=np.int64)) for t in model.graph.initializer]
+    bytes_of = [
+        size * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for size, t in zip(sizes, model.graph.initializer)
+    ]
+    opset = next(o.version for o in model.opset_import if not o.domain)
+    foreign = any(node.domain not in ("", "ai.onnx") for node in model.graph.node)
+    return GraphVariant(
+        file=file,
+        precision=precision,  # type: ignore[arg-type]  # checked when it is made
+        opset=opset,
+        nodes=len(model.graph.node),
+        parameters=sum(sizes),
+        weight_bytes=sum(bytes_of),
+        onnxruntime_only=foreign,
+    )
+
+
+def _fall_back(variants: dict[str, GraphVariant], variant: str, precision: str, foreign: bool) -> None:
+    """Gives a graph that has no file of the variant the fp32 one, and for TensorRT the one that was changed for it."""
+    if variant in variants:
+        return
+    for source, name in (("fp32", variant), ("fp32" + SUFFIX, variant + SUFFIX)):
+        if source in variants and not (foreign and name != variant):
+            told = {"precision": precision, "onnxruntime_only": foreign or variants[source].onnxruntime_only}
+            variants[name] = variants[source].model_copy(update=told)

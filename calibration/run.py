@@ -1,0 +1,251 @@
+"""One calibration from data to a published variant: answers of fp32, the variant, its judgement, its publication.
+
+Everything that takes long is kept in a work folder, so that a run that was interrupted goes on where it stopped and
+comes to the same result. Held-out samples are looked at twice: by the judge, and for what the chosen ranges clip.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.bundle.manifest import CalibrationEntry
+from pixano_edge.engine.errors import CalibrationError
+from pixano_edge.engine.models.calibrated import GOLDEN_SLACK
+from pixano_edge.engine.models.decoder.opening import FAMILIES as TEXT_FAMILIES
+
+from .data import Picture
+from .publish import publish
+from .result import CalibrationResult, VariantResult
+from .speed import time_graphs
+from .tasks import open_task
+from .work import Made, Request, Step, Work, versions
+
+__all__ = ["Outcome", "Request", "Step", "calibrate"]
+
+
+@dataclass
+class Outcome:
+    """What a calibration came to.
+
+    Attributes:
+        result: For the report.
+        bundle: With the new variant; None where it was refused, or was not to be published.
+    """
+
+    result: CalibrationResult
+    bundle: Bundle | None
+
+
+def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, of: None) -> Outcome:
+    """Makes a variant within the budget and adds it to the bundle. One that misses the budget or fails a check is not
+    published, and the result says why.
+
+    Raises:
+        CalibrationError: The data or the request cannot be used, or no layer fits the budget.
+        BundleError: The disk is full; the bundle is as it was.
+    """
+    started = time.monotonic()
+    task = open_task(bundle, request.options)
+    if request.budget.metric != task.metric:
+        raise CalibrationError(
+            f"'{request.budget.metric}' is not what '{bundle.manifest.family}' is judged by here.",
+            f"Give --budget '{task.metric}>={request.budget.at_least:g}': {task.about}.",
+        )
+    work = Work(bundle, request, task, step)
+    work.refer()
+    variants: list[VariantResult] = []
+    for precision in precisions(bundle, request):
+        name = request.name or precision
+        try:
+            made = _MAKERS[precision](work, name)
+        except CalibrationError as error:
+            if request.precision != "auto":
+                raise
+            work.notes.append(f"{precision} was passed over: {error.message}")
+            continue
+        judged, golden = judge(work, made, name)
+        variants.append(judged)
+        if judged.passed:
+            break
+    if not variants:
+        raise CalibrationError(f"No variant could be made: {' '.join(work.notes[-3:])}", "Give a lower budget.")
+    result = _result(work, variants, time.monotonic() - started)
+    if not judged.passed or request.dry_run:
+        return Outcome(result, None)
+    step("Publishing", 0, 1)
+    variants[-1] = replace(judged, published=True)
+    result = replace(result, variants=tuple(variants))
+    published = _publish(work, made, result, golden)
+    work.clear()
+    return Outcome(result, published)
+
+
+def precisions(bundle: Bundle, request: Request) -> tuple[str, ...]:
+    """What to try: the one asked for, or of ``auto`` the smaller ones first."""
+    if request.precision != "auto":
+        return (request.precision,)
+    return ("int4", "int8", "fp16") if bundle.manifest.family in TEXT_FAMILIES else ("int8", "fp16")
+
+
+def judge(work: Work, made: Made, name: str) -> tuple[VariantResult, float | None]:
+    """All figures of a variant, and the metric on the golden pictures where it was measured."""
+    task, budget = work.task, work.request.budget
+    problems, base = list(made.problems), work.base(name)
+    final = {**base, **made.judged}
+    task.unoptimised |= {graph.judged for graph in made.graphs.values() if graph.judged is not None}
+    done = work.counter("Judging", len(work.calibration) + len(work.held_out))
+    held_out = task.score(final, work.held_out, done)
+    on_calibration = task.score(final, work.calibration, done)
+    if not budget.met(held_out.mean):
+        problems.append(f"held-out {budget.metric} is {held_out.mean:.4f}, the budget {budget}")
+    golden, more = _golden(work, final)
+    problems += more
+    pairs = {graph: (work.bundle.graph_path(graph, "fp32"), path) for graph, path in made.files.items()}
+    if made.precision == "bf16":
+        pairs = {}  # for GPUs: ONNX Runtime's CPU provider has no kernels
+    spool = work.spool("calibration", work.calibration, 48)
+    told = work.counter("Timing", len(pairs))
+    fp32_speed, speed = time_graphs(pairs, spool.feeds, work.request.options.threads, on_graph=told)
+    slower = [f"{a.what} takes {b.p50 / a.p50:.2f} of fp32's time" for a, b in zip(fp32_speed, speed) if b.p50 >= a.p50]
+    notes = [*made.notes, *([f"Not faster on this machine: {', '.join(slower)}."] if slower else [])]
+    others = sum(task.file(g, base).stat().st_size for g in task.graphs if g not in made.graphs)
+    judged = VariantResult(
+        name,
+        made.precision,
+        made.sizes,
+        sum(s.bytes for s in made.sizes) + others,
+        sum(s.fp32_bytes for s in made.sizes) + others,
+        budget,
+        held_out,
+        passed=not problems,
+        published=False,
+        on_calibration=on_calibration,
+        truth=task.truth(final, work.held_out),
+        fp32_speed=fp32_speed,
+        speed=speed,
+        problems=tuple(problems),
+        notes=tuple(notes),
+        blocks=made.blocks,
+        ranges=made.ranges,
+        worst=task.worst(final, held_out, work.held_out),
+    )
+    return judged, golden
+
+
+def _golden(work: Work, files: Mapping[str, Path]) -> tuple[float | None, list[str]]:
+    """The metric on the bundle's own pictures, and whether it is so low that the data cannot have been right."""
+    samples = work.bundle.golden()
+    if work.task.clips or not samples:
+        return None, []
+    pictures = [Picture(f"golden {s.name}", work.bundle.file(s.image)) for s in samples]
+    try:
+        asked = work.task.refer(pictures)
+    except CalibrationError:  # what the user asks for is not on them
+        work.notes.append("fp32 finds nothing on the golden pictures; they were not compared.")
+        return None, []
+    mean = work.task.score(files, asked).mean
+    bar = 1 - GOLDEN_SLACK * (1 - work.request.budget.at_least)
+    if mean >= bar:
+        return mean, []
+    return mean, [
+        f"on the bundle's golden pictures {work.task.metric} is {mean:.4f}, below {bar:.4f}: the calibration data do "
+        "not look like what the model is for"
+    ]
+
+
+def _result(work: Work, variants: list[VariantResult], seconds: float) -> CalibrationResult:
+    manifest = work.bundle.manifest
+    hardware = (
+        f"CPU: {platform.processor() or platform.machine()}, {platform.system()}",
+        *(f"{name}: {version}" for name, version in versions().items()),
+    )
+    return CalibrationResult(
+        manifest.name,
+        work.bundle.hash,
+        manifest.family,
+        manifest.source.architecture,
+        _now().isoformat(),
+        work.request.command,
+        hardware,
+        work.summary,
+        tuple(variants),
+        seconds,
+        tuple(dict.fromkeys(work.notes)),
+    )
+
+
+def _publish(work: Work, made: Made, result: CalibrationResult, golden: float | None) -> Bundle:
+    """Writes the judged variant into the bundle, with its figures."""
+    variant = result.variants[-1]
+    assert variant.held_out is not None
+    file = f"reports/calibration-{variant.name}-{variant.budget.metric}.json"
+    plain = replace(variant, worst=tuple(replace(w, fp32_png=None, variant_png=None) for w in variant.worst))
+    content = json.dumps(replace(result, variants=(plain,)).to_dict(), indent=1, allow_nan=False)
+    entry = CalibrationEntry(
+        variant=variant.name,
+        graphs=list(work.task.graphs),
+        metric=variant.budget.metric,
+        budget=variant.budget.at_least,
+        held_out=variant.held_out.mean,
+        worst=min(s.value for s in variant.held_out.samples),
+        held_out_samples=len(variant.held_out.samples),
+        golden=golden,
+        data=result.data.source,
+        data_digest=result.data.digest,
+        calibration_samples=len(result.data.calibration),
+        method=made.method,
+        created=_now(),
+        tools=versions(),
+        report=file,
+    )
+    return publish(
+        work.bundle,
+        work.request.destination,
+        variant.name,
+        made.precision,
+        made.graphs,
+        entry,
+        {file: (content + "\n").encode()},
+        considered=work.graphs,
+        replace=work.request.replace,
+    )
+
+
+def _int8(work: Work, name: str) -> Made:
+    from .make_int8 import make_int8
+
+    return make_int8(work, name)
+
+
+def _int4(work: Work, name: str) -> Made:
+    from .make_other import make_int4
+
+    return make_int4(work, name)
+
+
+def _half(precision: str) -> Callable[[Work, str], Made]:
+    def make(work: Work, name: str) -> Made:
+        from .make_other import make_half
+
+        return make_half(work, name, precision)
+
+    return make
+
+
+_MAKERS: Mapping[str, Callable[[Work, str], Made]] = {
+    "int8": _int8,
+    "int4": _int4,
+    "fp16": _half("fp16"),
+    "bf16": _half("bf16"),
+}
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc).replace(microsecond=0)
