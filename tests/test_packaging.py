@@ -110,15 +110,16 @@ def test_base_install_is_small_and_pulls_no_torch(
     python = tmp_path / "v" / "bin" / "python"
     site = next((tmp_path / "v" / "lib").glob("python3*")) / "site-packages"
 
-    def installed() -> int:
-        return sum(p.stat().st_size for p in site.rglob("*") if p.is_file() and not p.is_symlink())
+    def installed(pattern: str = "*") -> int:
+        return sum(p.stat().st_size for p in site.rglob(pattern) if p.is_file() and not p.is_symlink())
 
-    bare = installed()  # pip and setuptools come with the environment, not with us
+    bare, bare_bytecode = installed(), installed("*.pyc")  # pip and setuptools come with the environment, not with us
     subprocess.run([python, "-m", "pip", "install", "-q", f"{wheel}[cpu]"], check=True, timeout=600)
-    size = installed() - bare
+    size, bytecode = installed() - bare, installed("*.pyc") - bare_bytecode
     packages = {p.name.split("-")[0].lower() for p in site.glob("*.dist-info")}
     with capsys.disabled():  # to stderr, which workers of pytest-xdist share
-        print(f"\nbase install with [cpu]: {size / 1e6:.0f} MB, {len(packages)} packages", file=sys.stderr)  # noqa: T201
+        parts = f"{bytecode / 1e6:.0f} MB of it bytecode, {len(packages)} packages"
+        print(f"\nbase install with [cpu]: {size / 1e6:.0f} MB, {parts}", file=sys.stderr)  # noqa: T201
     assert not packages & {"torch", "transformers", "optimum", "onnx"}
     assert size < 400e6
     shown = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True)
