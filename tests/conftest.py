@@ -165,13 +165,25 @@ def tiny_graphs(tracking_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def small_dino(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small Grounding DINO with seeded, sharpened weights, and its exported graphs."""
+def dino_model() -> Any:
+    """A small Grounding DINO with seeded, sharpened weights, and its processor."""
     pytest.importorskip("torch", reason="exporting needs pixano-edge[export]")
-    from tests.support.grounding_dino import export_model, sharpened, small_config
+    from tests.support.grounding_dino import sharpened, small_config, small_processor
 
-    folder = tmp_path_factory.mktemp("grounding-dino")
-    return export_model(sharpened(small_config()), folder, shortest_edge=96, longest_edge=160)
+    return sharpened(small_config()), small_processor(shortest_edge=96, longest_edge=160)
+
+
+@pytest.fixture(scope="session")
+def small_dino(dino_model: Any, dino_checkpoint: Path, dino_bundle: Path) -> Any:
+    """`dino_model` with its constants and the plain fp32 graphs of `dino_bundle`."""
+    from pixano_edge.engine.bundle import Bundle
+    from pixano_edge.export.grounding_dino.constants import read_constants
+    from tests.support.grounding_dino import Exported
+
+    model, processor = dino_model
+    bundle = Bundle.open(dino_bundle)
+    files = {name: bundle.graph_path(name, "fp32") for name in bundle.manifest.graphs}
+    return Exported(model, processor, read_constants(model, dino_checkpoint), files)
 
 
 def _owl_checkpoint(family: str, factory: pytest.TempPathFactory) -> Path:
@@ -214,12 +226,12 @@ def owlvit_bundle(owlvit_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def dino_checkpoint(small_dino: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dino_checkpoint(dino_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """transformers folder of a small Grounding DINO."""
 
     def save(folder: Path) -> None:
-        small_dino.model.save_pretrained(folder)
-        small_dino.processor.save_pretrained(folder)
+        for part in dino_model:
+            part.save_pretrained(folder)
 
     return once(tmp_path_factory, "checkpoints/small-dino", save)
 

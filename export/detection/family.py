@@ -99,7 +99,8 @@ class DetectorFamily(Protocol):
         """Random inputs of a graph that mean something."""
 
     def check_classes(self, classes: Sequence[str]) -> None:
-        """Raises PromptError where the engine's detector or its tokeniser cannot ask for a list of classes."""
+        """Raises PromptError where the engine's detector or its tokeniser cannot ask for a list of classes, ExportError
+        where PyTorch's side could not answer: before the graphs are made."""
 
     def ask(self, photo: Photo, lists: Sequence[Sequence[str]]) -> list[Answer]:
         """Asks PyTorch's model and processor about one photo, once per list of classes."""

@@ -64,6 +64,7 @@ class GroundingDinoFamily:
         captions = Captioner(self._loaded.tokenizer, self._loaded.constants).captions(check_request(classes))
         if len(captions) > 1:
             raise PromptError(f"{len(classes)} classes do not fit one caption.", "Give fewer --classes.")
+        reference.check_names(classes)
 
     def ask(self, photo: Photo, lists: Sequence[Sequence[str]]) -> list[Answer]:
         return [self._ask(photo, classes) for classes in lists]

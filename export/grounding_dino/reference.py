@@ -57,6 +57,16 @@ class Stock:
         return Detections(np.clip(self.boxes[kept], 0.0, limit), self.scores[kept], self.labels[kept], self.classes)
 
 
+def check_names(classes: Sequence[str]) -> None:
+    """Raises ExportError where the stock processor could not tell the classes apart: a dot or a question mark ends a
+    phrase, and equal phrases are one."""
+    names = [name.strip().lower() for name in classes]
+    if any(c in name for name in names for c in ".?") or len(set(names)) < len(names):
+        raise ExportError(
+            "Classes to measure parity on must differ and hold no dot or question mark.", "Give other --classes."
+        )
+
+
 def ask(model: Any, processor: Any, photo: Photo, classes: Sequence[str]) -> Stock:
     """Runs the stock model and processor.
 
@@ -64,11 +74,8 @@ def ask(model: Any, processor: Any, photo: Photo, classes: Sequence[str]) -> Sto
         ExportError: The classes do not fit one caption, which the stock model would cut off, or one has a dot or a
             question mark, or two are equal: there the stock processor has no answer to compare with.
     """
+    check_names(classes)
     names = [name.strip().lower() for name in classes]
-    if any(c in name for name in names for c in ".?") or len(set(names)) < len(names):
-        raise ExportError(
-            "Classes to measure parity on must differ and hold no dot or question mark.", "Give other --classes."
-        )
     inputs = processor(images=Image.fromarray(photo.pixels), text=list(classes), return_tensors="pt")
     tokens: Any = inputs["input_ids"]
     ids: list[int] = tokens[0].tolist()

@@ -24,23 +24,17 @@ from pixano_edge.export.grounding_dino.family import GroundingDinoFamily
 from pixano_edge.export.photos import default_photos
 from tests.support.grounding_dino import Exported
 
-CLASSES = [["a cat"], ["coffee cup", "spoon", "table"]]
+
+@pytest.fixture
+def folder(dino_checkpoint: Path) -> Path:
+    """What is exported; read-only."""
+    return dino_checkpoint
 
 
-@pytest.fixture(scope="module")
-def folder(small_dino: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "small-dino"
-    small_dino.model.save_pretrained(folder)
-    small_dino.processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    made = export_grounding_dino(
-        folder, tmp_path_factory.mktemp("bundle") / "dino", variants=("fp32",), classes=CLASSES, threads=1
-    )
-    return Bundle.open(made)
+@pytest.fixture
+def bundle(dino_bundle: Path) -> Bundle:
+    """What was made of it; read-only."""
+    return Bundle.open(dino_bundle)
 
 
 def test_a_saved_folder_is_loaded_whole(folder: Path, small_dino: Exported) -> None:
@@ -131,3 +125,16 @@ def test_classes_that_the_stock_processor_cannot_answer(folder: Path, classes: l
     loaded = checkpoint.load(folder)
     with pytest.raises(ExportError, match="--classes"):
         reference.ask(loaded.model, loaded.processor, default_photos()[1], classes)
+
+
+@pytest.mark.parametrize("classes", [["st. bernard"], ["cat", "CAT "], ["cat " * 300]])
+def test_such_classes_are_refused_before_graphs_are_made(
+    dino_checkpoint: Path, tmp_path: Path, classes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("a graph was exported")
+
+    monkeypatch.setattr("pixano_edge.export.pipeline.export_graph", never)
+    with pytest.raises(ExportError, match=r"[Cc]lasses"):
+        export_grounding_dino(dino_checkpoint, tmp_path / "out", variants=("fp32",), classes=[["dog"], classes])
+    assert not (tmp_path / "out").exists()
