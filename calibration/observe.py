@@ -197,7 +197,9 @@ def _start(graph: onnx.ModelProto, tensors: Sequence[str], store: Path | None) -
     for tensor in dict.fromkeys(tensors):
         readers = {node.op_type for node in lookup.readers(tensor) if node.input[0] == tensor}
         writer = lookup.writer(tensor)
-        linear = bool(readers.intersection(LINEAR))
+        # The last axis is that of the channels where weights are read; between two activations it may be a sequence.
+        weighing = [n for n in lookup.readers(tensor) if n.input[0] == tensor and lookup.weight(n) is not None]
+        linear = any(node.op_type in LINEAR for node in weighing)
         convolves = "Conv" in readers or (writer is not None and writer.op_type == "Conv")
         found.histograms[tensor] = Histogram(-1 if linear else 1 if convolves else None)
         if linear:

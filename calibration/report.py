@@ -96,7 +96,7 @@ def headline(variant: VariantResult) -> str:
             f"{budget.metric} {_value(held_out.mean)} {sign} {budget.at_least:g} on {len(held_out.samples)} held-out "
             "samples"
         )
-    told = [reached, f"{100 * variant.size_ratio:.0f} % of fp32's size"]
+    told = [reached, f"{_percent(variant.size_ratio)} of fp32's size"]
     if speeds := _matched(variant):
         slow, fast = next((pair for pair in speeds if pair[0].what == "pipeline"), speeds[0])
         told.append(f"{_times(slow, fast)} ({fast.what}, {fast.backend})")
@@ -138,7 +138,7 @@ def _variants(variants: Sequence[VariantResult]) -> str:
                 f"{v.budget.at_least:g}",
                 _value(v.on_calibration.mean) if v.on_calibration else "-",
                 f"{layers} of {of_layers}" if of_layers else "-",
-                f"{bytes_text(v.bytes)} of {bytes_text(v.fp32_bytes)} ({100 * v.size_ratio:.0f} %)",
+                f"{bytes_text(v.bytes)} of {bytes_text(v.fp32_bytes)} ({_percent(v.size_ratio)})",
             )
         )
     found = table(columns, rows, right=(*columns[3:7], "layers", "size"))
@@ -211,7 +211,7 @@ def _variant(v: VariantResult) -> list[str]:
                 f"{g.layers} of {g.of_layers}" if g.of_layers else "-",
                 bytes_text(g.bytes),
                 bytes_text(g.fp32_bytes),
-                f"{100 * g.bytes / g.fp32_bytes:.0f} %" if g.fp32_bytes else "-",
+                _percent(g.bytes / g.fp32_bytes if g.fp32_bytes else math.nan),
             )
             for g in v.graphs
         ]
@@ -362,6 +362,10 @@ def _run(result: CalibrationResult) -> list[str]:
 
 def _value(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not a number"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %" if math.isfinite(value) else "unknown"
 
 
 def _share(value: float) -> str:

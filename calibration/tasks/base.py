@@ -69,6 +69,7 @@ class Task(abc.ABC, Generic[S, M, P, A]):
     Attributes:
         metric: Name of the agreement with fp32, 1 is perfect.
         about: What it means, in a sentence.
+        usual: Budget where the user gives none.
         clips: Whether samples are clips.
         graphs: That run in this task, in pipeline order.
         unoptimised: Files that ONNX Runtime must run as they are: they round every value, which it would leave out.
@@ -79,6 +80,7 @@ class Task(abc.ABC, Generic[S, M, P, A]):
 
     metric: ClassVar[str]
     about: ClassVar[str]
+    usual: ClassVar[float]
     clips: ClassVar[bool] = False
 
     def __init__(self, bundle: Bundle, options: TaskOptions) -> None:

@@ -60,6 +60,7 @@ class DetectorTask(Task[Picture, Any, tuple[str, ...], Boxes]):
 
     metric = "ap"
     about = "AP (IoU 0.5 to 0.95) with fp32's detections as the truth"
+    usual = 0.9
     hint = "Give --classes that are on the pictures, or a lower --threshold."
 
     def __init__(self, bundle: Bundle, options: TaskOptions) -> None:

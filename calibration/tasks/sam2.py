@@ -96,6 +96,7 @@ class Sam2Task(Task[Picture, Sam2ImagePredictor, Asked, Answered]):
 
     metric = "mask_iou"
     about = "mean overlap (IoU) of the masks with fp32's, over clicks, boxes and corrections"
+    usual = 0.97
     hint = "Give pictures that show objects, or a COCO JSON with boxes."
 
     def __init__(self, bundle: Bundle, options: TaskOptions) -> None:

@@ -57,6 +57,7 @@ class Sam2VideoTask(Task[Clip, Sam2VideoModel, Followed, Tracks]):
 
     metric = "j"
     about = "mean overlap (IoU) of tracked masks with fp32's, over the frames after the first one"
+    usual = 0.95
     clips = True
     hint = "Give clips whose first frame shows objects."
 

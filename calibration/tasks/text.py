@@ -35,6 +35,7 @@ class TextTask(Task[Picture, DecoderModel, tuple[str, ...], tuple[str, ...]]):
 
     metric = "exact"
     about = "share of greedy answers that are fp32's word for word"
+    usual = 0.95
 
     def __init__(self, bundle: Bundle, options: TaskOptions) -> None:
         super().__init__(bundle, options)

@@ -139,6 +139,7 @@ def test_what_is_missing_is_said() -> None:
         graphs=(), passed=False, published=False, problems=("scale of 'x' is 0",),
     )  # fmt: skip
     assert "was refused before mask_iou was measured" in headline(bare)
+    assert "unknown of fp32's size" in headline(replace(bare, fp32_bytes=0))
     text = Page(render(result(variants=(bare,)))).text
     assert "scale of 'x' is 0" in text
     assert "Not measured." in text
