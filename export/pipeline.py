@@ -22,16 +22,20 @@ from pixano_edge.engine.bundle.writer import BundleWriter
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
 from pixano_edge.engine.libraries import ORT_WHEELS, installed_version, module_version
+from pixano_edge.export.cpu_passes import CPU_PASSES
 from pixano_edge.export.differences import Feeds, Settle
 from pixano_edge.export.fp16 import rounded, to_fp16
-from pixano_edge.export.half_weights import narrow
+from pixano_edge.export.half_weights import narrow, widen
 from pixano_edge.export.onnx_graph import count_parameters, export_graph, weight_bytes
 from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
 from pixano_edge.export.shared_weights import share_weights
 from pixano_edge.export.tensorrt_graph import SUFFIX, Keep, TensorrtVariants
+from pixano_edge.export.tensorrt_passes import apply_passes
 from pixano_edge.export.work_memory import measure_graphs
 
 VARIANTS = ("fp32", "fp16")
+CPU = "fp32-cpu"
+"""In reports and file names: what ONNX Runtime's CPU provider runs in fp32 where a bundle has graphs for it."""
 FP16_NOTE = (
     "Parity of fp16: every intermediate value rounded to fp16, as a GPU does; "
     "fp16-cpu: the same files in ONNX Runtime's CPU provider, which computes mostly in fp32."
@@ -80,6 +84,7 @@ class GraphExport:
 
     Attributes:
         entries: Manifest entries by graph and variant.
+        cpu_entries: Manifest entries of graphs for ONNX Runtime's CPU provider, by graph.
         notes: Remarks for the manifest.
     """
 
@@ -102,6 +107,7 @@ class GraphExport:
         self._step, self._threads = step, threads
         self._feeds, self._keep, self._lenders, self._settle = feeds, keep, lenders or {}, settle
         self._tensorrt: TensorrtVariants | None = None
+        self.cpu_entries: dict[str, GraphVariant] = {}
 
     def export(self, modules: Mapping[str, nn.Module], example: Callable[[str], tuple[Tensor, ...]]) -> None:
         """Plain graphs in every precision.
@@ -133,8 +139,35 @@ class GraphExport:
         self._tensorrt.finish()
         self.notes += [f"{FINDING}{finding}" for finding in self._tensorrt.findings()]
 
+    def fit_for_cpu(
+        self,
+        graphs: Collection[str],
+        parts: Mapping[str, tuple[nn.Module, GraphSpec]],
+        example: Callable[[GraphSpec], tuple[Tensor, ...]],
+    ) -> None:
+        """Graphs for ONNX Runtime's CPU provider, in fp32, beside the plain ones.
+
+        Args:
+            graphs: Plain graphs to change; one in which no pass finds anything gets no second form.
+            parts: Modules that stand for a plain graph together, with their contracts, by name.
+            example: Inputs to trace a part with.
+
+        Raises:
+            ExportError: See `export_graph` and `apply_passes`.
+        """
+        self._step("Fitting for a CPU")
+        plain = [held[v] for held in self.entries.values() for v in ("fp16", "fp32") if v in held]
+        holders = [self._writer.root / entry.file for entry in plain]
+        for graph in graphs:
+            model = onnx.load(self._writer.root / self.entries[graph]["fp32"].file)
+            widen(model)
+            if apply_passes(model, CPU_PASSES):
+                self.cpu_entries[graph] = self._add_cpu_graph(model, graph, holders)
+        for name, (module, spec) in parts.items():
+            self.cpu_entries[name] = self._add_cpu_graph(export_graph(module, spec, example(spec)), name, holders)
+
     def measured_variants(self) -> Iterator[tuple[str, dict[str, Path]]]:
-        """Variants that parity is measured for, with their files by graph, each a step of its own.
+        """Variants that parity is measured for, with their files by graph, each a step of its own. `CPU` comes last.
 
         A TensorRT variant that is the plain file has the plain variant's figures and is left out.
         """
@@ -143,6 +176,11 @@ class GraphExport:
             self._step(f"Measuring {variant}")
             if variant in self._variants or self._tensorrt.changed(variant):
                 yield variant, {g: self._writer.root / held[variant].file for g, held in self.entries.items()}
+        if self.cpu_entries:
+            self._step(f"Measuring {CPU}")
+            files = {g: held["fp32"].file for g, held in self.entries.items()}
+            files |= {g: entry.file for g, entry in self.cpu_entries.items()}
+            yield CPU, {g: self._writer.root / file for g, file in files.items()}
 
     def measure_memory(self) -> list[GraphMemory]:
         """Memory of every plain variant."""
@@ -152,6 +190,23 @@ class GraphExport:
     def manifest_graphs(self) -> dict[str, Any]:
         """The manifest's ``graphs``."""
         return {g: Graph(variants=v).model_dump() for g, v in self.entries.items()}
+
+    def _add_cpu_graph(self, model: onnx.ModelProto, name: str, holders: Sequence[Path]) -> GraphVariant:
+        """Writes a graph for a CPU; what another file holds already, it refers to."""
+        parameters, full = count_parameters(model), weight_bytes(model)
+        narrow(model)
+        shared = share_weights(model, *holders)
+        file = f"graphs/{name}.{CPU}.onnx"
+        self._writer.add_file(file, shared.model.SerializeToString(deterministic=True))
+        return GraphVariant(
+            file=file,
+            precision="fp32",
+            opset=next(o.version for o in model.opset_import if not o.domain),
+            nodes=len(model.graph.node),
+            parameters=parameters,
+            weight_bytes=full,
+            onnxruntime_only=True,
+        )
 
     def _add_graph(self, model: onnx.ModelProto, graph: str, variant: Any) -> GraphVariant:
         """Writes a plain graph; what an earlier file holds already, it refers to."""

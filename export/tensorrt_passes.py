@@ -204,6 +204,39 @@ def one_hot_to_where(edit: GraphEditor) -> int:
     return changes
 
 
+def halve_gelu_last(edit: GraphEditor) -> int:
+    """``x * (1 + erf) * 0.5`` instead of ``x * ((1 + erf) * 0.5)`` in GELU.
+
+    torch's exporter writes the second. ONNX Runtime knows the first, as torch wrote it before, and makes one operator
+    of it on every provider that has one (``onnxruntime/core/optimizer/gelu_fusion.cc``), with the bias before it.
+    """
+    changes = 0
+    for erf in edit.nodes("Erf"):
+        inner = edit.made_by(erf.input[0], "Div")
+        added = only_reader(edit, erf.output[0], "Add")
+        half = only_reader(edit, added.output[0], "Mul") if added is not None else None
+        last = only_reader(edit, half.output[0], "Mul") if half is not None else None
+        if inner is None or added is None or half is None or last is None or inner.input[0] not in last.input:
+            continue
+        factor = next((n for n in half.input if n != added.output[0]), "")
+        value = edit.constant(factor)
+        if value is None or value.size != 1 or last.output[0] in edit.outputs:
+            continue
+        product = edit.add_node("Mul", [inner.input[0], added.output[0]], "gelu")
+        result = edit.add_node("Mul", [product, factor], "gelu")
+        shape = edit.shapes.get(last.output[0])
+        if shape is not None:
+            edit.shapes[product] = edit.shapes[result] = shape
+        changes += edit.replace(last.output[0], result)
+    return changes
+
+
+def only_reader(edit: GraphEditor, name: str, op: str) -> NodeProto | None:
+    """The one node that reads a tensor, if it is an `op` and the tensor is no output."""
+    readers = [n for n in edit.graph.node if name in n.input]
+    return readers[0] if len(readers) == 1 and readers[0].op_type == op and name not in edit.outputs else None
+
+
 PASSES: tuple[Pass, ...] = (
     grid_sample_to_gather,
     one_hot_to_where,
@@ -221,6 +254,7 @@ PLAIN_PASSES: tuple[Pass, ...] = (
     constant_reshapes,
     drop_no_ops,
     scale_query_only,
+    halve_gelu_last,
 )
 """Those that every graph gains from: fewer nodes, and no sizes computed at run time. ONNX Runtime would compute them on
 the CPU, between the GPU's kernels, and could not record the graph's launches."""

@@ -36,6 +36,8 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {
     smolvlm.FAMILY: smolvlm.family_graphs,
     qwen2_5_vl.FAMILY: qwen2_5_vl.family_graphs,
 }
+# Families whose bundles may have graphs for ONNX Runtime's CPU provider alone: the same, with all there can be.
+_CPU: dict[str, Callable[[dict[str, Any]], dict[str, GraphSpec]]] = {sam2.FAMILY: sam2_video.cpu_graphs}
 # Families whose graphs look different from outside by precision and target: the same, with both.
 _VARIED: dict[str, Callable[[dict[str, Any], str, str], dict[str, GraphSpec]]] = {
     smolvlm.FAMILY: smolvlm.family_graphs,
@@ -147,6 +149,13 @@ class Bundle:
         varied = _VARIED.get(self.manifest.family)
         return self.specs[graph] if varied is None else varied(self.manifest.constants, precision, target)[graph]
 
+    def cpu_graph(self, graph: str) -> tuple[Path, GraphSpec] | None:
+        """File and contract of a graph that ONNX Runtime's CPU provider runs in fp32; None where there is none."""
+        found = self.manifest.cpu_graphs.get(graph)
+        if found is None:
+            return None
+        return self.root / found.file, _CPU[self.manifest.family](self.manifest.constants)[graph]
+
     def variants(self) -> list[str]:
         """Precisions that every graph has as plain ONNX, from full to reduced."""
         held = [
@@ -239,6 +248,9 @@ def check_manifest(manifest: Manifest) -> dict[str, GraphSpec]:
         raise BundleError(
             f"Bundle '{manifest.name}' holds the graphs {unknown}, which its constants do not describe.", _NEWER
         )
+    known = _CPU[manifest.family](manifest.constants) if manifest.family in _CPU else {}
+    if unknown := sorted(set(manifest.cpu_graphs) - set(known)):
+        raise BundleError(f"Bundle '{manifest.name}' holds the CPU graphs {unknown}, which are not known here.", _NEWER)
     referenced: dict[str, tuple[str, ...]] = {
         f"golden sample '{s.name}'": (s.image, s.tensors)
         for s in (*manifest.golden, *([manifest.golden_clip] if manifest.golden_clip else []))
@@ -247,6 +259,7 @@ def check_manifest(manifest: Manifest) -> dict[str, GraphSpec]:
         if not graph.variants:
             raise BundleError(f"Graph '{name}' of bundle '{manifest.name}' has no variant.", "Export it again.")
         referenced |= {f"graph '{name}' variant '{k}'": (v.file,) for k, v in graph.variants.items()}
+    referenced |= {f"CPU graph '{name}'": (v.file,) for name, v in manifest.cpu_graphs.items()}
     for owner, files in referenced.items():
         for file in files:
             if file not in manifest.files:

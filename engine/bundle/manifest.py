@@ -260,6 +260,9 @@ class Manifest(_Model):
     preprocess: Preprocess
     postprocess: Postprocess
     graphs: dict[str, Graph]
+    cpu_graphs: dict[str, GraphVariant] = {}
+    """In fp32, for ONNX Runtime's own CPU provider alone: other forms of the graphs of the same names, with operators
+    of its own, and graphs that stand for another one together. Empty where there are none."""
     memory: list[GraphMemory] = []
     """Empty in bundles made before it was measured, or on systems that do not tell."""
     parity: ParityReport | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,11 +70,13 @@ class BundleWriter:
                 shutil.copyfile(source, target)
         return target
 
-    def finish(self, manifest_fields: dict[str, Any]) -> Path:
+    def finish(self, manifest_fields: dict[str, Any], check: Callable[[Path], None] | None = None) -> Path:
         """Hashes the files, writes the manifest and renames the folder to the destination, which is returned.
 
         Args:
             manifest_fields: Fields of `Manifest` but `schema_version` and `files`, which are filled in here.
+            check: Called with the folder of the complete bundle before it takes its place, which it does not where
+                this raises.
 
         Raises:
             BundleError: The manifest would not open again, or the disk is full. Nothing is left.
@@ -98,4 +101,6 @@ class BundleWriter:
         parse_manifest(data)
         with os_errors(f"writing '{MANIFEST_NAME}'"):
             (root / MANIFEST_NAME).write_bytes(data)
+        if check is not None:
+            check(root)
         return self._staging.publish()

@@ -147,10 +147,11 @@ def _show(path: Path, manifest: Manifest, digest: str) -> None:
     print_facts(f"Bundle {manifest.name} (schema {manifest.schema_version})", facts)
     for text in manifest.notes:
         typer.echo(f"Note: {text}")
+    held = [(g, name, v) for g, graph in manifest.graphs.items() for name, v in graph.variants.items()]
+    held += [(g, "fp32-cpu", v) for g, v in manifest.cpu_graphs.items()]
     rows = [
         (graph, name, v.precision, v.target, v.opset, v.nodes, v.parameters, bytes_text(manifest.files[v.file].size))
-        for graph, held in manifest.graphs.items()
-        for name, v in held.variants.items()
+        for graph, name, v in held
     ]
     print_table(
         ("Graph", "Variant", "Precision", "Target", "Opset", "Nodes", "Parameters", "Size"),

@@ -152,6 +152,8 @@ def _print_bundle(facts: dict[str, Any]) -> None:
         providers = {session["provider"] for session in sessions}
         shown["runs here on"] = f"{engine['device']}, {engine['backend']} ({', '.join(sorted(providers))})"
         shown["precision"] = f"{engine['precision']} ({engine.get('precision_reason', '')})"
+        if engine.get("cpu_graphs"):
+            shown["graphs for CPUs"] = ", ".join(engine["cpu_graphs"])
     shown["memory"] = _memory_text(facts["memory"])
     print_facts(facts["name"], shown)
     rows = [

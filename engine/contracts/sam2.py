@@ -22,6 +22,9 @@ VIDEO = "video"
 
 IMAGE_ENCODER = "image_encoder"
 MASK_DECODER = "mask_decoder"
+IMAGE_PREPARE = "image_prepare"
+MASK_PREPARE = "mask_prepare"
+CLICK_DECODER = "click_decoder"
 
 # image_encoder
 PIXEL_VALUES = "pixel_values"
@@ -36,6 +39,14 @@ HAS_MASK_INPUT = "has_mask_input"
 MASKS = "masks"
 IOU_SCORES = "iou_scores"
 OBJECT_SCORE_LOGITS = "object_score_logits"
+# image_prepare, mask_prepare, click_decoder
+PIXELS = "pixels"
+PIXEL_KEYS = "pixel_keys"
+PIXEL_VALUES_0 = "pixel_values_0"
+PIXEL_QUERIES = "pixel_queries"
+MASKED = "masked_"
+FINE_0 = "fine_0"
+FINE_1 = "fine_1"
 
 LABEL_PAD = -1
 LABEL_BACKGROUND = 0
@@ -48,6 +59,8 @@ NUM_MASKS = 4
 
 MAX_PROMPTS = 256
 MAX_POINTS = 64
+MAX_CLICK_POINTS = 12
+"""Points of a prompt, padding included, up to which `click_decoder` takes fewer operations than `mask_decoder`."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +172,64 @@ def mask_decoder(c: Sam2Constants) -> GraphSpec:
     )
 
 
+def image_prepare(c: Sam2Constants) -> GraphSpec:
+    """What clicks on one image share, from its features: `click_decoder`'s inputs without a mask prompt."""
+    return GraphSpec(
+        IMAGE_PREPARE,
+        inputs=_features(c.hidden_dim, c.image_size),
+        outputs=(*_prepared(c), *_fine(c)),
+    )
+
+
+def mask_prepare(c: Sam2Constants) -> GraphSpec:
+    """What one mask prompt changes in it: the same tensors with `MASKED` before their names."""
+    m, prepared = c.mask_size, _prepared(c)
+    return GraphSpec(
+        MASK_PREPARE,
+        inputs=(*prepared, TensorSpec(MASK_INPUT, "float32", (1, 1, m, m))),
+        outputs=tuple(TensorSpec(MASKED + t.name, t.dtype, t.dims) for t in prepared),
+    )
+
+
+def click_decoder(c: Sam2Constants) -> GraphSpec:
+    """P prompts on what was prepared to four masks each; points and answers as in `mask_decoder`."""
+    plain = mask_decoder(c)
+    return GraphSpec(
+        CLICK_DECODER,
+        inputs=(*_prepared(c), *_fine(c), plain.tensor(POINT_COORDS), plain.tensor(POINT_LABELS)),
+        outputs=plain.outputs,
+        ranges={"P": (1, 1, MAX_PROMPTS), "N": (1, 2, MAX_CLICK_POINTS)},
+    )
+
+
+def click_graphs(c: Sam2Constants) -> dict[str, GraphSpec]:
+    """`mask_decoder` once more, in three graphs for ONNX Runtime on a CPU, by name."""
+    return {g.name: g for g in (image_prepare(c), mask_prepare(c), click_decoder(c))}
+
+
 def graphs(c: Sam2Constants) -> dict[str, GraphSpec]:
-    """Every graph of the family, by name."""
+    """Every graph that a bundle of the family must have, by name."""
     return {g.name: g for g in (image_encoder(c), mask_decoder(c))}
+
+
+def _prepared(c: Sam2Constants) -> tuple[TensorSpec, ...]:
+    """Of L = G * G pixels: features with the dense prompt, and what the first layer's attentions make of them."""
+    d, cells = c.hidden_dim, c.embed_size**2
+    return (
+        TensorSpec(PIXELS, "float32", (1, cells, d)),
+        TensorSpec(PIXEL_KEYS, "float32", (1, d // 2, cells)),
+        TensorSpec(PIXEL_VALUES_0, "float32", (1, cells, d // 2)),
+        TensorSpec(PIXEL_QUERIES, "float32", (1, cells, d // 2)),
+    )
+
+
+def _fine(c: Sam2Constants) -> tuple[TensorSpec, ...]:
+    """`high_res_0` and `high_res_1` by cell of the grid above, with the biases of what they are added to."""
+    d, cells = c.hidden_dim, c.embed_size**2
+    return (
+        TensorSpec(FINE_0, "float32", (1, 4 * cells, d // 2)),
+        TensorSpec(FINE_1, "float32", (1, cells, d)),
+    )
 
 
 def _features(d: int, s: int) -> tuple[TensorSpec, ...]:

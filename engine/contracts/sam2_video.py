@@ -242,6 +242,15 @@ def family_graphs(constants: Mapping[str, Any]) -> dict[str, GraphSpec]:
     return sam2.graphs(image) | (graphs(image, video) if video is not None else {})
 
 
+def cpu_graphs(constants: Mapping[str, Any]) -> dict[str, GraphSpec]:
+    """Graphs by name that a bundle may have once more for ONNX Runtime on a CPU, for its manifest's constants.
+
+    Raises:
+        ContractError: The constants do not fit.
+    """
+    return family_graphs(constants) | sam2.click_graphs(sam2.Sam2Constants.from_dict(constants))
+
+
 def graphs(c: sam2.Sam2Constants, v: Sam2VideoConstants) -> dict[str, GraphSpec]:
     """The graphs that tracking adds, by name."""
     return {g.name: g for g in (memory_attention(c, v), track_decoder(c), memory_encoder(c, v))}

@@ -162,10 +162,12 @@ def open_graphs(
             on = open_device("cpu")
             opened.callback(on.close)
             chosen, reason, sessions = _choose(attempt, on, opened)
+        own = takes_cpu_graphs(chosen.backend, chosen.precision, on.kind)
         description = {
             "bundle": bundle.manifest.name,
             "architecture": bundle.manifest.source.architecture,
             "precision_reason": reason,
+            "cpu_graphs": sorted(bundle.manifest.cpu_graphs) if own else [],
             "left_out": attempt.left_out,
             "warnings": [*attempt.warnings, *attempt.store.warnings],
         }
@@ -211,13 +213,31 @@ def locate(bundle: Bundle, backend: str, precision: str, info: DeviceInfo, graph
         MissingDependencyError: TensorRT is not installed.
     """
     if backend != TENSORRT:
-        return Combination(backend, precision, {g: bundle.graph_path(g, precision) for g in graphs})
+        return Combination(
+            backend, precision, {g: graph_file(bundle, g, backend, precision, info.kind) for g in graphs}
+        )
     from ..build.locate import find_engine
 
     files = {g: Path(find_engine(bundle, g, precision, info)) for g in graphs}
     facts = [(path.name, path.stat()) for path in files.values()]
     engine = ", ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts)
     return Combination(backend, precision, files, engine)
+
+
+def graph_file(bundle: Bundle, graph: str, backend: str, precision: str, kind: str) -> Path:
+    """The ONNX file of a graph that a combination runs on a kind of device; the one made for CPUs where there is one.
+
+    Raises:
+        BundleError: The bundle has no such graph or precision.
+    """
+    plain = bundle.graph_path(graph, precision)
+    fitted = bundle.cpu_graph(graph) if takes_cpu_graphs(backend, precision, kind) else None
+    return plain if fitted is None else fitted[0]
+
+
+def takes_cpu_graphs(backend: str, precision: str, kind: str) -> bool:
+    """Whether a combination runs a bundle's `cpu_graphs`: ONNX Runtime's own CPU provider in fp32."""
+    return (backend, precision, kind) == (ONNXRUNTIME, "fp32", "cpu")
 
 
 def backend_version(backend: str) -> str:

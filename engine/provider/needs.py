@@ -168,7 +168,7 @@ def manifest_needs(
     if manifest.family == grounding_dino.FAMILY:  # it keeps features of text alone
         caches = min(caches, TEXT_BYTES)
     use = MemoryUse(
-        weights=sum(g.weights for g in graphs.values()),
+        weights=sum(g.weights for g in graphs.values()) + _own_on_cpu(manifest, options),
         activations=sum(own) if own else None,
         shared=max(scratch, default=None),
         bindings=sum(tensors.values()) + spare,
@@ -178,6 +178,14 @@ def manifest_needs(
     return Declared(
         use, _weakest(g.weights_from for g in graphs.values()), _weakest(g.work_from for g in graphs.values())
     )
+
+
+def _own_on_cpu(manifest: Manifest, options: LoadOptions) -> int:
+    """Weights of the graphs that only ONNX Runtime on a CPU loads, beside those that they stand for."""
+    if options.device != "cpu" or options.precision not in ("auto", FULL):
+        return 0
+    own = [entry for name, entry in manifest.cpu_graphs.items() if name not in manifest.graphs]
+    return sum(entry.weight_bytes or _file(manifest, entry.file) for entry in own)
 
 
 def _weakest(sources: Iterable[str]) -> str:

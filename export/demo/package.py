@@ -2,7 +2,8 @@
 
 Run from the repository root: ``python -m pixano_edge.export.demo.package``. It rounds the checkpoint's weights to half
 precision (where they are not already), exports images and video in fp32 and fp16, and puts the bundle into
-``engine/assets/sam2-demo``. After another training run: ``--trained FOLDER`` takes that run's checkpoint first.
+``engine/assets/sam2-demo``. After another training run: ``--trained FOLDER`` takes that run's checkpoint first. With
+``--cpu-graphs`` the bundle stays as it is but for its graphs for CPUs, which are made anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.demo.scenes import generate_scene
 from pixano_edge.export.photos import Photo
 from pixano_edge.export.sam2 import export_sam2
+from pixano_edge.export.sam2.cpu_graphs import add_cpu_graphs
 
 CHECKPOINT = Path("export/demo/checkpoints") / DEMO_NAME
 BUNDLE = Path("engine/assets") / DEMO_NAME
@@ -89,10 +91,14 @@ def package(checkpoint: Path, bundle: Path, threads: int | None = None) -> Path:
         licence="Apache-2.0",
         threads=threads,
         force=True,
-        progress=lambda name, done, total: typer.echo(f"{done + 1}/{total} {name}"),
+        progress=_say,
     )
     check_size(bundle)
     return bundle
+
+
+def _say(name: str, done: int, total: int) -> None:
+    typer.echo(f"{done + 1}/{total} {name}")
 
 
 def check_size(bundle: Path) -> int:
@@ -111,8 +117,13 @@ def main(
     bundle: Annotated[Path, typer.Option(help="Bundle to replace.")] = BUNDLE,
     trained: Annotated[Path | None, typer.Option(help="A newly trained checkpoint, which replaces the former.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime while measuring.")] = None,
+    cpu_graphs: Annotated[bool, typer.Option("--cpu-graphs", help="Only renew the bundle's graphs for CPUs.")] = False,
 ) -> None:
     """Make the packaged demo bundle anew."""
+    if cpu_graphs:
+        add_cpu_graphs(bundle, checkpoint, threads=threads, progress=_say)
+        check_size(bundle)
+        return
     if trained is not None:
         round_checkpoint(trained, checkpoint)
     package(checkpoint, bundle, threads)

@@ -26,6 +26,7 @@ from pixano_edge.export.pipeline import (
 )
 from pixano_edge.export.sam2 import checkpoint as checkpoints
 from pixano_edge.export.sam2 import graphs, parity, precision, video_graphs, video_parity
+from pixano_edge.export.sam2.cpu_graphs import fit_for_cpu
 from pixano_edge.export.sam2.feeds import random_feeds
 from pixano_edge.export.sam2.golden import add_golden, picture_note, reduced
 from pixano_edge.export.sam2.video_golden import add_golden_clip
@@ -126,6 +127,7 @@ class _Export:
             modules |= video_graphs.modules(self._loaded.video_model)
         self._graphs.export(modules, self._example)
         self._graphs.fit_for_tensorrt()
+        fit_for_cpu(self._graphs, self._loaded)
         self._notes += self._graphs.notes
         report = self._measure()
         memory = self._graphs.measure_memory()
@@ -152,6 +154,7 @@ class _Export:
                 ).model_dump(),
                 "postprocess": Postprocess(mask_threshold=constants.mask_threshold).model_dump(),
                 "graphs": self._graphs.manifest_graphs(),
+                "cpu_graphs": {g: v.model_dump() for g, v in self._graphs.cpu_entries.items()},
                 "memory": [m.model_dump() for m in memory],
                 "parity": report.model_dump(),
                 "golden": [g.model_dump() for g in golden],
@@ -187,7 +190,7 @@ class _Export:
 
 def count_steps(variants: Sequence[str], image_only: bool = False) -> int:
     """Number of steps that `export_sam2` reports, as long as the checkpoint has what is asked for."""
-    return 4 + 2 * (2 if image_only else 5) + 2 * len(variants)
+    return 6 + 2 * (2 if image_only else 5) + 2 * len(variants)
 
 
 def _measure(
@@ -201,6 +204,8 @@ def _measure(
 
     def compare(files: dict[str, Path], name: str, optimise: bool = True) -> parity.VariantParity:
         run = parity.onnx_runner(files, threads, optimise)
+        if contract.CLICK_DECODER in files:
+            run = parity.click_runner(run)
         found = parity.compare(run, suite, name)
         if video is not None:
             found.tensors += video_parity.compare_tensors(run, video, name)

@@ -32,6 +32,7 @@ __all__ = [
     "Suite",
     "VariantParity",
     "build_suite",
+    "click_runner",
     "compare",
     "onnx_runner",
     "report",
@@ -153,6 +154,37 @@ def compare(run: Runner, suite: Suite, variant: str) -> VariantParity:
         min_iou=float(np.min(ious)),
     )
     return VariantParity(tensors, masks)
+
+
+def click_runner(run: Runner) -> Runner:
+    """`run` with the graphs of clicks in place of the mask decoder, as `engine.models.sam2.clicks` calls them.
+
+    A batch of prompts with masks is run prompt by prompt; the engine gives such batches to the mask decoder.
+    """
+
+    def call(graph: str, feeds: Arrays) -> Arrays:
+        if graph != contract.MASK_DECODER or feeds[contract.POINT_LABELS].shape[1] > contract.MAX_CLICK_POINTS:
+            return run(graph, feeds)
+        features = {name: feeds[name] for name in (contract.IMAGE_EMBED, contract.HIGH_RES_0, contract.HIGH_RES_1)}
+        prepared = run(contract.IMAGE_PREPARE, features)
+        points = {name: feeds[name] for name in (contract.POINT_COORDS, contract.POINT_LABELS)}
+        masked = feeds[contract.HAS_MASK_INPUT] > 0.5
+        if not masked.any():
+            return run(contract.CLICK_DECODER, {**prepared, **points})
+        answers = []
+        for row in range(len(masked)):
+            one = {name: value[row : row + 1] for name, value in points.items()}
+            if masked[row]:
+                mask = {contract.MASK_INPUT: feeds[contract.MASK_INPUT][row : row + 1]}
+                shared = {n: v for n, v in prepared.items() if n not in (contract.FINE_0, contract.FINE_1)}
+                changed = run(contract.MASK_PREPARE, {**shared, **mask})
+                one |= prepared | {n.removeprefix(contract.MASKED): v for n, v in changed.items()}
+            else:
+                one |= prepared
+            answers.append(run(contract.CLICK_DECODER, one))
+        return {name: np.concatenate([a[name] for a in answers]) for name in answers[0]}
+
+    return call
 
 
 def mask_ious(

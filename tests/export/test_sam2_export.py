@@ -18,6 +18,7 @@ from pixano_edge.engine.cli.main import app
 from pixano_edge.engine.errors import ExportError, MissingDependencyError
 from pixano_edge.export.sam2 import checkpoint, export_sam2, graphs, parity
 from pixano_edge.export.sam2.export import default_name
+from tests.support.stored import stored_graph
 
 
 @pytest.fixture
@@ -39,12 +40,10 @@ def nothing_left(output: Path) -> bool:
 @pytest.fixture
 def fast_export(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     """Graphs are taken from the tiny bundle instead of torch's exporter, which takes seconds per graph."""
-    import onnx
-
     from pixano_edge.export import pipeline as export
 
     bundle = Bundle.open(tiny_bundle)
-    monkeypatch.setattr(export, "export_graph", lambda module, spec, example: onnx.load(bundle.graph_path(spec.name)))
+    monkeypatch.setattr(export, "export_graph", lambda module, spec, example: stored_graph(bundle, spec))
 
 
 def test_bundle_says_what_it_is(tiny_bundle: Path) -> None:
@@ -59,8 +58,11 @@ def test_bundle_says_what_it_is(tiny_bundle: Path) -> None:
         assert all(v.opset == 18 and v.nodes > 100 and v.parameters > 10_000 for v in graph.variants.values())
     assert manifest.parity is not None
     assert manifest.parity.passed
-    assert len(manifest.parity.tensors) == 24
-    measured = ("fp32", "fp16", "fp16-cpu", "fp16-tensorrt")  # the fp32 files are those that TensorRT takes
+    assert len(manifest.parity.tensors) == 30
+    assert set(manifest.cpu_graphs) == {"image_prepare", "mask_prepare", "click_decoder"}
+    assert all(v.onnxruntime_only and v.precision == "fp32" for v in manifest.cpu_graphs.values())
+    # The fp32 files are those that TensorRT takes.
+    measured = ("fp32", "fp16", "fp16-cpu", "fp16-tensorrt", "fp32-cpu")
     assert {m.variant: m.images for m in manifest.parity.masks} == dict.fromkeys(measured, 2)
     assert manifest.parity.reference.startswith("transformers ")
     assert all("/" not in name for name in manifest.parity.inputs)

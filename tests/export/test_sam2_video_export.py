@@ -17,6 +17,7 @@ from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.sam2 import checkpoint, export_sam2, original, video_graphs
 from pixano_edge.export.sam2.checkpoint import Checkpoint
+from tests.support.stored import stored_graph
 from tests.support.tiny import make_original_pt, make_tracking_model, save_checkpoint, tiny_config
 
 IMAGE = {sam2.IMAGE_ENCODER, sam2.MASK_DECODER}
@@ -33,12 +34,10 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture
 def fast_export(monkeypatch: pytest.MonkeyPatch, tracking_bundle: Path) -> None:
     """Graphs are taken from the tracking bundle instead of torch's exporter, which takes seconds per graph."""
-    import onnx
-
     from pixano_edge.export import pipeline as export
 
     bundle = Bundle.open(tracking_bundle)
-    monkeypatch.setattr(export, "export_graph", lambda module, spec, example: onnx.load(bundle.graph_path(spec.name)))
+    monkeypatch.setattr(export, "export_graph", lambda module, spec, example: stored_graph(bundle, spec))
 
 
 def export(*arguments: object) -> Result:
@@ -59,7 +58,9 @@ def test_a_bundle_that_tracks(tracking_bundle: Path) -> None:
     assert (video.memory_dim, video.num_memories, video.max_pointers) == (64, 7, 16)
     assert manifest.parity is not None
     assert {c.variant for c in manifest.parity.clips} == {m.variant for m in manifest.parity.masks}
-    assert len(manifest.parity.tensors) == 4 * 13
+    assert len(manifest.parity.tensors) == 5 * 13
+    clicks = {"image_prepare", "mask_prepare", "click_decoder"}
+    assert set(manifest.cpu_graphs) == {*clicks, "memory_attention"}
     assert manifest.golden_clip is not None
     assert not any("track" in note for note in manifest.notes)
     assert not any("TensorRT" in note for note in manifest.notes)
@@ -114,8 +115,6 @@ def test_a_wrong_video_graph_leaves_no_bundle_and_exits_non_zero(
     tracking_checkpoint: Path, tracking_bundle: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real export of a wrong wrapper: the scale before the memory encoder is half of what it should be."""
-    import onnx
-
     from pixano_edge.export import onnx_graph
     from pixano_edge.export import pipeline as module
 
@@ -124,7 +123,7 @@ def test_a_wrong_video_graph_leaves_no_bundle_and_exits_non_zero(
     def one(wrapper: Any, spec: Any, example: Any) -> Any:
         if spec.name == sam2_video.MEMORY_ENCODER:
             return onnx_graph.export_graph(wrapper, spec, example)
-        return onnx.load(bundle.graph_path(spec.name))
+        return stored_graph(bundle, spec)
 
     class Faint(video_graphs.MemoryEncoder):
         def __init__(self, model: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
 from ..verdicts import VerdictStore
 from .cache import EmbeddingCache, EmbeddingKey, Features, FixedFeatures, bound, pixel_digest
+from .clicks import Clicks
 from .encoding import FEATURES, ImageEncoder
 from .postprocess import LOGIT_CLAMP, choose_masks, mask_count, write_mask
 from .preprocess import Scratch, check_image
@@ -62,6 +63,7 @@ class Sam2ImagePredictor:
         cache: Shared or own; never closed here.
         description: Facts for `info`; its ``warnings`` stay in front.
         capture: Record launches and replay them where device and sessions can.
+        clicks: Sessions of the graphs of `clicks`; without them the decoder answers every prompt.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Sam2ImagePredictor:
         cache: EmbeddingCache | None = None,
         description: dict[str, Any] | None = None,
         capture: bool = True,
+        clicks: Mapping[str, Session] | None = None,
     ) -> None:
         self.constants = constants
         self.cache = cache if cache is not None else EmbeddingCache()
@@ -88,6 +91,7 @@ class Sam2ImagePredictor:
         self._opened = contextlib.ExitStack()
         self._chain = Chain(self._device, capture=capture)
         self._images = ImageEncoder(encoder, self._chain, self.cache, constants)
+        self._clicks = Clicks(clicks, self._chain) if clicks else None
         self._blank: weakref.WeakSet[Binding] = weakref.WeakSet()  # bindings whose mask input holds zeros only
         self._warm_up: dict[str, Any] | None = None
         self._halved = 0
@@ -294,20 +298,27 @@ class Sam2ImagePredictor:
         with self._decoder.lock, contextlib.ExitStack() as held:
             self._check_open()
             with self._chain.lock:
-                binding = self._decoder.prepare(batch.sizes, FEATURES)
-                embedding.features.await_on(self._device)
-                if self._chain.captures(self._decoder):
-                    fixed = self._images.fixed()
-                    fixed.bind(binding)
-                    fixed.load(embedding.features)
+                if self._clicks is not None and self._clicks.suits(batch):
+                    outputs = self._clicks.run(embedding.features, batch, _ANSWERS)
                 else:
-                    held.enter_context(bound(binding, embedding.features))
-                self._chain.write(binding, sam2.POINT_COORDS, batch.point_coords)
-                self._chain.write(binding, sam2.POINT_LABELS, batch.point_labels)
-                self._write_masks(binding, batch.masks)
-                self._chain.launch(binding)
-                outputs = self._chain.fetch(binding, _ANSWERS)
+                    outputs = self._run_decoder(embedding.features, batch, held)
             yield RawOutputs(*(outputs[name] for name in _ANSWERS))
+
+    def _run_decoder(self, features: Features, batch: PromptBatch, held: contextlib.ExitStack) -> dict[str, Array]:
+        """Outputs of the mask decoder; `held` keeps the features bound as long as those are read."""
+        binding = self._decoder.prepare(batch.sizes, FEATURES)
+        features.await_on(self._device)
+        if self._chain.captures(self._decoder):
+            fixed = self._images.fixed()
+            fixed.bind(binding)
+            fixed.load(features)
+        else:
+            held.enter_context(bound(binding, features))
+        self._chain.write(binding, sam2.POINT_COORDS, batch.point_coords)
+        self._chain.write(binding, sam2.POINT_LABELS, batch.point_labels)
+        self._write_masks(binding, batch.masks)
+        self._chain.launch(binding)
+        return self._chain.fetch(binding, _ANSWERS)
 
     def halve(self, batch: PromptBatch, error: DeviceMemoryError) -> list[PromptBatch]:
         """Two halves of a batch that the device had no room for, in order; `info` counts them.
@@ -362,13 +373,15 @@ class Sam2ImagePredictor:
             "backend": self._encoder.backend,
             "image_encoder": graphs[0],
             "mask_decoder": graphs[1],
+            "clicks": self._clicks.info() if self._clicks is not None else None,
             "cache": {"entries": stats.entries, "bytes": stats.bytes, "max_bytes": stats.max_bytes},
         }
 
     def memory(self) -> MemoryUse:
         """Bytes that sessions, buffers of recorded graphs and cached features take now."""
         fixed = MemoryUse(bindings=self._images.fixed_bytes)
-        return model_memory((self._encoder, self._decoder), self.cache.stats().bytes) + fixed
+        use = model_memory((self._encoder, self._decoder), self.cache.stats().bytes) + fixed
+        return use if self._clicks is None else use + self._clicks.memory()
 
     @property
     def chain(self) -> Chain:
@@ -381,8 +394,8 @@ class Sam2ImagePredictor:
 
     @property
     def runs(self) -> tuple[int, int]:
-        """Launches of the encoder and of the decoder so far."""
-        return self._encoder.runs, self._decoder.runs
+        """Launches of the encoder and of the decoder, whichever of its forms, so far."""
+        return self._encoder.runs, self._decoder.runs + (self._clicks.runs if self._clicks is not None else 0)
 
     def close(self) -> None:
         """Waits for calls under way, then frees what `open` opened; later calls raise DeviceError."""
@@ -394,6 +407,8 @@ class Sam2ImagePredictor:
                 self._opened.callback(self.cache.forget, self._device)
                 self._opened.callback(self._chain.close)
                 self._opened.callback(self._images.close)
+                if self._clicks is not None:
+                    self._opened.callback(self._clicks.close)
                 self._chain.wait()
 
     def __enter__(self) -> Sam2ImagePredictor:

@@ -53,6 +53,7 @@ from ...contracts.sam2_video import Sam2VideoConstants
 from ...errors import BundleError, ImageError, PromptError
 from ...runtime.base import Device, Session
 from ..images import decode_image
+from ..opening import graph_file
 from ..sam2.predictor import Sam2ImagePredictor
 from .clip import Clip, ClipPass, ClipPrompt, bfloat16_distance, clip_iou, follow
 from .frames import ImageFrames
@@ -114,7 +115,7 @@ def open_video_sessions(
 
                 file = Path(find_engine(bundle, name, precision, device.info()))
             else:
-                file = bundle.graph_path(name, precision)
+                file = graph_file(bundle, name, backend, precision, device.kind)
             sessions[name] = open_session(file, spec, device, backend=backend, threads=threads)
             opened.callback(sessions[name].close)
         yield sessions

@@ -93,7 +93,7 @@ class Sam2VideoModel:
         specs = sam2.graphs(constants) | sam2_video.graphs(constants, video)
         asked = Asked(device, backend, precision, threads, force, prove)
         graphs = open_graphs(bundle, asked, specs, check=check, verdicts=verdicts)
-        predictor = build_predictor(Sam2ImagePredictor, bundle, graphs, cache=cache)
+        predictor = build_predictor(Sam2ImagePredictor, bundle, graphs, cache=cache, threads=threads)
         with contextlib.ExitStack() as failed:
             failed.callback(predictor.close)
             model = cls(predictor, graphs.sessions, video)
