@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 2
-"""2 has `Manifest.calibrations`. Bundles without any are still written as 1, which older versions read."""
+SINCE_2 = ("calibrations", "cpu_graphs")
+"""Fields of `Manifest` that version 2 has; bundles with none of them are written as 1, which older versions read."""
 MANIFEST_NAME = "manifest.json"
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -262,7 +263,7 @@ class Manifest(_Model):
     graphs: dict[str, Graph]
     cpu_graphs: dict[str, GraphVariant] = {}
     """In fp32, for ONNX Runtime's own CPU provider alone: other forms of the graphs of the same names, with operators
-    of its own, and graphs that stand for another one together. Empty where there are none."""
+    of its own, and graphs that stand for another one together. Empty where there are none; since version 2."""
     memory: list[GraphMemory] = []
     """Empty in bundles made before it was measured, or on systems that do not tell."""
     parity: ParityReport | None

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ..errors import BundleError
 from .bundle import check_manifest, parse_manifest
 from .files import Staging, hash_file, list_files, os_errors, safe_relative
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, SINCE_2, FileEntry, Manifest
 
 
 class BundleWriter:
@@ -90,12 +90,12 @@ class BundleWriter:
                 for rel in list_files(root)
             }
         try:
-            version = SCHEMA_VERSION if manifest_fields.get("calibrations") else 1
+            version = SCHEMA_VERSION if any(manifest_fields.get(name) for name in SINCE_2) else 1
             manifest = Manifest.model_validate({**manifest_fields, "schema_version": version, "files": files})
         except ValidationError as error:
             raise BundleError(f"The manifest is not complete: {error}", "Fix the fields and write again.") from error
         check_manifest(manifest)
-        newer = {"calibrations"} if version == 1 else None  # a name that older versions would refuse
+        newer = set(SINCE_2) if version == 1 else None  # names that older versions would refuse
         data = (manifest.model_dump_json(indent=2, exclude=newer) + "\n").encode()
         # What is written must also be readable: NaN, for example, becomes null in JSON.
         parse_manifest(data)
