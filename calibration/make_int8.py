@@ -23,7 +23,7 @@ HELD_OUT_FEEDS = 8
 GROUP_BYTES = 1 << 29
 """Of tensors that one run hands out while observing."""
 MAX_CLIPPED = 0.01
-"""Mean share of the held-out values that may lie beyond the ranges."""
+"""Mean share of the held-out values that may lie beyond the ranges, above what of the calibration values does."""
 MAX_ONE_CLIPPED = 0.05
 """The same of one tensor."""
 
@@ -137,17 +137,20 @@ def _make(
 
 
 def _clipping(found: Sequence[TensorRange]) -> list[str]:
-    """Ranges that clip too much of the held-out values: the calibration data are not like them."""
-    shares = [(r.held_out_clipped, r) for r in found if r.held_out_clipped is not None]
+    """Ranges that clip many more of the held-out than of the calibration values: the data are not alike."""
+    shares = [(max(0.0, r.held_out_clipped - r.clipped), r) for r in found if r.held_out_clipped is not None]
     if not shares:
         return []
     problems = []
     mean = sum(share for share, _ in shares) / len(shares)
     if mean > MAX_CLIPPED:
-        problems.append(f"{100 * mean:.1f} % of the held-out values are clipped, more than {100 * MAX_CLIPPED:.0f} %")
+        problems.append(f"{100 * mean:.1f} % more of the held-out values are clipped than of the calibration values")
     share, worst = max(shares, key=lambda s: s[0])
     if share > MAX_ONE_CLIPPED:
-        problems.append(f"{100 * share:.1f} % of the held-out values of '{worst.name}' ({worst.graph}) are clipped")
+        problems.append(
+            f"{100 * share:.1f} % more of the held-out values of '{worst.name}' ({worst.graph}) are clipped than of "
+            "the calibration values"
+        )
     return problems
 
 

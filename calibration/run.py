@@ -7,7 +7,9 @@ comes to the same result. Held-out samples are looked at twice: by the judge, an
 from __future__ import annotations
 
 import json
+import math
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from pixano_edge.engine.bundle.manifest import CalibrationEntry
 from pixano_edge.engine.errors import CalibrationError
 from pixano_edge.engine.models.calibrated import GOLDEN_SLACK
 from pixano_edge.engine.models.decoder.opening import FAMILIES as TEXT_FAMILIES
+from pixano_edge.engine.models.verify import verify_bundle
 
 from .data import Picture
 from .publish import publish
@@ -70,7 +73,7 @@ def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, 
                 raise
             work.notes.append(f"{precision} was passed over: {error.message}")
             continue
-        judged, golden = judge(work, made, name)
+        judged = judge(work, made, name)
         variants.append(judged)
         if judged.passed:
             break
@@ -82,7 +85,7 @@ def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, 
     step("Publishing", 0, 1)
     variants[-1] = replace(judged, published=True)
     result = replace(result, variants=tuple(variants))
-    published = _publish(work, made, result, golden)
+    published = _publish(work, made, result)
     work.clear()
     return Outcome(result, published)
 
@@ -94,8 +97,8 @@ def precisions(bundle: Bundle, request: Request) -> tuple[str, ...]:
     return ("int4", "int8", "fp16") if bundle.manifest.family in TEXT_FAMILIES else ("int8", "fp16")
 
 
-def judge(work: Work, made: Made, name: str) -> tuple[VariantResult, float | None]:
-    """All figures of a variant, and the metric on the golden pictures where it was measured."""
+def judge(work: Work, made: Made, name: str) -> VariantResult:
+    """All figures of a variant."""
     task, budget = work.task, work.request.budget
     problems, base = list(made.problems), work.base(name)
     final = {**base, **made.judged}
@@ -105,8 +108,7 @@ def judge(work: Work, made: Made, name: str) -> tuple[VariantResult, float | Non
     on_calibration = task.score(final, work.calibration, done)
     if not budget.met(held_out.mean):
         problems.append(f"held-out {budget.metric} is {held_out.mean:.4f}, the budget {budget}")
-    golden, more = _golden(work, final)
-    problems += more
+    problems += _golden(work, final)
     pairs = {graph: (work.bundle.graph_path(graph, "fp32"), path) for graph, path in made.files.items()}
     if made.precision == "bf16":
         pairs = {}  # for GPUs: ONNX Runtime's CPU provider has no kernels
@@ -116,7 +118,7 @@ def judge(work: Work, made: Made, name: str) -> tuple[VariantResult, float | Non
     slower = [f"{a.what} takes {b.p50 / a.p50:.2f} of fp32's time" for a, b in zip(fp32_speed, speed) if b.p50 >= a.p50]
     notes = [*made.notes, *([f"Not faster on this machine: {', '.join(slower)}."] if slower else [])]
     others = sum(task.file(g, base).stat().st_size for g in task.graphs if g not in made.graphs)
-    judged = VariantResult(
+    return VariantResult(
         name,
         made.precision,
         made.sizes,
@@ -136,25 +138,24 @@ def judge(work: Work, made: Made, name: str) -> tuple[VariantResult, float | Non
         ranges=made.ranges,
         worst=task.worst(final, held_out, work.held_out),
     )
-    return judged, golden
 
 
-def _golden(work: Work, files: Mapping[str, Path]) -> tuple[float | None, list[str]]:
-    """The metric on the bundle's own pictures, and whether it is so low that the data cannot have been right."""
+def _golden(work: Work, files: Mapping[str, Path]) -> list[str]:
+    """Whether the metric on the bundle's own pictures is so low that the data cannot have been right, in words."""
     samples = work.bundle.golden()
     if work.task.clips or not samples:
-        return None, []
+        return []
     pictures = [Picture(f"golden {s.name}", work.bundle.file(s.image)) for s in samples]
     try:
         asked = work.task.refer(pictures)
     except CalibrationError:  # what the user asks for is not on them
         work.notes.append("fp32 finds nothing on the golden pictures; they were not compared.")
-        return None, []
+        return []
     mean = work.task.score(files, asked).mean
     bar = 1 - GOLDEN_SLACK * (1 - work.request.budget.at_least)
     if mean >= bar:
-        return mean, []
-    return mean, [
+        return []
+    return [
         f"on the bundle's golden pictures {work.task.metric} is {mean:.4f}, below {bar:.4f}: the calibration data do "
         "not look like what the model is for"
     ]
@@ -181,7 +182,7 @@ def _result(work: Work, variants: list[VariantResult], seconds: float) -> Calibr
     )
 
 
-def _publish(work: Work, made: Made, result: CalibrationResult, golden: float | None) -> Bundle:
+def _publish(work: Work, made: Made, result: CalibrationResult) -> Bundle:
     """Writes the judged variant into the bundle, with its figures."""
     variant = result.variants[-1]
     assert variant.held_out is not None
@@ -196,7 +197,6 @@ def _publish(work: Work, made: Made, result: CalibrationResult, golden: float | 
         held_out=variant.held_out.mean,
         worst=min(s.value for s in variant.held_out.samples),
         held_out_samples=len(variant.held_out.samples),
-        golden=golden,
         data=result.data.source,
         data_digest=result.data.digest,
         calibration_samples=len(result.data.calibration),
@@ -205,17 +205,36 @@ def _publish(work: Work, made: Made, result: CalibrationResult, golden: float | 
         tools=versions(),
         report=file,
     )
-    return publish(
-        work.bundle,
-        work.request.destination,
-        variant.name,
-        made.precision,
-        made.graphs,
-        entry,
-        {file: (content + "\n").encode()},
-        considered=work.graphs,
-        replace=work.request.replace,
-    )
+
+    def write(destination: Path, told: CalibrationEntry) -> Bundle:
+        return publish(
+            work.bundle,
+            destination,
+            variant.name,
+            made.precision,
+            made.graphs,
+            told,
+            {file: (content + "\n").encode()},
+            considered=work.graphs,
+            replace=work.request.replace,
+        )
+
+    # First elsewhere: what the bundle's own check says of it there is what other machines are compared with.
+    trial = work.folder / "trial"
+    shutil.rmtree(trial, ignore_errors=True)
+    golden = verified(write(trial, entry), made.precision, work.request.options.threads)
+    shutil.rmtree(trial, ignore_errors=True)
+    return write(work.request.destination, entry.model_copy(update={"golden": golden}))
+
+
+def verified(bundle: Bundle, precision: str, threads: int | None) -> float | None:
+    """Lowest mean agreement with PyTorch in the bundle's own check on this CPU; None where it has no kernels."""
+    if precision == "bf16" or not bundle.golden():
+        return None
+    report = verify_bundle(bundle, "cpu", "onnxruntime", precision, threads=threads)
+    clip = getattr(report, "clip", None)
+    found = min(report.mean_iou, clip.mean_iou if clip is not None else 1.0)
+    return found if math.isfinite(found) else 0.0
 
 
 def _int8(work: Work, name: str) -> Made:

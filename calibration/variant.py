@@ -183,11 +183,12 @@ def ranges(
 
 
 def clipped_fraction(observations: Observations, tensor: str, amax: float) -> float:
-    """Share of a tensor's observed values beyond a magnitude, to a bin's width."""
+    """Share of a tensor's observed values beyond a magnitude by more than rounding, to a bin's width."""
     histogram = observations[tensor]
     if not histogram.count:
         return 0.0
-    return float(histogram.counts[histogram.centres > amax].sum() / histogram.count)
+    edges = histogram.centres - histogram.centres[0]  # lower ones: a value that equals the range is not beyond it
+    return float(histogram.counts[edges > amax * (1 + 0.5 / 127)].sum() / histogram.count)
 
 
 def _inputs(source: Source, model: onnx.ModelProto, blocks: Collection[str]) -> set[str]:

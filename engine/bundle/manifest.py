@@ -194,7 +194,8 @@ class CalibrationEntry(_Model):
     """Of the lowest held-out sample."""
     held_out_samples: int = Field(ge=1)
     golden: float | None = Field(default=None, ge=0, le=1)
-    """Mean on the golden pictures when it was published; None where they were not compared."""
+    """Lowest mean agreement with PyTorch, of golden pictures and golden clip, on the CPU that published it; None where
+    it was not measured."""
     data: str
     """Name of the folder or file (no path)."""
     data_digest: str = ""

@@ -2,7 +2,8 @@
 
 Such a variant met a budget that its user set, on the user's own data (`CalibrationEntry`). Golden pictures are a few
 that came with the bundle, often of another kind, so that they cannot repeat that judgement; they tell whether this
-machine computes what the calibration saw. The bar there follows from the budget instead of from the precision's name.
+machine computes what the calibration saw. So the bar there is what the calibrating machine measured, or follows from
+the budget where that is not known, instead of from the precision's name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from ..bundle.manifest import CalibrationEntry, Manifest
 
 GOLDEN_SLACK = 3.0
 """How many times the budget's allowance may be missing on golden pictures: a budget of 0.98 asks for 0.94."""
+GOLDEN_TOLERANCE = 0.02
+"""What may be missing to the golden figure of the machine that published the variant: another CPU or GPU rounds
+elsewhere."""
 TRACKING_METRIC = "j"
 """Of calibrations that were judged on clips."""
 
@@ -27,7 +31,8 @@ def calibrations_of(manifest: Manifest, precision: str) -> list[CalibrationEntry
 
 
 def golden_bar(entries: Sequence[CalibrationEntry], *, clip: bool = False) -> float | None:
-    """Lowest mean agreement with PyTorch on golden pictures that passes.
+    """Lowest mean agreement with PyTorch on golden pictures that passes: near what it was when the variant was
+    published, where that is known; else what the budget says.
 
     Args:
         entries: Of the variant.
@@ -36,6 +41,9 @@ def golden_bar(entries: Sequence[CalibrationEntry], *, clip: bool = False) -> fl
     Returns:
         None where no entry says anything: then the precision's own bar holds.
     """
+    measured = [entry.golden for entry in entries if entry.golden is not None]
+    if measured:
+        return max(0.0, min(measured) - GOLDEN_TOLERANCE)
     same = [entry for entry in entries if (entry.metric == TRACKING_METRIC) == clip] or list(entries)
     if not same:
         return None

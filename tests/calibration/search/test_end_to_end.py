@@ -49,6 +49,8 @@ def test_a_variant_is_published_and_says_what_it_is(calibrated: Outcome, sam2_de
     assert entry.held_out == pytest.approx(variant.held_out.mean if variant.held_out else None)
     assert entry.held_out >= entry.budget == 0.95
     assert entry.graphs == ["image_encoder", "mask_decoder"]
+    assert entry.golden is not None
+    assert 0.8 < entry.golden < 1
     assert entry.report is not None
     stored = CalibrationResult.from_dict(json.loads(bundle.file(entry.report).read_text()))
     assert stored.variants[0].held_out == variant.held_out
@@ -103,9 +105,10 @@ def test_nothing_of_the_work_is_left(calibrated: Outcome) -> None:
 
 
 def test_an_interrupted_run_goes_on_with_an_equal_result(
-    calibrated: Outcome, sam2_demo: Bundle, scenes: Path, tmp_path: Path
+    calibrated: Outcome, sam2_demo: Bundle, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in Python, taken up again by the command."""
+    monkeypatch.setattr("pixano_edge.calibration.run.verified", lambda *_: None)  # seconds, and tested above
     request = decoder_request(scenes, tmp_path / "out", tmp_path / "work")
     seen: list[str] = []
 
@@ -173,9 +176,10 @@ def test_ranges_that_clip_held_out_values_are_a_problem() -> None:
     assert not clips(0.0, 0.009, None)
     assert not clips()
     (one,) = clips(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.06)
-    assert "6.0 % of the held-out values of 't9' (g)" in one
+    assert "6.0 % more of the held-out values of 't9' (g)" in one
     (all_of_them,) = clips(0.02, 0.02)
-    assert "2.0 % of the held-out values are clipped" in all_of_them
+    assert "2.0 % more of the held-out values are clipped" in all_of_them
+    assert not _clipping([TensorRange("g", "t", 1.0, (1,), 1.0, "mse", 0.1, 0.105)])  # clipped on purpose
 
 
 @pytest.mark.parametrize("value", [0.0, np.inf, np.nan, -1.0])

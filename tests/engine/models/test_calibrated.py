@@ -56,6 +56,8 @@ def test_the_bar_follows_from_the_budget() -> None:
     assert golden_bar([entry()]) == pytest.approx(0.94)
     assert golden_bar([entry(budget=0.995)]) == pytest.approx(0.985)
     assert golden_bar([entry(budget=0.5)]) == 0
+    assert golden_bar([entry(golden=0.93)]) == pytest.approx(0.91)  # what was measured counts more than the budget
+    assert golden_bar([entry(golden=0.93), entry(metric="j")], clip=True) == pytest.approx(0.91)
     both = [entry(), entry(metric="j", budget=0.9)]
     assert golden_bar(both) == pytest.approx(0.94)
     assert golden_bar(both, clip=True) == pytest.approx(0.7)
