@@ -38,7 +38,7 @@ def random_model(size: str, image_size: int, seed: int) -> Any:
     config.prompt_encoder_config.image_size = image_size
     config.vision_config.backbone_feature_sizes = [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2]
     config.vision_config.backbone_config.image_size = [image_size, image_size]
-    model = Sam2Model(config).eval()
+    model = _seeded(lambda: Sam2Model(config), seed)
     logging.disable_progress_bar()
     _draw(model, seed)
     return model
@@ -67,7 +67,7 @@ def random_video_model(size: str, image_size: int, seed: int) -> Any:
         config.memory_attention_rope_feat_sizes = [grid, grid]
         config.vision_config.backbone_feature_sizes = [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2]
         config.vision_config.backbone_config.image_size = [image_size, image_size]
-    model = Sam2VideoModel(config).eval()
+    model = _seeded(lambda: Sam2VideoModel(config), seed)
     logging.disable_progress_bar()
     _draw(model, seed)
     with torch.no_grad():
@@ -76,6 +76,15 @@ def random_video_model(size: str, image_size: int, seed: int) -> Any:
                 parameter.mul_(0.5)
         model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(10.0)
     return model
+
+
+def _seeded(make: Callable[[], Any], seed: int) -> Any:
+    """A model in eval mode whose start values come from a seed; torch's generator is left as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().eval()
 
 
 def _draw(model: Any, seed: int) -> None:

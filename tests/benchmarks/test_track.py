@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pixano_edge.benchmarks import checkpoints, track
@@ -134,3 +136,7 @@ def test_random_video_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert config["model_type"] == "sam2_video"
     assert config["image_size"] == 128
     assert checkpoints.random_checkpoint("demo", 128, video=True) == first
+    again = checkpoints.random_video_model("demo", 128, 0).state_dict()
+    kept = load_file(first / "model.safetensors")
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+    assert {"prompt_encoder.no_mask_embed.weight", "mask_decoder.mask_tokens.weight"} <= set(kept)
