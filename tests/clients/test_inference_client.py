@@ -264,7 +264,7 @@ async def test_failed_job_says_why(kit: Kit, client: Any, clip: Clip) -> None:
 
 async def test_vlm(kit: Kit, client: Any, photo: Photo, live: Live) -> None:
     ask = {"prompt": "What is this?", "images": [photo.uri], "max_new_tokens": 6, "temperature": 0.0}
-    assert [m.name for m in await client.list_models() if m.capability == "vlm"] == [VLM]
+    assert [m.name for m in await client.list_models() if m.capability == "vlm"] == ["smolvlm-demo", VLM]
     data = (await client.vlm(kit.VLMRequest(model=VLM, **ask))).data
     direct = (
         await live.provider.text_image_conditional_generation(TextImageConditionalGenerationInput(VLM, **ask))

@@ -57,6 +57,15 @@ class User:
         self.page.goto(f"{self.url}/#{tab}")
         self.page.locator("#version:not(:empty)").wait_for(state="attached")
 
+    def lacking(self, capability: str) -> None:
+        """From now on the server's list has no model of a capability."""
+
+        def answer(route: Any) -> None:
+            response = route.fetch()
+            route.fulfill(response=response, json=[m for m in response.json() if m["capability"] != capability])
+
+        self.page.route("**/v1/models", answer)
+
     def choose(self, file: Path | dict[str, Any]) -> None:
         """Chooses a picture, and waits until it is drawn."""
         self.page.set_input_files("#image-file", file)

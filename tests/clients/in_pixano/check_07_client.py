@@ -93,7 +93,8 @@ async def test_detection(provider: Any, photo: Photo) -> None:
 
 
 async def test_vlm(provider: Any, photo: Photo) -> None:
-    (model,) = await provider.list_models(task=pixano.InferenceTask.VLM)
+    model, other = await provider.list_models(task=pixano.InferenceTask.VLM)
+    assert {model.name, other.name} == {"smolvlm-demo", "tiny-vlm"}
     ask = {"prompt": "What is this?", "images": [photo.uri], "temperature": 0.0}
     answer = await provider.vlm(pixano.VLMInput(model=model.name, **ask, max_new_tokens=4))
     assert 1 <= answer.data.usage.completion_tokens <= 4

@@ -125,7 +125,7 @@ def test_detection(app: Any, photo: Photo) -> None:
 
 
 def test_vlm(app: Any) -> None:
-    (model,) = app.get("/inference/models/list", params={"task": "vlm"}).json()
+    model, _ = app.get("/inference/models/list", params={"task": "vlm"}).json()
     body = {"prompt": "Hello", "dataset_id": "d", "image_ids": ["v"], "max_new_tokens": 4, "temperature": 0}
     answer = app.post("/inference/vlm", json={**body, "model": model["name"]})
     assert answer.status_code == 200

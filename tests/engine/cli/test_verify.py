@@ -78,7 +78,7 @@ def test_force_keeps_it_in_use_and_says_so_at_every_load(tiny_bundle: Path) -> N
 
 def test_a_failed_verdict_can_be_taken_again(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(module, "judge", lambda report: ["made up"])
+        broken.setattr(module, "judge", lambda *_: ["made up"])
         assert invoke(tiny_bundle, "--device", "cpu").exit_code == 1
     with pytest.raises(DeviceError, match="made up"):
         Sam2ImagePredictor.open(tiny_bundle, device="cpu", threads=1)

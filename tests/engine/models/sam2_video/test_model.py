@@ -57,10 +57,14 @@ def test_a_pass_does_not_drive_images_out_of_the_cache(tracking_bundle: Path) ->
 def test_memory_counts_all_graphs(tracking_bundle: Path) -> None:
     with Sam2VideoModel.open(tracking_bundle, "cpu", threads=1) as model:
         bundle = Bundle.open(tracking_bundle)
-        weights = {name: graph_bytes(bundle.graph_path(name)) for name in bundle.manifest.graphs}
-        assert len(weights) == 5
-        assert model.memory().weights == sum(weights.values())
-        assert model.predictor.memory().weights == weights[sam2.IMAGE_ENCODER] + weights[sam2.MASK_DECODER]
+        fitted = {name: bundle.file(entry.file) for name, entry in bundle.manifest.cpu_graphs.items()}
+        clicks = [graph_bytes(path) for name, path in fitted.items() if name not in bundle.manifest.graphs]
+        weights = {name: graph_bytes(fitted.get(name, bundle.graph_path(name))) for name in bundle.manifest.graphs}
+        assert (len(weights), len(clicks)) == (5, 3)
+        images = sum(clicks) + weights[sam2.IMAGE_ENCODER] + weights[sam2.MASK_DECODER]
+        assert model.predictor.memory().weights == images
+        others = [size for name, size in weights.items() if name not in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)]
+        assert model.memory().weights == images + sum(others)
 
 
 def test_an_image_bundle_says_to_export_again(tmp_path: Path) -> None:

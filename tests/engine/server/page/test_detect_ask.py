@@ -56,6 +56,7 @@ def test_boxes_of_named_classes_and_the_mask_in_one(user: User, provider: Record
 
 
 def test_no_vlm_and_a_stream_of_one(user: User) -> None:
+    user.lacking("vlm")
     user.open("ask")
     text = user.settled("ask", "no model")
     assert "pixano-edge export" in text

@@ -112,6 +112,7 @@ COLOURS = """([selector, tab]) => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_themes_can_be_read(watched: Any, scheme: str) -> None:
     user, _ = watched(color_scheme=scheme)
+    user.lacking("vlm")  # so that its note can be looked at
     user.open()
     user.page.get_by_role("tab", name="This box").click()
     user.page.locator(".models td").first.wait_for()
