@@ -113,11 +113,10 @@ def read_page() -> Page:
             "The server's page is not in this installation.",
             "Install again with: pip install --force-reinstall 'pixano-edge[server]'",
         )
-    for entry in _entries(_folder("pixano_edge.engine.assets") / "demo"):
-        if entry.suffix in (".png", ".jpg"):
-            files[f"demo/{entry.name}"] = entry.read_bytes()
-        elif entry.name == "demo.json":
-            files["demo/demo.json"] = _names(entry)
+    demo = {entry.name: entry for entry in _entries(_folder("pixano_edge.engine.assets") / "demo")}
+    files |= {f"demo/{name}": entry.read_bytes() for name, entry in demo.items() if entry.suffix in (".png", ".jpg")}
+    if "demo.json" in demo:
+        files["demo/demo.json"] = _names(demo["demo.json"], demo.get("talk.json"))
     whole = hashlib.sha256()
     for name, content in sorted(files.items()):
         whole.update(f"{name} {len(content)} ".encode())
@@ -136,10 +135,12 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(e for e in folder.iterdir() if e.is_file()) if folder.is_dir() else []
 
 
-def _names(listing: Path) -> bytes:
-    """What the page needs of the demo's list: pictures and the words for their objects."""
+def _names(listing: Path, talk: Path | None) -> bytes:
+    """What the page needs of the demo's lists: pictures, the words for their objects, and questions about some."""
     pictures = json.loads(listing.read_text(encoding="utf-8"))["pictures"]
-    short = [{"file": p["file"], "objects": [o["name"] for o in p["objects"]]} for p in pictures]
+    short = [{"file": p["file"], "objects": [o["name"] for o in p["objects"]], "questions": []} for p in pictures]
+    asked = json.loads(talk.read_text(encoding="utf-8"))["pictures"] if talk is not None else []
+    short += [{"file": p["file"], "objects": [], "questions": [q["question"] for q in p["questions"]]} for p in asked]
     return json.dumps({"pictures": short}).encode()
 
 

@@ -17,10 +17,12 @@ export class Ask {
     this.withPicture = el("input", { type: "checkbox", checked: true });
     this.go = el("button", { type: "submit", class: "main", text: "Ask" });
     this.stop = el("button", { type: "button", text: "Stop", disabled: true, on: { click: () => this.abort?.abort() } });
+    this.hints = el("div", { class: "row", role: "group", "aria-label": "To try" });
     this.answer = el("p", { class: "answer", hidden: true, tabIndex: 0, "aria-label": "Answer" });
     this.form = el("form", { on: { submit: (event) => { event.preventDefault(); this.ask(); } } },
       this.model,
       field("Question", this.question, { wide: true }),
+      this.hints,
       el("label", { class: "check" }, this.withPicture, " Send the picture along"),
       el("div", { class: "row" }, field("At most", this.length), "tokens", field("Temperature", this.heat)),
       el("div", { class: "row" }, this.go, this.stop),
@@ -36,8 +38,17 @@ export class Ask {
     this.tell();
   }
 
+  /** Offers questions about the demo's picture that was just taken. */
+  suggest(questions) {
+    fill(this.hints, questions.map((text) => el("button", { type: "button", text, on: { click: () => {
+      this.question.value = text;
+      this.ask();
+    } } })));
+  }
+
   restart() {
     this.abort?.abort();
+    fill(this.hints, []);
     this.answer.hidden = true;
     this.tell();
   }

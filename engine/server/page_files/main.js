@@ -175,11 +175,13 @@ async function demoScenes() {
   const place = byId("demo-scenes");
   const response = await fetch(`${app.base}/demo/demo.json`).catch(() => null);
   const scenes = response?.ok ? (await response.json()).pictures : [];
-  fill(place, scenes.map(({ file, objects }, i) => el("button", {
-    type: "button", class: "thumb", "aria-label": `Demo scene ${i + 1}: ${objects.join(", ")}`, title: objects.join(", "),
+  fill(place, scenes.map(({ file, objects, questions }, i) => el("button", {
+    type: "button", class: "thumb", title: (objects.length ? objects : questions).join(", "),
+    "aria-label": objects.length ? `Demo scene ${i + 1}: ${objects.join(", ")}` : `Picture to ask about: ${questions[0]}`,
     on: { click: async () => {
       const answer = await fetch(`${app.base}/demo/${file}`);
       await setImage(new File([await answer.blob()], file, { type: answer.headers.get("Content-Type") }), objects);
+      if (questions.length) tools.ask.suggest(questions);
     } },
   }, el("img", { src: `${app.base}/demo/${file}`, alt: "", width: 44, height: 44, loading: "lazy" }))));
 }

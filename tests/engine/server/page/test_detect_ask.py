@@ -96,3 +96,17 @@ def test_no_vlm_and_a_stream_of_one(user: User) -> None:
     head, _, content = request["images"][0].partition(",")
     assert head == "data:image/png;base64"
     assert base64.b64decode(content) == (DEMO / "scene-1.png").read_bytes()
+
+
+def test_the_demo_answers_about_its_own_picture(user: User) -> None:
+    """The packaged model, end to end; another picture takes the questions away."""
+    user.open("ask")
+    user.page.get_by_role("button", name="Picture to ask about").first.click()
+    user.page.locator("#image-facts", has_text="talk-1").wait_for()
+    asked = json.loads((DEMO / "talk.json").read_text())["pictures"][0]["questions"]
+    for pair in (asked[0], asked[-1]):  # a word, a caption
+        user.page.get_by_role("button", name=pair["question"], exact=True).click()
+        user.settled("ask", "tokens")
+        assert user.page.inner_text("#panel-ask .answer").strip() == pair["answer"]
+    user.scene(1)
+    assert user.page.get_by_role("button", name=asked[0]["question"], exact=True).count() == 0
