@@ -91,7 +91,8 @@ async def test_uploads_answer_as_json_does(client: Any) -> None:
     answer = await client.post(f"{V1}/tracking/binary", data=metadata, files=frames)
     assert answer.json()["data"] == (await client.post(f"{V1}/tracking", json=request)).json()["data"]
     job = await client.post(f"{V1}/tracking/jobs/binary", data=metadata, files=frames)
-    assert (job.status_code, job.json()["status"]) == (202, "running")
+    assert job.status_code == 202
+    assert job.json()["status"] in ("running", "completed")  # a fast machine is through already
 
 
 @pytest.mark.parametrize(

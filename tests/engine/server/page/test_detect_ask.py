@@ -106,6 +106,7 @@ def test_the_demo_answers_about_its_own_picture(user: User) -> None:
     asked = json.loads((DEMO / "talk.json").read_text())["pictures"][0]["questions"]
     for pair in (asked[0], asked[-1]):  # a word, a caption
         user.page.get_by_role("button", name=pair["question"], exact=True).click()
+        user.page.locator("#panel-ask .answer", has_text=pair["answer"]).wait_for()
         user.settled("ask", "tokens")
         assert user.page.inner_text("#panel-ask .answer").strip() == pair["answer"]
     user.scene(1)
