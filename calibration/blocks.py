@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto
 
-from pixano_edge.calibration.graph import LINEAR, Graph, attribute, infer_shapes
+from pixano_edge.calibration.graph import LINEAR, Graph, infer_shapes
+from pixano_edge.export.graph_edit import attribute
 
 MIN_WEIGHTS = 2048
 """A smaller layer, such as a head with 4 outputs, saves nothing and is where an error shows most."""

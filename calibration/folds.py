@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from pixano_edge.calibration.blocks import quantisable
-from pixano_edge.calibration.graph import LINEAR, Graph, attribute, infer_shapes
+from pixano_edge.calibration.graph import LINEAR, Graph, infer_shapes
 from pixano_edge.engine.errors import CalibrationError
+from pixano_edge.export.graph_edit import attribute
 
 _MOVES = frozenset(("Identity", "Reshape", "Transpose"))
 

@@ -43,15 +43,6 @@ def digest(model: onnx.ModelProto) -> str:
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """Value of a node's attribute; text as str."""
-    for entry in node.attribute:
-        if entry.name == name:
-            value = helper.get_attribute_value(entry)
-            return value.decode() if isinstance(value, bytes) else value
-    return default
-
-
 class Graph:
     """Lookups in a model, and changes to it.
 

@@ -30,10 +30,11 @@ from onnx import NodeProto
 from pixano_edge.calibration import smooth as smoothing
 from pixano_edge.calibration.blocks import blocks as find_blocks
 from pixano_edge.calibration.calibrators import Range, levels
-from pixano_edge.calibration.graph import LINEAR, Graph, attribute, digest, infer_shapes
+from pixano_edge.calibration.graph import LINEAR, Graph, digest, infer_shapes
 from pixano_edge.calibration.observe import Observations
 from pixano_edge.calibration.patterns import order_gelus
 from pixano_edge.engine.errors import CalibrationError
+from pixano_edge.export.graph_edit import attribute
 from pixano_edge.export.half_weights import narrow
 
 MIN_CONSTANT = 1 << 14
