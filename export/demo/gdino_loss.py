@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from pixano_edge.export.demo.detect_batches import ASKED, UNSURE
 from pixano_edge.export.demo.detect_loss import NEIGHBOUR, focal, overlaps
-from pixano_edge.export.demo.gdino_model import GRID, WIDTH, Predictions
+from pixano_edge.export.demo.gdino_model import WIDTH, Predictions
 from pixano_edge.export.demo.scenes import SHAPES
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
 
-CLASS_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 5.0, 2.0
-PLACES = GRID * GRID
+BOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
 PARTS = 4
 """Parts per side of a place in the second task."""
 NAMES = (len(SHAPES), len(COLORS), len(PATTERNS))
@@ -33,8 +32,8 @@ NAME_WEIGHTS = (1.5, 0.4, 0.4)
 class Targets:
     """Objects of B images in M slots: ``boxes`` (B, M, 4) float32 cx, cy, w, h in sides of the image; ``state``
     (B, M) int64 as in a batch; ``words`` (B, M, 3) int64; ``match`` (B, M, T) float32, 1 where the token belongs to a
-    phrase that is true of the object; ``real`` (B, T) float32, 0 for padding; ``owner`` (B, PARTS GRID, PARTS GRID)
-    int64, the index of the object that shows there, -1 for none."""
+    phrase that is true of the object; ``real`` (B, T) float32, 0 for padding; ``owner`` (B, PARTS G, PARTS G) int64 for
+    G places a side, the index of the object that shows there, -1 for none."""
 
     boxes: Tensor
     state: Tensor
@@ -44,12 +43,12 @@ class Targets:
     owner: Tensor
 
 
-def distances(boxes: Tensor) -> Tensor:
-    """How many cells each place of the finest level lies from the centre of each box (B, M, 4), the larger of both
-    axes; (B, M, PLACES)."""
-    axis = (torch.arange(GRID) + 0.5) / GRID
-    x, y = axis.repeat(GRID), axis.repeat_interleave(GRID)
-    return torch.stack([x - boxes[..., :1], y - boxes[..., 1:2]]).abs().amax(0) * GRID
+def distances(boxes: Tensor, grid: int) -> Tensor:
+    """How many cells each place of the finest level (``grid`` a side) lies from the centre of each box (B, M, 4), the
+    larger of both axes; (B, M, grid grid)."""
+    axis = (torch.arange(grid) + 0.5) / grid
+    x, y = axis.repeat(grid), axis.repeat_interleave(grid)
+    return torch.stack([x - boxes[..., :1], y - boxes[..., 1:2]]).abs().amax(0) * grid
 
 
 def quality(logits: Tensor, boxes: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
@@ -77,8 +76,9 @@ def assign_places(out: Predictions, targets: Targets, choice: float) -> Tensor:
     ``choice`` 0: the place nearest to the centre of the box; 1: the one of the nine nearest with the best answer;
     linear between.
     """
-    away = distances(targets.boxes)
-    good, _ = quality(out.logits[:, :PLACES], out.boxes[:, :PLACES], targets)
+    away = distances(targets.boxes, out.grid)
+    places = out.grid**2
+    good, _ = quality(out.logits[:, :places], out.boxes[:, :places], targets)
     return _solve(2 * choice * good - (1 - 0.9 * choice) * away - 100.0 * (away > 1.5), targets.state)
 
 
@@ -114,33 +114,36 @@ def _box_loss(boxes: Tensor, goal: Tensor, weight: Tensor) -> Tensor:
     return (weight * each).sum() / weight.sum().clamp(min=1)
 
 
-def nearest_object(targets: Targets) -> tuple[Tensor, Tensor]:
+def nearest_object(targets: Targets, grid: int) -> tuple[Tensor, Tensor]:
     """For each place of the finest level the asked object whose centre is nearest, and how many cells away it is."""
-    away = distances(targets.boxes).masked_fill((targets.state != ASKED)[..., None], 1e3)
+    away = distances(targets.boxes, grid).masked_fill((targets.state != ASKED)[..., None], 1e3)
     near, index = away.min(1)
     return index, near
 
 
-def detection_loss(out: Predictions, targets: Targets, choice: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The losses of places and of queries; the places and the queries (B, M) that answer."""
+def detection_loss(
+    out: Predictions, targets: Targets, choice: float, query_weight: float = 2.0
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The losses of places and of queries, whose products with the text weigh ``query_weight``; the places and the
+    queries (B, M) that answer."""
     places = assign_places(out, targets, choice)
     images, objects, answers = _picked(places)
-    away = distances(targets.boxes)
+    away = distances(targets.boxes, out.grid)
     unsure = ((targets.state == UNSURE)[..., None] & (away <= 1.5)).any(1)
-    skipped = F.pad(unsure, (0, out.logits.shape[1] - PLACES))
-    losses = {"place": CLASS_WEIGHT * _class_loss(out.logits, places, skipped, targets)}
-    index, near = nearest_object(targets)
+    skipped = F.pad(unsure, (0, out.logits.shape[1] - out.grid**2))
+    losses = {"place": _class_loss(out.logits, places, skipped, targets)}
+    index, near = nearest_object(targets, out.grid)
     weight = torch.where(near <= 1.5, NEIGHBOUR, 0.0)
     index[images, answers], weight[images, answers] = objects, 1.0
     goal = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    losses["pbox"] = _box_loss(out.boxes[:, :PLACES], goal, weight)
+    losses["pbox"] = _box_loss(out.boxes[:, : out.grid**2], goal, weight)
     queries, skipped = assign_queries(out.query_logits[-1].detach(), out.query_boxes[-1].detach(), targets)
     images, objects, answers = _picked(queries)
     goal = targets.boxes[images, objects]
     losses["query"] = losses["qbox"] = goal.new_zeros(())
     for logits, boxes in zip(out.query_logits, out.query_boxes, strict=True):
         share = 1 / len(out.query_logits)
-        losses["query"] = losses["query"] + share * 2 * CLASS_WEIGHT * _class_loss(logits, queries, skipped, targets)
+        losses["query"] = losses["query"] + share * query_weight * _class_loss(logits, queries, skipped, targets)
         ones = torch.ones(len(goal))
         losses["qbox"] = losses["qbox"] + share * _box_loss(boxes[images, answers], goal, ones)
     return losses, places, queries
@@ -164,8 +167,8 @@ class WhatIsHere(nn.Module):
     def loss(self, out: Predictions, targets: Targets, queries: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The losses, and how often (three shares) the shapes were right: from what shows, at centres, of queries."""
         seen = out.maps[0].flatten(2).transpose(1, 2).float()
-        memory = out.memory[:, :PLACES].float()
-        fine = targets.owner.unflatten(1, (GRID, PARTS)).unflatten(3, (GRID, PARTS)).transpose(2, 3).flatten(3)
+        memory = out.memory[:, : out.grid**2].float()
+        fine = targets.owner.unflatten(1, (out.grid, PARTS)).unflatten(3, (out.grid, PARTS)).transpose(2, 3).flatten(3)
         fine = fine.flatten(1, 2)
         owner = fine[..., PARTS * PARTS // 2 + PARTS // 2]
         own = owner.clamp(min=0)
@@ -176,7 +179,7 @@ class WhatIsHere(nn.Module):
         bare = bare + F.binary_cross_entropy_with_logits(some[..., 0], (owner >= 0).float())
         bare = bare + 2 * F.binary_cross_entropy_with_logits(parts, (fine == owner[..., None]).float())
         here, right_here = _name_loss(self.here(memory[sure]), words)
-        index, near = nearest_object(targets)
+        index, near = nearest_object(targets, out.grid)
         middle = near <= 1.5
         about = targets.words.gather(1, index[..., None].expand(-1, -1, 3))[middle]
         centre, right_centre = _name_loss(self.centre(memory[middle]), about)

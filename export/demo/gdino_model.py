@@ -32,11 +32,11 @@ from pixano_edge.engine.models.grounding_dino.postprocess import find, merge
 from pixano_edge.engine.models.grounding_dino.text import Captioner
 from pixano_edge.export.demo.words import vocabulary
 
-IMAGE_SIZE = 192
-"""Shorter side of what the model sees. Held-out scenes have 256 pixels."""
+IMAGE_SIZE = 256
+"""Shorter side of what the model sees."""
+FIRST_SIZE = 192
+"""Shorter side in the first part of training: most is learned as well from fewer pixels, and sooner."""
 STRIDES = (16, 32, 64)
-GRID = IMAGE_SIZE // STRIDES[0]
-"""Places per side of the finest level. They answer for objects; the other levels give context."""
 WIDTH = 128
 CHANNELS = 128
 """Of the backbone's finest map that is taken."""
@@ -196,8 +196,9 @@ class Predictions:
     """For B images, N places, Q queries, D decoder layers, T tokens; boxes are cx, cy, w, h in sides of the image.
 
     ``logits`` (B, N, T) and ``boxes`` (B, N, 4) of all places; ``query_logits`` (D, B, Q, T) and ``query_boxes`` (D, B,
-    Q, 4); ``hidden`` (D, B, Q, C) the decoder's states; ``memory`` (B, N, C) the encoder's; ``maps`` the backbone's
-    feature maps (B, C, h, w).
+    Q, 4), which all but the last layer read from the states before the norm, since those move the next layer's
+    reference points; ``hidden`` (D, B, Q, C) the decoder's normed states; ``memory`` (B, N, C) the encoder's; ``maps``
+    the backbone's feature maps (B, C, h, w).
     """
 
     logits: Tensor
@@ -207,6 +208,11 @@ class Predictions:
     hidden: Tensor
     memory: Tensor
     maps: list[Tensor]
+
+    @property
+    def grid(self) -> int:
+        """Places per side of the finest level. They answer for objects; the other levels give context."""
+        return self.maps[0].shape[-1]
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -225,23 +231,31 @@ def predict(model: GroundingDinoForObjectDetection, pixels: Tensor, ids: Tensor)
     """
     base = model.model
     maps: list[Tensor] = []
-    hook = base.backbone.conv_encoder.register_forward_hook(lambda _, __, out: maps.extend(m for m, _ in out))
+    states: list[Tensor] = []
+    hooks = [base.backbone.conv_encoder.register_forward_hook(lambda _, __, out: maps.extend(m for m, _ in out))]
+    hooks += [
+        layer.register_forward_hook(lambda _, __, out: states.append(out[0])) for layer in base.decoder.layers[:-1]
+    ]
     try:
         out = base(pixel_values=pixels, input_ids=ids, attention_mask=(ids != 0).long())
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     with torch.autocast("cpu", enabled=False):  # bfloat16 would round boxes and scores
-        return _answers(model, out, maps, ids.shape[1])
+        return _answers(model, out, states, maps, ids.shape[1])
 
 
-def _answers(model: GroundingDinoForObjectDetection, out: Any, maps: list[Tensor], tokens: int) -> Predictions:
+def _answers(
+    model: GroundingDinoForObjectDetection, out: Any, states: list[Tensor], maps: list[Tensor], tokens: int
+) -> Predictions:
     text = out.encoder_last_hidden_state_text.float()
     hidden = out.intermediate_hidden_states.transpose(0, 1).float()
     references = torch.cat(
         [out.init_reference_points[:, None], out.intermediate_reference_points[:, :-1]], 1
     ).transpose(0, 1)
     offsets = torch.special.logit(references.float(), eps=1e-5)
-    boxes = torch.stack([head(state) for head, state in zip(model.bbox_embed, hidden, strict=True)]).float()
+    read = [*(state.float() for state in states), hidden[-1]]
+    boxes = torch.stack([head(state) for head, state in zip(model.bbox_embed, read, strict=True)]).float()
     return Predictions(
         logits=out.enc_outputs_class[..., :tokens].float().clamp(min=-30.0),  # padding has minus infinity
         boxes=out.enc_outputs_coord_logits.float().sigmoid(),

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GroundingDinoForObjectDetection
 
 from pixano_edge.export.demo.detect_batches import ASKED, SLOTS, turned, turned_box
@@ -40,9 +41,10 @@ from pixano_edge.export.demo.detect_loss import centred
 from pixano_edge.export.demo.gdino_loss import PARTS, Targets, WhatIsHere, detection_loss
 from pixano_edge.export.demo.gdino_model import (
     CHANNELS,
+    FIRST_SIZE,
     FIXED_TOKENS,
-    GRID,
     IMAGE_SIZE,
+    STRIDES,
     TorchDetector,
     build_processor,
     build_tokenizer,
@@ -53,6 +55,7 @@ from pixano_edge.export.demo.gdino_model import (
     thaw,
     tiny_config,
 )
+from pixano_edge.export.demo.quick_deformable import quick_deformable
 from pixano_edge.export.demo.scene_pool import EASY_SHARE, ScenePool, draw_pool, open_pool
 from pixano_edge.export.demo.scenes import SHAPES, SIZE
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
@@ -64,6 +67,8 @@ COLOR_NAMES = tuple(COLORS)
 RANDOM_PHRASES, STRANGE_TEXTS, ONE_KIND = 4, 2, 0.3
 EASY_STEPS = 0.06
 """Share of the run that shows only the easy scenes."""
+SMALL_STEPS = 0.5
+"""Share of the run that shows scenes in ``FIRST_SIZE``."""
 
 
 def ask_phrases(words: NDArray[np.int64], rng: np.random.Generator) -> list[Phrase]:
@@ -137,15 +142,29 @@ def _true_of(phrase: Phrase, words: NDArray[np.int64]) -> NDArray[np.bool_]:
     return true
 
 
-def shown(pool: ScenePool, row: int, turn: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
-    """A scene in one of its 8 positions: image (S, S, 3), boxes (M, 4) and owners (PARTS GRID, PARTS GRID)."""
+def shown(
+    pool: ScenePool, row: int, turn: int, size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
+    """A scene in one of its 8 positions and in `size` pixels, for G places a side: image (S, S, 3), boxes (M, 4) and
+    owners (PARTS G, PARTS G)."""
     image: Any = np.ascontiguousarray(turned(np.asarray(pool.images[row]), turn))
-    image = cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+    if size != SIZE:
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
     boxes = np.array([turned_box(tuple(box), SIZE, turn) for box in pool.boxes[row].tolist()], np.float32)
-    side = PARTS * GRID
+    side = PARTS * size // STRIDES[0]
     places = ((np.arange(side) + 0.5) * pool.owner.shape[1] / side).astype(np.int64)
     owner = turned(np.asarray(pool.owner[row]), turn)[places][:, places]
     return image, boxes, owner.astype(np.int64)
+
+
+def varied(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A scene a little brighter or darker, flatter or harsher, sometimes with noise: textures are new in judging."""
+    if rng.random() < 0.3:
+        return image
+    pixels = (image.astype(np.float32) - 128) * rng.uniform(0.9, 1.1) + 128 + rng.uniform(-10, 10)
+    if rng.random() < 0.3:
+        pixels += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 8))
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def pool_rows(count: int, steps: int, batch: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -164,14 +183,14 @@ def pool_rows(count: int, steps: int, batch: int, seed: int) -> Iterator[NDArray
 
 
 def make_step(
-    pool: ScenePool, captions: Captions, rows: NDArray[np.int64], rng: np.random.Generator
+    pool: ScenePool, captions: Captions, rows: NDArray[np.int64], rng: np.random.Generator, size: int = IMAGE_SIZE
 ) -> tuple[Tensor, Tensor, Targets]:
-    """Images (B, S, S, 3) uint8, token ids (B, T) and targets of some scenes of the pool."""
+    """Images (B, size, size, 3) uint8, token ids (B, T) and targets of some scenes of the pool."""
     images, boxes, owners, ids, matches = [], [], [], [], []
     for row in rows:
-        image, box, owner = shown(pool, int(row), int(rng.integers(8)))
+        image, box, owner = shown(pool, int(row), int(rng.integers(8)), size)
         tokens, match = captions(pool.words[row], pool.state[row] == ASKED, rng)
-        images.append(image)
+        images.append(varied(image, rng))
         boxes.append(box)
         owners.append(owner)
         ids.append(tokens)
@@ -203,13 +222,15 @@ def step_loss(
     bf16: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The losses of a step, and how often shapes were right, see :class:`WhatIsHere`; ``progress`` 0 to 1 of the run
-    turns down the second task, and lets the model choose which place answers for an object."""
+    turns the second task down and the products with the text up, and lets the model choose which place answers for an
+    object."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = predict(model, normalise(images).contiguous(memory_format=torch.channels_last), ids)
-    losses, _, queries = detection_loss(out, targets, choice=min(1.0, max(0.0, (progress - 0.05) / 0.15)))
+    choice = min(1.0, max(0.0, (progress - 0.05) / 0.15))
+    losses, _, queries = detection_loss(out, targets, choice, query_weight=2 + 2 * progress)
     second, rights = here.loss(out, targets, queries)
     for name, value in second.items():
-        losses[name] = (1 - 0.6 * progress) * value
+        losses[name] = (1 - 0.8 * progress) * value
     return losses, rights
 
 
@@ -316,9 +337,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
         progress = step / args.steps
         factor = rate(progress, args.decay_from)
         rng = np.random.default_rng([13, args.seed, rank, step])
-        images, ids, targets = make_step(pool, captions, rows[rank * share : (rank + 1) * share], rng)
-        losses, right = step_loss(model, here, images, ids, targets, progress)
-        torch.stack([*losses.values()]).sum().backward()
+        size = FIRST_SIZE if progress < SMALL_STEPS else IMAGE_SIZE
+        images, ids, targets = make_step(pool, captions, rows[rank * share : (rank + 1) * share], rng, size)
+        # SDPA's fused form costs more than the plain one at these lengths, above all in the way back.
+        with quick_deformable(), sdpa_kernel(SDPBackend.MATH):
+            losses, right = step_loss(model, here, images, ids, targets, progress)
+            torch.stack([*losses.values()]).sum().backward()
         share_gradients(trained)
         nn.utils.clip_grad_norm_(trained, args.clip)
         flat.take_gradients()
@@ -361,11 +385,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo's small Grounding DINO on synthetic scenes.")
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
     parser.add_argument("--pool", help="folder of the scenes; default: OUT/pool")
-    parser.add_argument("--scenes", type=int, default=20_000, help="scenes of the pool")
-    parser.add_argument("--steps", type=int, default=4000, help="length of the run in steps")
+    parser.add_argument("--scenes", type=int, default=40_000, help="scenes of the pool")
+    parser.add_argument("--steps", type=int, default=5000, help="length of the run in steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
-    parser.add_argument("--batch", type=int, default=24, help="scenes in a step")
+    parser.add_argument("--batch", type=int, default=32, help="scenes in a step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=2e-3, help="peak rate of Muon")
     parser.add_argument("--clip", type=float, default=5.0, help="largest norm of a gradient")

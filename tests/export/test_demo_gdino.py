@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pixano_edge.export.demo import gdino_model as small  # noqa: E402
 from pixano_edge.export.demo import train_gdino as training  # noqa: E402
 from pixano_edge.export.demo.calibrate_gdino import keep_boxes, shift_scores  # noqa: E402
 from pixano_edge.export.demo.detect_batches import ASKED, NOTHING, UNSURE  # noqa: E402
+from pixano_edge.export.demo.quick_deformable import quick_deformable  # noqa: E402
 from pixano_edge.export.demo.scene_pool import ScenePool, draw_pool, open_pool  # noqa: E402
 from pixano_edge.export.demo.scenes import generate_scene  # noqa: E402
 
@@ -139,12 +141,13 @@ def test_targets_lie_where_the_objects_are(pool: ScenePool, tokenizer: Any) -> N
 def perfect(targets: losses.Targets, place: Any = None) -> small.Predictions:
     """What a model that knows everything would say: one place and one query for each object."""
     count, slots, tokens = targets.match.shape
-    places = losses.PLACES + 45
+    grid = small.IMAGE_SIZE // small.STRIDES[0]
+    places = grid**2 + 45
     logits = torch.full((count, places, tokens), -9.0)
     boxes = torch.full((count, places, 4), 0.1)
     queries = torch.full((count, small.QUERIES, tokens), -9.0)
     query_boxes = torch.full((count, small.QUERIES, 4), 0.1)
-    nearest = losses.distances(targets.boxes).argmin(-1)
+    nearest = losses.distances(targets.boxes, grid).argmin(-1)
     for row in range(count):
         for i in range(slots):
             if targets.state[row, i] == ASKED:
@@ -154,7 +157,7 @@ def perfect(targets: losses.Targets, place: Any = None) -> small.Predictions:
                 query_boxes[row, 39 - i] = targets.boxes[row, i]
     return small.Predictions(
         logits, boxes, queries[None], query_boxes[None], torch.zeros(1, count, small.QUERIES, small.WIDTH),
-        torch.zeros(count, places, small.WIDTH), [],
+        torch.zeros(count, places, small.WIDTH), [torch.zeros(count, small.CHANNELS, grid, grid)],
     )  # fmt: skip
 
 
@@ -222,6 +225,36 @@ def test_a_step_reaches_every_parameter_that_is_used(model: Any, pool: ScenePool
     same = [name for name, value in trained.state_dict().items() if torch.equal(value, before[name])]
     # A bias of keys shifts all scores of a softmax alike; nothing else may stand still.
     assert [n for n in same if not n.endswith(("num_batches_tracked", "key.bias", "k_proj.bias", "position_ids"))] == []
+
+
+def test_inner_layers_boxes_are_those_that_move_the_next_layer(model: Any) -> None:
+    pixels = torch.randn(1, 3, small.FIRST_SIZE, small.FIRST_SIZE)
+    ids = torch.tensor([[101, 1100, 1012, 1101, 1102, 1012, 102]])
+    with torch.no_grad():
+        found = small.predict(model, pixels, ids)
+        out = model(pixel_values=pixels, input_ids=ids)
+    assert found.grid == small.FIRST_SIZE // small.STRIDES[0]
+    assert torch.allclose(found.query_boxes[0], out.intermediate_reference_points[:, 0], atol=1e-6)
+    assert torch.allclose(found.query_boxes[-1], out.pred_boxes, atol=1e-6)
+
+
+def test_quick_deformable_attention_is_the_stock_one(model: Any) -> None:
+    pixels = torch.randn(2, 3, small.FIRST_SIZE, small.FIRST_SIZE)
+    ids = torch.tensor([[101, 1100, 1012, 1101, 1102, 1012, 102]] * 2)
+    wide = copy.deepcopy(model)
+    for module in wide.modules():  # some samples lie outside
+        if type(module).__name__ == "GroundingDinoMultiscaleDeformableAttention":
+            torch.nn.init.normal_(module.sampling_offsets.bias, std=4)
+    results = []
+    for how in (contextlib.nullcontext, quick_deformable):
+        wide.zero_grad()
+        with how():
+            out = small.predict(wide, pixels, ids)
+            (out.query_boxes.sum() + out.query_logits.square().mean()).backward()
+        offsets = wide.model.encoder.layers[0].deformable_layer.self_attn.sampling_offsets.weight.grad.clone()
+        results.append((out.query_logits.detach(), out.query_boxes.detach(), offsets))
+    for stock, quick in zip(*results, strict=True):
+        assert float((stock - quick).abs().max()) < 1e-4 * float(stock.abs().max())
 
 
 def test_queries_keep_the_boxes_of_their_places(model: Any) -> None:

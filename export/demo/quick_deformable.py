@@ -1,0 +1,79 @@
+"""Deformable attention as training on a CPU wants it: one sparse matrix of bilinear weights, one matrix product.
+
+transformers' ``MultiScaleDeformableAttention`` samples every level with ``grid_sample`` and multiplies what it read,
+(B heads, C, Q, L P), with the attention; on a CPU that took a third of a training step of the demo's detector. The
+values of all levels are few here (189 to 336 places), so the weights of the four corners of each sample, times its
+attention, are added up in a matrix (B heads, Q, places), which then multiplies the values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.grounding_dino import modeling_grounding_dino as upstream
+
+
+def sample(value: Tensor, sizes: list[tuple[int, int]], locations: Tensor, attention: Tensor) -> Tensor:
+    """Deformable attention over maps of several sizes, equal to transformers' own up to rounding.
+
+    Args:
+        value: (B, places, heads, C), the maps one after the other.
+        sizes: height and width of each map.
+        locations: (B, Q, heads, L, P, 2) x, y in sides of a map; what lies outside is zero.
+        attention: (B, Q, heads, L, P).
+
+    Returns:
+        (B, Q, heads C).
+    """
+    batch, places, heads, channels = value.shape
+    queries = locations.shape[1]
+    locations, attention = locations.transpose(1, 2), attention.transpose(1, 2)
+    index, weight = [], []
+    first = 0
+    for level, (height, width) in enumerate(sizes):
+        x = locations[:, :, :, level, :, 0] * width - 0.5
+        y = locations[:, :, :, level, :, 1] * height - 0.5
+        left, top = x.detach().floor(), y.detach().floor()
+        right_share, lower_share = x - left, y - top
+        share = attention[:, :, :, level]
+        for dx, along in ((0, 1 - right_share), (1, right_share)):
+            column = left + dx
+            for dy, down in ((0, 1 - lower_share), (1, lower_share)):
+                row = top + dy
+                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                index.append(first + (row * width + column).masked_fill(~inside, 0).long())
+                weight.append(share * along * down * inside)
+        first += height * width
+    matrix = weight[0].new_zeros(batch, heads, queries, places)
+    matrix = matrix.scatter_add(-1, torch.cat(index, -1), torch.cat(weight, -1))
+    read = matrix @ value.to(matrix.dtype).transpose(1, 2)
+    return read.transpose(1, 2).reshape(batch, queries, heads * channels)
+
+
+def _forward(
+    _: Any,
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_spatial_shapes_list: list[tuple[int, int]],
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    return sample(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+
+
+@contextlib.contextmanager
+def quick_deformable() -> Iterator[None]:
+    """Inside, every Grounding DINO of this process computes its deformable attention by :func:`sample`."""
+    kind = upstream.MultiScaleDeformableAttention
+    own = kind.forward
+    kind.forward = _forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.forward = own  # type: ignore[method-assign]
