@@ -20,7 +20,7 @@ from pixano_edge.export.demo.gdino_model import WIDTH, Predictions
 from pixano_edge.export.demo.scenes import SHAPES
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
 
-BOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
+WHICH_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 0.5, 5.0, 2.0
 PARTS = 4
 """Parts per side of a place in the second task."""
 NAMES = (len(SHAPES), len(COLORS), len(PATTERNS))
@@ -108,6 +108,17 @@ def _class_loss(logits: Tensor, chosen: Tensor, skipped: Tensor, targets: Target
     return loss / wanted.sum().clamp(min=1) * 3
 
 
+def _which_loss(logits: Tensor, chosen: Tensor, targets: Targets) -> Tensor:
+    """How surely what answers for an object prefers each token that is true of it to all those that are not: cross
+    entropy, the mean over tokens and objects. The focal loss says little of which of two low scores is higher."""
+    images, objects, answers = _picked(chosen)
+    own, true = logits[images, answers], targets.match[images, objects]
+    false = (1 - true) * targets.real[images]
+    others = own.masked_fill(false == 0, float("-inf")).logsumexp(-1, keepdim=True)
+    each = (F.softplus(others - own) * true).sum(-1) / true.sum(-1).clamp(min=1)
+    return each.sum() / max(1, len(each))
+
+
 def _box_loss(boxes: Tensor, goal: Tensor, weight: Tensor) -> Tensor:
     _, giou = overlaps(boxes, goal)
     each = BOX_WEIGHT * (boxes - goal).abs().sum(-1) + GIOU_WEIGHT * (1 - giou)
@@ -132,6 +143,7 @@ def detection_loss(
     unsure = ((targets.state == UNSURE)[..., None] & (away <= 1.5)).any(1)
     skipped = F.pad(unsure, (0, out.logits.shape[1] - out.grid**2))
     losses = {"place": _class_loss(out.logits, places, skipped, targets)}
+    losses["pwhich"] = WHICH_WEIGHT * _which_loss(out.logits, places, targets)
     index, near = nearest_object(targets, out.grid)
     weight = torch.where(near <= 1.5, NEIGHBOUR, 0.0)
     index[images, answers], weight[images, answers] = objects, 1.0
@@ -140,10 +152,12 @@ def detection_loss(
     queries, skipped = assign_queries(out.query_logits[-1].detach(), out.query_boxes[-1].detach(), targets)
     images, objects, answers = _picked(queries)
     goal = targets.boxes[images, objects]
-    losses["query"] = losses["qbox"] = goal.new_zeros(())
+    losses["query"] = losses["which"] = losses["qbox"] = goal.new_zeros(())
     for logits, boxes in zip(out.query_logits, out.query_boxes, strict=True):
         share = 1 / len(out.query_logits)
         losses["query"] = losses["query"] + share * query_weight * _class_loss(logits, queries, skipped, targets)
+        which = _which_loss(logits, queries, targets)
+        losses["which"] = losses["which"] + share * query_weight * WHICH_WEIGHT * which
         ones = torch.ones(len(goal))
         losses["qbox"] = losses["qbox"] + share * _box_loss(boxes[images, answers], goal, ones)
     return losses, places, queries

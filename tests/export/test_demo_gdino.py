@@ -171,12 +171,14 @@ def test_the_right_answers_cost_nothing(pool: ScenePool, tokenizer: Any) -> None
     assert float(found["place"]) < 0.02
     assert float(found["query"]) < 0.02
     assert float(found["qbox"]) < 1e-4
+    assert float(found["which"]) < 1e-4 and float(found["pwhich"]) < 1e-4  # noqa: PT018
     # The same answers for other objects cost much.
     turned = losses.Targets(**{**vars(targets), "match": targets.match.roll(1, 1), "boxes": targets.boxes.roll(1, 1)})
     turned.state = targets.state
     wrong, _, _ = losses.detection_loss(out, turned, choice=0.0)
     assert float(wrong["place"]) > 1
     assert float(wrong["qbox"]) > 0.3
+    assert float(wrong["which"]) > 1
 
 
 def test_unsure_objects_and_padding_are_left_out(pool: ScenePool, tokenizer: Any) -> None:
