@@ -386,7 +386,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
     parser.add_argument("--pool", help="folder of the scenes; default: OUT/pool")
     parser.add_argument("--scenes", type=int, default=40_000, help="scenes of the pool")
-    parser.add_argument("--steps", type=int, default=4200, help="length of the run in steps")
+    parser.add_argument("--steps", type=int, default=4000, help="length of the run in steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--batch", type=int, default=32, help="scenes in a step")
