@@ -27,6 +27,8 @@ from pixano_edge.engine.errors import EdgeError
 
 from .bandwidth import Bandwidth, measure_read
 from .describe_contenders import Answered, EngineAnswers, GenaiAnswers, TorchAnswers, build_genai
+from .llama_cpp import KINDS as LLAMA_KINDS
+from .llama_cpp import LlamaCppAnswers, open_llama_cpp
 from .segment import REFERENCE, SETTLE_SECONDS
 from .torch_options import use_best_threads
 
@@ -143,9 +145,7 @@ def measure(
     """
     step("measuring memory")
     bandwidth = measure_read(threads)
-    left_out: dict[str, str] = {
-        "llama.cpp": "no wheel of llama-cpp-python could be had, and a converter of the weights was not tried"
-    }
+    left_out: dict[str, str] = {}
     with ExitStack() as opened:
         step("loading")
         engines: dict[str, EngineAnswers] = {}
@@ -176,6 +176,17 @@ def measure(
         calls: dict[str, dict[str, Callable[[], Answered]]] = {PICTURE: {}, AGAIN: {}, TEXT: {}}
         length = one.first(QUESTION).prompt
         fill = FILL * max(1, (length - 20) // (len(one.prompt_ids(FILL * 9)) - len(one.prompt_ids(FILL * 8))))
+        ids = one.prompt_ids(fill)
+        step("building for llama.cpp")
+        llamas: dict[str, LlamaCppAnswers] = {}
+        kinds = [kind for kind, precision in LLAMA_KINDS.items() if f"pixano-edge {precision}" in engines]
+        try:
+            for kind in kinds:
+                answering = open_llama_cpp(checkpoint, kind, tokens, threads, len(ids))
+                opened.callback(answering.close)
+                llamas[f"llama.cpp {kind} ({answering.version})"] = answering
+        except EdgeError as error:
+            left_out["llama.cpp"] = error.message
         for name, engine in engines.items():
             turns = itertools.cycle((NEXT, QUESTION))  # never the question that the cache holds
             calls[PICTURE][name] = partial(engine.first, QUESTION)
@@ -184,8 +195,9 @@ def measure(
         for name, torch in torches.items():
             calls[PICTURE][name] = partial(torch.first, QUESTION)
             calls[TEXT][name] = partial(torch.text, fill)
+        for name, llama in llamas.items():
+            calls[TEXT][name] = partial(llama.text, ids)
         if genai is not None:
-            ids = one.prompt_ids(fill)
             calls[TEXT][f"onnxruntime-genai {genai.version} fp32"] = partial(genai.text, ids)
         answers: dict[str, dict[str, list[Answered]]] = {}
         for case, group in calls.items():
@@ -197,6 +209,7 @@ def measure(
         bounds = [bound(bundle, e.precision, middle, bandwidth.bytes_per_second) for e in engines.values()]
     of = {f"pixano-edge {b.variant}": b.rate for b in bounds}
     of[REFERENCE] = of.get("pixano-edge fp32", 0.0)
+    of |= {name: bandwidth.bytes_per_second / llama.weight_bytes for name, llama in llamas.items()}
     rows = [
         _row(case, name, found, group.get(REFERENCE), of.get(name) or None)
         for case, group in answers.items()
