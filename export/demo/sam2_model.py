@@ -162,8 +162,13 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def encode(model: Sam2VideoModel, pixels: Tensor) -> Features:
-    """Run the image encoder as ``Sam2Model`` does for a still image (the no-memory embedding is added)."""
+    """Run the image encoder as ``Sam2Model`` does for a still image (the no-memory embedding is added).
+
+    ``pixels`` (B, 3, S, S) may be smaller than the model's own size, by a power of two, in training: the positional
+    code is then that of fewer, larger cells.
+    """
     levels = model.vision_encoder(pixels).fpn_hidden_states
+    model.prompt_encoder.image_embedding_size = tuple(levels[2].shape[-2:])
     with torch.autocast("cpu", enabled=False):
         position = model.get_image_wide_positional_embeddings()
     return Features(

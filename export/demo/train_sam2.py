@@ -5,7 +5,7 @@
 Writes ``DIR/last.pt`` every few minutes (continue with ``--resume``) and, at the end, ``DIR/final`` with the
 averaged weights as a ``sam2_video`` folder (config.json and model.safetensors). The learning-rate schedule follows
 the number of steps and not the speed of the machine (unless ``--minutes`` asks for that), so a run is reproducible from
-its seed up to rounding, with the same ``--workers``. The packaged checkpoint is such a run.
+its seed up to rounding, with the same ``--workers``. The packaged checkpoint is a run with ``--small 0``.
 
 Each step shows B scenes with P clicks and P boxes; every third step asks some of them again with one correcting
 click and the logits of the first round as a mask prompt. A step is divided between ``--workers`` processes of one
@@ -64,7 +64,7 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     wrong = (probability.detach() - target).abs()
     area = target.sum((-1, -2))
     union = area + (probability.detach() * (1 - target)).sum((-1, -2))
-    union = union.minimum(2 * area).clamp(min=32)
+    union = union.minimum(2 * area).clamp(min=target.shape[-1] * target.shape[-2] / 512)
     pixels = (entropy * (0.25 + wrong)).sum((-1, -2)) / union
     overlap = (probability * target).sum((-1, -2))
     dice = 1 - (2 * overlap + 1) / (probability.sum((-1, -2)) + area + 1)
@@ -107,7 +107,7 @@ def round_loss(
 
     Args:
         out: of (B, P) prompts.
-        target: (B, P, S/2, S/2) float32 coverage.
+        target: (B, P, 2h, 2w) float32 coverage, for logits of h x w.
         present: (B, P) float32, 0 where there is no object to find.
         multimask: whether the stock model answers this kind of prompt with candidates 1 to 3 (a single click)
             or with candidate 0 (a box, several clicks). The other kind is trained too, with less weight.
@@ -139,7 +139,8 @@ def correction(logits: Tensor, target: Tensor, generator: torch.Generator) -> tu
     """One click in the wrong part of each mask: points (B, P, 1, 2) float32 and labels (B, P, 1) int64.
 
     ``logits`` and ``target`` are (B, P, S/4, S/4). A missed part gives a positive click, a part too many a
-    negative one; where nothing is wrong the click falls on the object. Points are pixels of the full image.
+    negative one; where nothing is wrong the click falls on the object. Points are pixels of the image of
+    ``IMAGE_SIZE``, however large the one that the model saw.
     """
     wanted = target > 0.5
     wrong = ((logits > 0) != wanted).float().flatten(2)
@@ -147,7 +148,7 @@ def correction(logits: Tensor, target: Tensor, generator: torch.Generator) -> tu
     cell = torch.multinomial(weights.flatten(0, 1), 1, generator=generator).unflatten(0, logits.shape[:2])
     width = logits.shape[-1]
     jitter = torch.rand(*cell.shape, 2, generator=generator)
-    points = (torch.stack([cell % width, cell // width], -1) + jitter) * 4 - 0.5
+    points = (torch.stack([cell % width, cell // width], -1) + jitter) * (IMAGE_SIZE / width) - 0.5
     return points, wanted.flatten(2).gather(2, cell).long()
 
 
@@ -158,15 +159,17 @@ def step_loss(
     refine: int,
     progress: float,
     generator: torch.Generator,
+    shrink: int = 1,
 ) -> Tensor:
     """The whole loss of a batch; ``refine`` prompts of each kind get a second round (0 for none).
 
-    Both helping terms matter most early: ``progress`` of the run, 0 to 1, turns them down.
+    Both helping terms matter most early: ``progress`` of the run, 0 to 1, turns them down. The model sees pictures and
+    masks ``shrink`` times smaller; prompts stay where they are, since only their share of the image's side counts.
     """
     rivalry = 1.0 if progress < 0.15 else 0.2
-    half = IMAGE_SIZE / 2
+    pixels = F.avg_pool2d(normalise(torch.from_numpy(batch.images)), shrink)
     with torch.autocast("cpu", torch.bfloat16):
-        features = encode(model, normalise(torch.from_numpy(batch.images)))
+        features = encode(model, pixels)
     shape = batch.clicks.shape[:2]
     clicks = torch.from_numpy(batch.clicks)[:, :, None]
     corners = torch.from_numpy(batch.boxes).reshape(*shape, 2, 2)
@@ -178,8 +181,7 @@ def step_loss(
         dense = surroundings.loss(features, torch.from_numpy(batch.regions), torch.from_numpy(batch.outlines))
     total = (1 - 0.7 * progress) * dense
     for points, labels, masks, here, multimask in kinds:
-        target = torch.from_numpy(masks).float() / 255
-        assert target.shape[-1] == half
+        target = F.avg_pool2d(torch.from_numpy(masks).float() / 255, shrink)
         present = torch.ones(shape) if here is None else torch.from_numpy(here)
         with torch.autocast("cpu", torch.bfloat16):
             out = decode(model, features, points, labels)
@@ -311,7 +313,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         factor = rate(progress, args.decay_from)
         generator = torch.Generator().manual_seed((args.seed * args.workers + rank) * 10**8 + step)
         refine = 2 if step % 3 == 0 and progress > 0.1 else 0
-        loss = step_loss(model, surroundings, batch, refine, progress, generator)
+        shrink = 2 if progress < args.small else 1
+        loss = step_loss(model, surroundings, batch, refine, progress, generator, shrink)
         loss.backward()
         share_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 3.0)
@@ -369,6 +372,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=1.5e-3, help="peak rate of Muon")
     parser.add_argument("--decay-from", type=float, default=0.2, help="fraction of the run where the rate descends")
+    parser.add_argument("--small", type=float, default=0.6, help="fraction of the run that sees half the side")
     parser.add_argument("--save-every", type=float, default=6.0, help="minutes between checkpoints")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; --batch is shared by them")
     parser.add_argument("--port", type=int, default=29531, help="local port by which the processes find each other")
