@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..bundle import BundleStore
 from ..errors import BundleError, CancelledError, DeviceError, EdgeError
 from .absent import AbsentTasks
 from .base import InferenceProvider
@@ -27,7 +26,6 @@ from .errors import InferenceError, InvalidRequestError, ModelNotFoundError, Pro
 from .families import IMAGES, TASKS, LoadedModel, Opener, open_model
 from .hardware import read_hardware
 from .jobs import JOB_CAP, JOB_TTL, JobStore, MemoryJobStore
-from .jobs_sqlite import SAVED_JOB_TTL, SqliteJobStore
 from .media import MediaPolicy
 from .models import ModelTable, Slot
 from .placement import auto_gpus
@@ -140,7 +138,11 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         self._options = LoadOptions(
             device, backend, precision, threads, cache_mb, verify, max_image_pixels, max_image_bytes, max_video_bytes
         ).check()
-        self._catalogue = Catalogue(BundleStore(store) if store is None or isinstance(store, str | Path) else store)
+        if store is None or isinstance(store, str | Path):
+            from ..bundle import BundleStore
+
+            store = BundleStore(store)
+        self._catalogue = Catalogue(store)
         # read_hardware is looked up at each call.
         budget = MemoryBudget(read_limits(memory_limits), lambda: read_devices(read_hardware()))
         self._table = ModelTable(opener, queue_depth, budget, auto_gpus)
@@ -149,6 +151,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         if jobs is None:
             jobs = MemoryJobStore(JOB_TTL if job_ttl is None else job_ttl, job_cap)
         elif isinstance(jobs, str | Path):
+            from .jobs_sqlite import SAVED_JOB_TTL, SqliteJobStore
+
             jobs = SqliteJobStore(jobs, SAVED_JOB_TTL if job_ttl is None else job_ttl, job_cap)
         self._video = VideoService(self._table, self._hold_tracking, self._media, jobs, queue_depth)
         self._text = TextService(self._table, self._hold_text, self._media, queue_depth)

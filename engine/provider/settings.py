@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..bundle.manifest import PRECISIONS
+from ..bundle.names import PRECISIONS
 from ..runtime.factory import BACKENDS
 from .errors import InvalidRequestError
 

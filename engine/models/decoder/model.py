@@ -31,14 +31,23 @@ from ..text.pieces import Detokenizer, StopStrings
 from ..text.template import ChatTemplate
 from ..text.tokenizer import TextTokenizer, require_text_libraries
 from ..verdicts import VerdictStore
-from .base import LENGTH, MAX_IMAGES, STOP, STOP_STRING, Generated, GenerationOptions, Piece, Rgb, Usage
+from .base import (
+    DEFAULT_CONTEXT,
+    DEFAULT_CONVERSATIONS,
+    LENGTH,
+    MAX_IMAGES,
+    STOP,
+    STOP_STRING,
+    Generated,
+    GenerationOptions,
+    Piece,
+    Rgb,
+    Usage,
+)
 from .session import PREFILL_TOKENS, DecoderSession, Floats, Ids, Keys, Lane
 
 M = TypeVar("M", bound="DecoderModel")
 
-DEFAULT_CONTEXT = 4096
-"""Tokens of prompt and answer together, unless the model has less or another number is asked for."""
-DEFAULT_CONVERSATIONS = 2
 IMAGE_BYTES = 64 << 20
 """Default budget of image features: 25 large pictures of SmolVLM 256M (2.5 MB each)."""
 
