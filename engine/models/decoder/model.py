@@ -306,11 +306,31 @@ class DecoderModel(abc.ABC):
             for index, token in enumerate(answer):
                 yield lane.step(token, self._position(prompt, index)).copy()
 
-    def warm_up(self) -> float:
-        """Runs the decoder for a short prompt, so that what is made once is made; seconds it took, also in `info`."""
+    @abc.abstractmethod
+    def warm_vision(self) -> None:
+        """Encodes a blank image of the smallest size, past the cache."""
+
+    def warm_up(self, check: Callable[[], None] | None = None) -> float:
+        """Runs each graph, the decoder for a short prompt, so that what is made once is made.
+
+        Caches and counters are as before. For a model that nobody uses yet.
+
+        Args:
+            check: Called between the steps; what it raises ends it.
+
+        Returns:
+            Seconds it took, also in `info`.
+        """
         started = time.perf_counter()
-        self.generate(read_conversation("Hello"), (), GenerationOptions(max_new_tokens=3))
-        self._decoder.forget()
+        before = self._answers, self._tokens, self._reused, self._encoded
+        try:
+            self.warm_vision()
+            if check is not None:
+                check()
+            self.generate(read_conversation("Hello"), (), GenerationOptions(max_new_tokens=3), check=check)
+        finally:
+            self._decoder.forget()
+            self._answers, self._tokens, self._reused, self._encoded = before
         seconds = time.perf_counter() - started
         self._warm_up = {"seconds": seconds}
         return seconds
