@@ -275,7 +275,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb, verify,
         warm_up and context, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes.
         Loading the same again does nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is
-        unpacked to the temporary folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the folder.
+        unpacked to the temporary folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the
+        folder.
 
         Args:
             provider: ``edge`` or ``pixano-edge``.

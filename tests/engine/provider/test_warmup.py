@@ -170,7 +170,8 @@ async def test_deleting_the_model_meanwhile_frees_it(make: Any, opener: WarmOpen
 async def test_who_waits_too_shortly_ends_it(make: Any, opener: WarmOpener) -> None:
     provider = make(autoload=False)
     opener.go_on.clear()
-    loading = asyncio.ensure_future(provider.instantiate_model("edge", ModelConfig("alpha", IMAGES), timeout=0.2))
+    loading = asyncio.ensure_future(provider.instantiate_model("edge", ModelConfig("alpha", IMAGES), timeout=3))
+    await _until(opener.begun.is_set)
     with pytest.raises(InferenceTimeoutError):
         await loading
     opener.go_on.set()
