@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pixano_edge.engine.bundle import demo_path
 from pixano_edge.engine.errors import DeviceError
 from pixano_edge.engine.provider import (
     EdgeProvider,
@@ -180,20 +181,17 @@ async def test_who_waits_too_shortly_ends_it(make: Any, opener: WarmOpener) -> N
 
 
 @pytest.mark.parametrize(
-    ("fixture", "task"),
+    ("name", "task"),
     [
-        ("tiny_bundle", IMAGES),
-        ("tracking_bundle", VIDEOS),
-        ("owl_bundle", DETECTION),
-        ("dino_bundle", DETECTION),
-        ("tiny_vlm_bundle", TEXT),
+        ("sam2-demo", IMAGES),
+        ("sam2-demo", VIDEOS),
+        ("owlv2-demo", DETECTION),
+        ("grounding-dino-demo", DETECTION),
+        ("smolvlm-demo", TEXT),
     ],
 )
-def test_every_family_runs_all_that_a_request_runs_and_keeps_nothing(
-    request: pytest.FixtureRequest, fixture: str, task: str
-) -> None:
-    bundle = request.getfixturevalue(fixture)
-    model = families.open_model(bundle, task, LoadOptions(device="cpu", threads=1, context=256), Job())
+def test_every_family_runs_its_graphs_and_keeps_nothing(name: str, task: str) -> None:
+    model = families.open_model(demo_path(name), task, LoadOptions(device="cpu", threads=1, context=256), Job())
     try:
         found: Any = model.video or model.detector or model.vlm or model.predictor
         before = _caches(found.info())
@@ -205,7 +203,7 @@ def test_every_family_runs_all_that_a_request_runs_and_keeps_nothing(
         assert _caches(found.info()) == before
         assert model.seen._seen == {}
         assert model.memory._best == {}
-        runs = _runs(found)
+        runs = [session.runs for session in _sessions(found)]
         assert runs
         assert min(runs) > 0
     finally:
@@ -217,8 +215,10 @@ def _caches(info: dict[str, Any]) -> dict[str, Any]:
     return {name: info[name] for name in names if name in info}
 
 
-def _runs(model: Any) -> list[int]:
-    if hasattr(model, "_sessions") and hasattr(model, "conversations"):
-        return [session.runs for session in model._sessions]
-    runs = model.runs
-    return list(runs.values() if isinstance(runs, dict) else runs)
+def _sessions(model: Any) -> list[Any]:
+    """Those that a request with points or a box, a class or a prompt launches."""
+    if hasattr(model, "predictor"):
+        return [*_sessions(model.predictor), *model._sessions.values()]
+    if hasattr(model, "_clicks"):
+        return [model._encoder, model._clicks._image, model._clicks._decoder]
+    return list(model._sessions)
