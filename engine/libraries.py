@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Callable, Iterable
@@ -24,6 +23,8 @@ Versions = Callable[[str], str | None]
 
 def installed_version(name: str) -> str | None:
     """Version of an installed distribution, or None."""
+    import importlib.metadata  # here: it brings a parser of e-mails
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

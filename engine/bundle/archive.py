@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import BundleError
-from .bundle import MAX_MANIFEST_BYTES, Bundle, check_manifest, parse_manifest
+from .bundle import Bundle, check_manifest, parse_manifest
 from .engines import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from .files import CHUNK, ZIP_ERRORS, Progress, Staging, check_names, os_errors
-from .manifest import MANIFEST_NAME, FileEntry, Manifest
+from .manifest import FileEntry, Manifest
+from .names import MANIFEST_NAME, MAX_MANIFEST_BYTES
 
 MAX_BYTES = 32 << 30
 MAX_FILES = 1000

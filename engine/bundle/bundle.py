@@ -17,9 +17,9 @@ from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError
 from .engines import ENGINES_FOLDER, INDEX_NAME, EngineIndex, read_index
 from .files import ZIP_ERRORS, check_names, hash_file, list_files, os_errors
-from .manifest import MANIFEST_NAME, PRECISIONS, SCHEMA_VERSION, FileEntry, GoldenSample, Manifest
+from .manifest import SCHEMA_VERSION, FileEntry, GoldenSample, Manifest
+from .names import MANIFEST_NAME, MAX_MANIFEST_BYTES, PRECISIONS
 
-MAX_MANIFEST_BYTES = 16 << 20
 MAX_NPZ_BYTES = 1 << 30
 """Most bytes one ``.npz`` may hold once unpacked."""
 

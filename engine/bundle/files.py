@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from ..errors import BundleError
-from .manifest import MANIFEST_NAME
+from .names import MANIFEST_NAME
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""

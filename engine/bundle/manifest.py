@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from .names import MANIFEST_NAME as MANIFEST_NAME
+from .names import NAME_PATTERN as NAME_PATTERN
+from .names import PRECISIONS as PRECISIONS
+from .names import Precision as Precision
 
 SCHEMA_VERSION = 2
 SINCE_2 = ("calibrations", "cpu_graphs")
 """Fields of `Manifest` that version 2 has; bundles with none of them are written as 1, which older versions read."""
-MANIFEST_NAME = "manifest.json"
-
-NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-"""Names of bundles, and of models in the provider; no path can be written with it."""
-
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-"""From full to reduced."""
 
 
 class _Model(BaseModel):

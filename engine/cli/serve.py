@@ -29,6 +29,15 @@ def serve(
     preload: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Load this model at start; may be repeated.")
     ] = None,
+    warm_up: Annotated[
+        bool | None,
+        typer.Option(
+            "--warm-up/--no-warm-up",
+            help="Run a model once when it is loaded, so that its first request is no slower than the next ones; "
+            "without, it is ready sooner. Default: on.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
@@ -84,6 +93,7 @@ def serve(
         store=store,
         demo=demo,
         preload=preload or None,
+        warm_up=warm_up,
         device=device if device != "auto" else None,
         backend=backend if backend != "auto" else None,
         precision=precision if precision != "auto" else None,

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..bundle.bundle import parse_manifest
 from ..bundle.files import ZIP_ERRORS
-from ..bundle.manifest import MANIFEST_NAME, NAME_PATTERN
+from ..bundle.names import MANIFEST_NAME, NAME_PATTERN
 from ..contracts import sam2
 from ..errors import BundleError, ContractError
 from .errors import InvalidRequestError, ModelNotFoundError
@@ -145,6 +144,8 @@ def refreshed(source: Source) -> Source:
 
 def tracks_at(source: Source) -> bool:
     """Whether the bundle there has what tracking needs; False for one that cannot be read, which loading tells."""
+    from ..bundle.bundle import parse_manifest
+
     try:
         manifest = parse_manifest(read_manifest(source.path))
         return tracks(manifest.family, manifest.constants)
@@ -194,6 +195,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _read_entry(name: str, source: Source) -> Entry | str:
+    from ..bundle.bundle import parse_manifest
+
     try:
         manifest = parse_manifest((source.path / MANIFEST_NAME).read_bytes())
         tracking = tracks(manifest.family, manifest.constants)

@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..bundle import BundleStore
 from ..errors import BundleError, CancelledError, DeviceError, EdgeError
 from .absent import AbsentTasks
 from .base import InferenceProvider
@@ -27,7 +26,6 @@ from .errors import InferenceError, InvalidRequestError, ModelNotFoundError, Pro
 from .families import IMAGES, TASKS, LoadedModel, Opener, open_model
 from .hardware import read_hardware
 from .jobs import JOB_CAP, JOB_TTL, JobStore, MemoryJobStore
-from .jobs_sqlite import SAVED_JOB_TTL, SqliteJobStore
 from .media import MediaPolicy
 from .models import ModelTable, Slot
 from .placement import auto_gpus
@@ -106,6 +104,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
             `SqliteJobStore`), any `JobStore`, or None for memory. Closed with the provider.
         job_ttl: Seconds that a tracking job is kept after its end; None for an hour in memory, a week in a file.
         job_cap: Tracking jobs that are kept; one more drops the oldest ended one, or is refused when all run.
+        warm_up: Run a model once after `instantiate_model` and `preload`, before they return, so that its first request
+            is no slower than the next ones; not when a request waits for it already.
         opener: Opens bundles; replaced in tests.
 
     Raises:
@@ -135,12 +135,26 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         jobs: JobStore | Path | str | None = None,
         job_ttl: float | None = None,
         job_cap: int = JOB_CAP,
+        warm_up: bool = True,
         opener: Opener = open_model,
     ) -> None:
         self._options = LoadOptions(
-            device, backend, precision, threads, cache_mb, verify, max_image_pixels, max_image_bytes, max_video_bytes
+            device,
+            backend,
+            precision,
+            threads,
+            cache_mb,
+            verify,
+            max_image_pixels,
+            max_image_bytes,
+            max_video_bytes,
+            warm_up=warm_up,
         ).check()
-        self._catalogue = Catalogue(BundleStore(store) if store is None or isinstance(store, str | Path) else store)
+        if store is None or isinstance(store, str | Path):
+            from ..bundle import BundleStore
+
+            store = BundleStore(store)
+        self._catalogue = Catalogue(store)
         # read_hardware is looked up at each call.
         budget = MemoryBudget(read_limits(memory_limits), lambda: read_devices(read_hardware()))
         self._table = ModelTable(opener, queue_depth, budget, auto_gpus)
@@ -149,6 +163,8 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         if jobs is None:
             jobs = MemoryJobStore(JOB_TTL if job_ttl is None else job_ttl, job_cap)
         elif isinstance(jobs, str | Path):
+            from .jobs_sqlite import SAVED_JOB_TTL, SqliteJobStore
+
             jobs = SqliteJobStore(jobs, SAVED_JOB_TTL if job_ttl is None else job_ttl, job_cap)
         self._video = VideoService(self._table, self._hold_tracking, self._media, jobs, queue_depth)
         self._text = TextService(self._table, self._hold_text, self._media, queue_depth)
@@ -224,16 +240,16 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         with provider_errors():
             infos, _ = await self._in_files(self._directory.offered, deadline)
             task = next((info.task for info in infos if info.name == name), IMAGES)
-            slot = await self._held(name, InferenceTask(task), deadline)
+            slot = await self._held(name, InferenceTask(task), deadline, loading=True)
             try:
                 await wait_for(slot.ready, deadline, f"Loading model '{name}'")
             finally:
-                self._table.let_go(slot)
+                self._table.let_go(slot, loading=True)
 
     def observe(self, observer: Observer | None) -> None:
         """Has the time of every stage told from now on; an addition of Pixano Edge to the interface. Stages:
-        ``load``, ``queue``, ``decode_image``, ``encode`` or ``cached_features``, ``decode_masks``, ``pack``,
-        ``detect`` and ``track`` (one prompt or frame)."""
+        ``load``, ``warm_up``, ``queue``, ``decode_image``, ``encode`` or ``cached_features``, ``decode_masks``,
+        ``pack``, ``detect`` and ``track`` (one prompt or frame)."""
         self._table.observer = observer
 
     async def job_counts(self) -> dict[str, int]:
@@ -256,10 +272,11 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
         for images, it is loaded anew with all graphs when the first request to track comes or when this asks for it.
 
         ``config.path`` is None for the store's bundle of that name, else a bundle folder, a ``.pxe`` file or the
-        name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb, verify and
-        context, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes. Loading the
-        same again does nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is unpacked to
-        the temporary folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the folder.
+        name of a bundle in the store. ``config.config`` takes device, backend, precision, threads, cache_mb, verify,
+        warm_up and context, ``config.processor_config`` takes max_image_pixels, max_image_bytes and max_video_bytes.
+        Loading the same again does nothing; while the first load runs, a second one waits for it. A ``.pxe`` file is
+        unpacked to the temporary folder and may hold `MAX_UNPACKED_BYTES` (4 GiB); unpack larger ones and give the
+        folder.
 
         Args:
             provider: ``edge`` or ``pixano-edge``.
@@ -606,11 +623,11 @@ class EdgeProvider(AbsentTasks, InferenceProvider):
     async def _hold_text(self, name: Any, deadline: Deadline) -> Slot:
         return await self._held(name, InferenceTask.TEXT_GENERATION, deadline)
 
-    async def _held(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:
+    async def _held(self, name: Any, task: InferenceTask, deadline: Deadline, *, loading: bool = False) -> Slot:
         """The slot of a model that does `task`, kept from being unloaded to make room; `ModelTable.let_go` ends it."""
         while True:
             slot = await self._slot(name, task, deadline)
-            if self._table.hold(slot):
+            if self._table.hold(slot, loading=loading):
                 return slot
 
     async def _slot(self, name: Any, task: InferenceTask, deadline: Deadline) -> Slot:

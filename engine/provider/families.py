@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from .errors import TaskNotSupportedError
 from .seen import SeenImages
 from .settings import LoadOptions
 from .types import InferenceTask
+from .warmup import Check, warm_detector, warm_masks, warm_text, warm_tracking
 from .worker import Job
 
 if TYPE_CHECKING:
@@ -99,6 +101,9 @@ class LoadedModel:
         detector: Answers requests for boxes, where it was loaded for that; used on the model's own thread only.
         cache: Counters of its cache of embeddings, from any thread; None where it has none.
         vlm: Answers in text, where it was loaded for that; used on the model's own thread only.
+        warm_up: Runs it once, see `warmup`; called on the model's own thread before its first request. None where it
+            ran at loading already, or cannot.
+        warmed_in: Seconds that its runs before the first request took; None where there were none.
     """
 
     predictor: MaskPredictor | None
@@ -121,6 +126,8 @@ class LoadedModel:
     detector: Detector | None = None
     cache: Callable[[], CacheStats] | None = None
     vlm: VisionLanguageModel | None = None
+    warm_up: Callable[[Check], None] | None = None
+    warmed_in: float | None = None
 
     def close(self) -> None:
         """Frees the sessions, their memory and temporary files."""
@@ -255,7 +262,7 @@ def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | N
     loaded = _loaded(bundle, kind, options, cleanup, predictor.info())
     loaded.predictor, loaded.shrink, loaded.use = predictor, predictor.cache.clear, predictor.memory
     loaded.cache = predictor.cache.stats
-    return loaded
+    return _to_warm(loaded, partial(warm_masks, predictor))
 
 
 def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
@@ -283,7 +290,7 @@ def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | No
         return video.memory() + MemoryUse(caches=maps * one)
 
     loaded.use = use
-    return loaded
+    return _to_warm(loaded, partial(warm_tracking, video))
 
 
 def _open_detector(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
@@ -301,7 +308,7 @@ def _open_detector(bundle: Any, kind: str, options: LoadOptions, cleanup: Path |
     loaded = _loaded(bundle, kind, options, cleanup, detector.info())
     loaded.task = InferenceTask.OBJECT_DETECTION
     loaded.detector, loaded.shrink, loaded.use = detector, detector.shrink, detector.memory
-    return loaded
+    return _to_warm(loaded, partial(warm_detector, detector))
 
 
 def _open_text(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, job: Job) -> LoadedModel:
@@ -320,7 +327,7 @@ def _open_text(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | Non
     loaded = _loaded(bundle, kind, options, cleanup, vlm.info())
     loaded.task = InferenceTask.TEXT_GENERATION
     loaded.vlm, loaded.shrink, loaded.use = vlm, vlm.shrink, vlm.memory
-    return loaded
+    return _to_warm(loaded, partial(warm_text, vlm))
 
 
 _OPENERS: Mapping[str, Callable[[Any, str, LoadOptions, Path | None, Job], LoadedModel]] = {
@@ -331,7 +338,15 @@ _OPENERS: Mapping[str, Callable[[Any, str, LoadOptions, Path | None, Job], Loade
 }
 
 
+def _to_warm(loaded: LoadedModel, run: Callable[[Check], None]) -> LoadedModel:
+    """The model, which `run` warms up unless it did that itself."""
+    if not loaded.warm:
+        loaded.warm_up = run
+    return loaded
+
+
 def _loaded(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, info: Mapping[str, Any]) -> LoadedModel:
+    warmed = info.get("warm_up")
     return LoadedModel(
         predictor=None,
         task=InferenceTask.MASK_GENERATION,
@@ -342,5 +357,6 @@ def _loaded(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | None, 
         details={key: info[key] for key in ("bundle", "architecture", "precision", "backend")},
         warnings=tuple(info["warnings"]),
         cleanup=cleanup,
-        warm=bool(info.get("warm_up")),
+        warm=bool(warmed),
+        warmed_in=warmed["seconds"] if warmed else None,
     )

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from ..bundle.manifest import MANIFEST_NAME
+from ..bundle.names import MANIFEST_NAME
 from ..runtime.memory import MemoryUse
 from .budget import Booking
 from .families import IMAGES

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..errors import CancelledError, EdgeError
 from ..runtime.memory import MemoryUse, readable
 from .budget import ADVICE, Booking, MemoryBudget
 from .catalogue import Source
@@ -124,19 +125,26 @@ class ModelTable:
         loading.add_done_callback(lambda done: self._loaded(slot, done))
         return slot, True
 
-    def hold(self, slot: Slot) -> bool:
-        """Keeps a slot from being unloaded to make room, until `let_go`. False when that has happened already."""
+    def hold(self, slot: Slot, *, loading: bool = False) -> bool:
+        """Keeps a slot from being unloaded to make room, until `let_go`. False when that has happened already.
+
+        Args:
+            slot: The slot.
+            loading: It is to be loaded, and no request comes after that; `let_go` must be told the same.
+        """
         with self._lock:
             if slot.evicted:
                 return False
             slot.users += 1
+            slot.loading += loading
             slot.touch()
             return True
 
-    def let_go(self, slot: Slot) -> None:
+    def let_go(self, slot: Slot, *, loading: bool = False) -> None:
         """Ends one `hold`."""
         with self._lock:
             slot.users -= 1
+            slot.loading -= loading
             slot.touch()
 
     def submit(self, slot: Slot, work: Callable[[LoadedModel, Job], T]) -> tuple[Job, Future[T]]:
@@ -204,7 +212,6 @@ class ModelTable:
                 # Set here, on the thread that will free it: when the load was aborted meanwhile, freeing comes right
                 # after, and with it the release of the booking.
                 slot.model = self._opener(slot.source.path, slot.task, options, job)
-            self._tell(slot, job)
             job.check()
             self._watch.loaded(slot.booking, slot.model, slot.tally, growth)
             if not self._make_room(slot.booking, f"'{slot.name}' takes more than it declared"):
@@ -213,10 +220,42 @@ class ModelTable:
                     f"there is room for. On {slot.booking.device}: {self.budget.explain(slot.booking.place)}",
                     ADVICE,
                 )
+            self._warm_up(slot, slot.model, job)
             return slot.model
         finally:
             if slot.model is None:
                 self.budget.release(slot.booking)
+            else:
+                self._tell(slot, job)
+
+    def _warm_up(self, slot: Slot, model: LoadedModel, job: Job) -> None:
+        """Runs a model once. A request that waits for it does the same and goes first; that a model cannot answer is
+        told, for it might answer what is really asked.
+
+        Raises:
+            CancelledError: The load was given up.
+        """
+
+        def check() -> None:
+            job.check()
+            if slot.awaited:
+                raise CancelledError("A request came.", "It is the warm-up.")
+
+        assert slot.booking is not None
+        if model.warm_up is None or not slot.options.warm_up or slot.awaited:
+            return
+        begun = time.perf_counter()
+        try:
+            with self._watch.request(slot.booking, model, slot.tally), job.stage("warm_up"):
+                model.warm_up(check)
+        except CancelledError:
+            job.check()
+            return
+        except EdgeError as error:
+            model.warnings = (*model.warnings, f"its first run after loading failed: {error.message}")
+            return
+        model.warmed_in = time.perf_counter() - begun
+        self._make_room(slot.booking, f"the first run made '{slot.name}' grow")
 
     def _admit(self, slot: Slot, job: Job) -> LoadOptions:
         """Gives a load its place in the books, unloading idle models where it must, and waits until they are gone.

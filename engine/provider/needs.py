@@ -21,12 +21,12 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..bundle.bundle import MAX_MANIFEST_BYTES, check_manifest, parse_manifest
 from ..bundle.files import ZIP_ERRORS
-from ..bundle.manifest import MANIFEST_NAME, Manifest
+from ..bundle.names import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from ..contracts import grounding_dino, sam2
 from ..contracts.base import GraphSpec, TensorSpec
 from ..errors import BundleError, ContractError
@@ -37,6 +37,9 @@ from .families import IMAGES
 from .settings import LoadOptions
 from .text_needs import with_conversations, without_caches
 from .video_needs import graphs_for, with_tracking
+
+if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest
 
 ACTIVATION_FACTOR = 24
 """Activations per byte of a graph's inputs and outputs. An estimate, not a measurement: SAM 2 at 1024 pixels has 29 MB
@@ -126,6 +129,8 @@ def declared(path: Path, options: LoadOptions, task: str = IMAGES) -> Declared:
 
     A bundle that cannot be read needs nothing here: opening it, which comes next, raises the error.
     """
+    from ..bundle.bundle import check_manifest, parse_manifest
+
     try:
         data = read_manifest(path)
         manifest = parse_manifest(data)

@@ -44,6 +44,7 @@ def server_info(
             "devices": hardware.gpu_dicts(),
             "reason": hardware.reason,
             "model_to_device": {name: model.device for name, model in loaded},
+            "warm_up": {name: model.warmed_in for name, model in loaded},
             "placement": {slot.name: slot.placement for slot in slots if slot.placement},
             "memory_total": hardware.memory_total,
             "memory_available": hardware.memory_available,

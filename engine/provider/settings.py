@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..bundle.manifest import PRECISIONS
+from ..bundle.names import PRECISIONS
 from ..runtime.factory import BACKENDS
 from .errors import InvalidRequestError
 
@@ -37,6 +37,8 @@ class LoadOptions:
         max_image_bytes: Larger encoded images are refused.
         max_video_bytes: Larger video files are refused.
         context: Tokens of prompt and answer together that a model for text has room for; None: 4096, or what it has.
+        warm_up: Run it once after a load that no request waits for, see `warmup`; off, it is ready sooner and its first
+            request is slower.
     """
 
     device: str = "auto"
@@ -49,6 +51,7 @@ class LoadOptions:
     max_image_bytes: int = DEFAULT_MAX_BYTES
     max_video_bytes: int = DEFAULT_MAX_VIDEO_BYTES
     context: int | None = None
+    warm_up: bool = True
 
     def updated(self, config: Mapping[str, Any], processor_config: Mapping[str, Any]) -> LoadOptions:
         """These settings with a request's own on top.
@@ -99,6 +102,7 @@ CONFIG_KEYS: Mapping[str, _Rule] = {
     "cache_mb": (_size, "MiB, 0 or more"),
     "verify": (lambda v: isinstance(v, bool), "true or false"),
     "context": (_whole, "a whole number of tokens above 0"),
+    "warm_up": (lambda v: isinstance(v, bool), "true or false"),
 }
 PROCESSOR_KEYS: Mapping[str, _Rule] = {
     "max_image_pixels": (_whole, "a whole number above 0"),

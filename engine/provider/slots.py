@@ -57,12 +57,18 @@ class Slot:
         self.replaced = False
         self.tally = Tally()
         self.users = 0  # requests between finding the slot and having their answer
+        self.loading = 0  # of the users, those who want it loaded and no answer
         self.turn = next(_CLOCK)  # order of use: times can be equal
         self.used_at = time.monotonic()
 
     def twin(self, source: Source, options: LoadOptions) -> bool:
         """Whether it is of this bundle and these settings, for whatever task."""
         return (self.source, self.options) == (source, options)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a request is on its way."""
+        return self.users > self.loading
 
     def touch(self) -> None:
         """Makes it the most recently used one."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ..bundle.manifest import Manifest
 from ..contracts import decoder as decoders
 from ..contracts.base import GraphSpec
 from ..contracts.decoder import DecoderConstants
-from ..models.decoder.model import DEFAULT_CONTEXT, DEFAULT_CONVERSATIONS
+from ..models.decoder.base import DEFAULT_CONTEXT, DEFAULT_CONVERSATIONS
 from ..runtime.memory import MemoryUse
 from .families import TEXT_FAMILIES
 from .settings import LoadOptions
+
+if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest
 
 
 def without_caches(manifest: Manifest, specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:

@@ -42,10 +42,11 @@ class ServerInfo:
         models_loaded: Models in memory now.
         num_gpus: CUDA devices that this process can see.
         gpu_info: ``devices`` (list of dicts, memory in bytes), ``reason`` (why there is none, or None),
-            ``model_to_device`` (loaded model -> device name), ``placement`` (model -> why it is there, with several
-            GPUs), ``memory_total``/``memory_available`` of the host, ``memory`` (per device: budget, reserved and
-            used bytes, what is free, and each model's share, see `MemoryBudget.snapshot`) and ``unloaded`` (models
-            that made room for others, and why).
+            ``model_to_device`` (loaded model -> device name), ``warm_up`` (loaded model -> seconds that it ran before
+            its first request, or None), ``placement`` (model -> why it is there, with several GPUs),
+            ``memory_total``/``memory_available`` of the host, ``memory`` (per device: budget, reserved and used bytes,
+            what is free, and each model's share, see `MemoryBudget.snapshot`) and ``unloaded`` (models that made room
+            for others, and why).
         models: Every model that a request may name, loaded or not.
         models_to_task: Model name -> task.
         ready: Whether requests are accepted.

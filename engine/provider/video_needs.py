@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ..bundle.manifest import Manifest
 from ..contracts import sam2_video
 from ..contracts.base import GraphSpec
 from ..contracts.sam2 import Sam2Constants
 from ..contracts.sam2_video import Sam2VideoConstants
 from ..runtime.memory import MemoryUse
 from .families import VIDEOS, tracks
+
+if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest
 
 TRACKED_OBJECTS = 8
 """Objects, with one prompt each, whose memories are declared for a model that tracks; what more of them take shows in

@@ -14,6 +14,7 @@ import uvicorn
 from ..errors import EdgeError
 from .app import create_app
 from .deadlines import with_head_deadline
+from .heap import share_heap
 from .logs import configure
 from .settings import ServerSettings
 
@@ -111,6 +112,7 @@ def serve(settings: ServerSettings, announce: Callable[[str], None] = lambda url
         EdgeError: The address is refused or taken, or the provider cannot be made.
     """
     settings.check_bind()
+    share_heap()
     configure(settings.log_level, settings.log_json)
     listening = bind(settings.host, settings.port)
     try:

@@ -59,6 +59,7 @@ class ServerSettings(BaseModel):
         manage_models: Whether ``POST`` and ``DELETE /v1/models`` answer; see `models_managed` for None.
         preload: Models to load at start.
         device, backend, precision, threads, cache_mb: Of models that are loaded on demand; see `EdgeProvider`.
+        warm_up: Run models once when they are loaded at start or by ``POST /v1/models``; see `EdgeProvider`.
         queue_depth: Requests that may wait per model, and clips it may track in at once.
         jobs: File in which tracking jobs outlive the server, or the folder of a ``jobs.sqlite``; text that ends with a
             slash is a folder, whether it is there or not. `MEMORY` or None for memory.
@@ -102,6 +103,7 @@ class ServerSettings(BaseModel):
     precision: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     cache_mb: float = Field(default=DEFAULT_CACHE_MB, ge=0)
+    warm_up: bool = True
     queue_depth: int = Field(default=QUEUE_DEPTH, ge=1)
     jobs: Path | None = None
     embedding_handles: bool = False

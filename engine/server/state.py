@@ -215,6 +215,7 @@ def make_provider(settings: ServerSettings) -> EdgeProvider:
         precision=settings.precision,
         threads=settings.threads,
         cache_mb=settings.cache_mb,
+        warm_up=settings.warm_up,
         media_roots=list(settings.media_roots),
         max_image_pixels=settings.media_max_image_pixels,
         max_image_bytes=settings.media_max_image_bytes,

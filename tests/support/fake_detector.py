@@ -104,6 +104,9 @@ class FakeDetector:
     def shrink(self) -> None:
         self.text_cache.clear()
 
+    def reset(self) -> None:
+        self.text_cache.clear()
+
     def close(self) -> None:
         self.closed = True
 

@@ -21,6 +21,10 @@ MAX_IMAGES = 64
 """Images of one prompt. Most models' context is full long before."""
 DEFAULT_NEW_TOKENS = 512
 """Pixano 0.8's default."""
+DEFAULT_CONTEXT = 4096
+"""Tokens of prompt and answer together, unless the model has less or another number is asked for."""
+DEFAULT_CONVERSATIONS = 2
+"""Answers that may be under way at once."""
 
 STOP = "stop"
 LENGTH = "length"

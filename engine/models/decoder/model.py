@@ -31,14 +31,23 @@ from ..text.pieces import Detokenizer, StopStrings
 from ..text.template import ChatTemplate
 from ..text.tokenizer import TextTokenizer, require_text_libraries
 from ..verdicts import VerdictStore
-from .base import LENGTH, MAX_IMAGES, STOP, STOP_STRING, Generated, GenerationOptions, Piece, Rgb, Usage
+from .base import (
+    DEFAULT_CONTEXT,
+    DEFAULT_CONVERSATIONS,
+    LENGTH,
+    MAX_IMAGES,
+    STOP,
+    STOP_STRING,
+    Generated,
+    GenerationOptions,
+    Piece,
+    Rgb,
+    Usage,
+)
 from .session import PREFILL_TOKENS, DecoderSession, Floats, Ids, Keys, Lane
 
 M = TypeVar("M", bound="DecoderModel")
 
-DEFAULT_CONTEXT = 4096
-"""Tokens of prompt and answer together, unless the model has less or another number is asked for."""
-DEFAULT_CONVERSATIONS = 2
 IMAGE_BYTES = 64 << 20
 """Default budget of image features: 25 large pictures of SmolVLM 256M (2.5 MB each)."""
 
@@ -297,11 +306,31 @@ class DecoderModel(abc.ABC):
             for index, token in enumerate(answer):
                 yield lane.step(token, self._position(prompt, index)).copy()
 
-    def warm_up(self) -> float:
-        """Runs the decoder for a short prompt, so that what is made once is made; seconds it took, also in `info`."""
+    @abc.abstractmethod
+    def warm_vision(self) -> None:
+        """Encodes a blank image of the smallest size, past the cache."""
+
+    def warm_up(self, check: Callable[[], None] | None = None) -> float:
+        """Runs each graph, the decoder for a short prompt, so that what is made once is made.
+
+        Caches and counters are as before. For a model that nobody uses yet.
+
+        Args:
+            check: Called between the steps; what it raises ends it.
+
+        Returns:
+            Seconds it took, also in `info`.
+        """
         started = time.perf_counter()
-        self.generate(read_conversation("Hello"), (), GenerationOptions(max_new_tokens=3))
-        self._decoder.forget()
+        before = self._answers, self._tokens, self._reused, self._encoded
+        try:
+            self.warm_vision()
+            if check is not None:
+                check()
+            self.generate(read_conversation("Hello"), (), GenerationOptions(max_new_tokens=3), check=check)
+        finally:
+            self._decoder.forget()
+            self._answers, self._tokens, self._reused, self._encoded = before
         seconds = time.perf_counter() - started
         self._warm_up = {"seconds": seconds}
         return seconds

@@ -102,6 +102,10 @@ class Detector(Protocol):
         """Drops what is kept between requests and can be computed again."""
         ...
 
+    def reset(self) -> None:
+        """As `shrink`, and the counters of what is kept start again."""
+        ...
+
     def close(self) -> None: ...
 
 

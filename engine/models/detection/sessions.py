@@ -96,6 +96,11 @@ class SessionDetector:
         for cache in self._caches.values():
             cache.clear()
 
+    def reset(self) -> None:
+        """Drops all features kept, and the counters of the caches."""
+        for cache in self._caches.values():
+            cache.reset()
+
     def close(self) -> None:
         """Waits for calls under way, then frees what `open` opened; later calls raise DeviceError."""
         with contextlib.ExitStack() as held:

@@ -98,6 +98,12 @@ class FeatureCache(Generic[Value]):
             self._entries.clear()
             self._bytes = 0
 
+    def reset(self) -> None:
+        """As new: forgets everything, and the counters start again."""
+        with self._lock:
+            self._entries.clear()
+            self._bytes = self._hits = self._misses = self._evictions = 0
+
     def stats(self) -> CacheStats:
         """Counters, taken at once."""
         with self._lock:

@@ -82,6 +82,11 @@ class Qwen2_5VlModel(DecoderModel):
         yield None
         return self.image_cache.get_or_create(digest, partial(self._run_vision, image))
 
+    def warm_vision(self) -> None:
+        """See `DecoderModel.warm_vision`."""
+        side = self.constants.patch_size * self.constants.merge_size
+        self._run_vision(np.zeros((side, side, 3), np.uint8))
+
     def _run_vision(self, image: Rgb) -> Floats:
         made = windows(image, self.constants, self._normaliser)
         with self._vision.lock:

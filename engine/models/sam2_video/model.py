@@ -101,7 +101,7 @@ class Sam2VideoModel:
                 if check is not None:
                     check()
                 predictor.warm_up()
-                model._stepper.warm_up()
+                model.warm_up()
             failed.pop_all()
         return model
 
@@ -147,6 +147,10 @@ class Sam2VideoModel:
             streaming=streaming,
             max_cond_frames=max_cond_frames,
         )
+
+    def warm_up(self) -> None:
+        """Tracks a blank object over two blank frames, past the cache; see `Sam2ImagePredictor.warm_up` for images."""
+        self._stepper.warm_up()
 
     def info(self) -> dict[str, Any]:
         """As `Sam2ImagePredictor.info`, with the three graphs of tracking; JSON-ready."""

@@ -96,6 +96,11 @@ class SmolVlmModel(DecoderModel):
             found.append(self.image_cache.get_or_create((digest, index), partial(run, index)))
         return np.concatenate(found)
 
+    def warm_vision(self) -> None:
+        """See `DecoderModel.warm_vision`."""
+        side = self.constants.image_size
+        self._run_vision(np.zeros((side, side, 3), np.uint8))
+
     def _run_vision(self, square: Rgb) -> Floats:
         """(L, D) features of one tile; a copy."""
         with self._vision.lock:

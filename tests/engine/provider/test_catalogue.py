@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pixano_edge.engine.provider import catalogue
+from pixano_edge.engine.bundle import bundle
 from pixano_edge.engine.provider.catalogue import Catalogue
 from pixano_edge.engine.provider.errors import InferenceError, InvalidRequestError, ModelNotFoundError
 from pixano_edge.engine.provider.types import ModelConfig
@@ -24,8 +24,8 @@ def known(root: Path) -> Catalogue:
 
 def test_scan_reads_a_manifest_once(known: Catalogue, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    parse = catalogue.parse_manifest
-    monkeypatch.setattr(catalogue, "parse_manifest", lambda data: reads.append(1) or parse(data))
+    parse = bundle.parse_manifest
+    monkeypatch.setattr(bundle, "parse_manifest", lambda data: reads.append(1) or parse(data))
     entries, faults = known.scan()
     assert sorted(entries) == ["alpha", "beta"]
     assert entries["alpha"].checkpoint == "test/alpha"
