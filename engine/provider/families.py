@@ -253,7 +253,7 @@ def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | N
         check=job.check,
     )
     loaded = _loaded(bundle, kind, options, cleanup, predictor.info())
-    loaded.predictor, loaded.shrink, loaded.use = predictor, predictor.cache.clear, predictor.memory
+    loaded.predictor, loaded.shrink, loaded.use = predictor, predictor.shrink, predictor.memory
     loaded.cache = predictor.cache.stats
     return loaded
 
@@ -274,7 +274,7 @@ def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | No
     )
     loaded = _loaded(bundle, kind, options, cleanup, video.info())
     loaded.task = InferenceTask.VIDEO_MASK_GENERATION
-    loaded.predictor, loaded.shrink, loaded.video = video.predictor, video.predictor.cache.clear, video
+    loaded.predictor, loaded.shrink, loaded.video = video.predictor, video.predictor.shrink, video
     loaded.cache = video.predictor.cache.stats
     one = map_bytes(video.predictor.constants, video.video)
 

@@ -84,9 +84,9 @@ def _most(a: int | None, b: int | None) -> int | None:
 class ReportsMemory(Protocol):
     """A session whose back end knows more than its bindings.
 
-    ONNX Runtime gives the size of its graph file as `weights`; it does not tell what it allocates, so a `GrowthMeter`
-    around opening and first runs does. TensorRT gives the engine's weights, and its scratch memory as `shared` where
-    sessions take turns with it, else as `activations`.
+    ONNX Runtime gives as `weights` what the bundle says of its graph, else the size of the file; it does not tell what
+    it allocates, so a `GrowthMeter` around opening and first runs does. TensorRT gives the engine's weights, and its
+    scratch memory as `shared` where sessions take turns with it, else as `activations`.
     """
 
     def memory(self) -> MemoryUse:

@@ -222,6 +222,8 @@ class DecoderSession:
             extra = self._free[1:]
             self._free = self._free[:1]
             self._all = [lane for lane in self._all if lane not in extra]
+        for lane in extra:  # not under the condition: a run that ends takes it with the session's lock held
+            self.decoder.drop(lane.cache)
 
     def close(self) -> None:
         """Frees the caches; answers under way fail at their next step."""
