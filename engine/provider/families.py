@@ -208,6 +208,16 @@ def check_task(family: str, task: str, name: str, tracking: bool = False) -> str
     raise TaskNotSupportedError(f"Bundle '{name}' ({family}) does {' and '.join(can)}, not {task}.", action)
 
 
+def facts_of(input_data: Any, model: LoadedModel) -> dict[str, Any]:
+    """What the metadata of an answer tell of the request and of the model that gave it."""
+    return {
+        "model_name": input_data.model,
+        "model_class": model.model_class,
+        "device": model.device,
+        **model.details,
+    }
+
+
 def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedModel:
     """The `Opener` for real bundles: a folder, or a ``.pxe`` file that is unpacked to a temporary folder.
 

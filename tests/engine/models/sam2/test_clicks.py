@@ -99,6 +99,7 @@ def test_older_bundles_and_other_precisions_run_the_mask_decoder(
 
 def test_an_image_is_prepared_once_and_few_are_kept(predictor: Sam2ImagePredictor, plain: Sam2ImagePredictor) -> None:
     images = [procedural_image(60 + i, 70) for i in range(clicks.KEPT_IMAGES + 1)]
+    ask(predictor, POINT)  # makes the sessions' own buffers
     predictor.shrink()
     start, before = predictor.info()["clicks"]["images_prepared"], predictor.memory()
     for _ in range(2):
