@@ -167,12 +167,14 @@ def manifest_needs(
         spare = 0
     if manifest.family == grounding_dino.FAMILY:  # it keeps features of text alone
         caches = min(caches, TEXT_BYTES)
+    in_ram = manifest.family != sam2.FAMILY and options.device != "cpu"  # wherever the graphs run
     use = MemoryUse(
         weights=sum(g.weights for g in graphs.values()),
         activations=sum(own) if own else None,
         shared=max(scratch, default=None),
         bindings=sum(tensors.values()) + spare,
-        caches=caches,
+        caches=0 if in_ram else caches,
+        host=caches if in_ram else None,
     )
     use += _own_on_cpu(manifest, options)
     use = with_conversations(use, manifest, options)

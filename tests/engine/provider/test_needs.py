@@ -90,6 +90,14 @@ def test_what_clicks_on_a_cpu_prepare_of_an_image_counts() -> None:
     assert bindings[0] - bindings[1] == prepared
 
 
+@pytest.mark.parametrize("name", ["grounding-dino-demo", "owlv2-demo", "smolvlm-demo"])
+def test_features_that_lie_in_ram_are_no_memory_of_a_gpu(name: str) -> None:
+    path, features = BundleStore().path(name), 3 * MIB
+    on_cpu, on_gpu = (declared_needs(path, LoadOptions(device=device, cache_mb=3)) for device in ("cpu", "cuda:0"))
+    assert (on_cpu.host, on_gpu.host) == (None, features)
+    assert (on_cpu.caches or 0) - (on_gpu.caches or 0) == features
+
+
 def test_engines_built_here_count_on_gpus(bundle: Path, home: Path) -> None:
     _engine(home / "engines" / ("0" * 16) / "one.engine", 500)
     _engine(home / "engines" / ("0" * 16) / "two.engine", 900)
