@@ -108,7 +108,7 @@ def test_prompts_beyond_the_clip(frame: int) -> None:
         (Prompt(), "is empty"),
         (Prompt(points=[]), "is empty"),
         (Prompt(box=[]), "is empty"),
-        (Prompt(points=[[1, 2], [3]]), "points"),  # type: ignore[list-item]
+        (Prompt(points=[[1, 2], [3]]), "points"),
         (Prompt(points=[[1, 2]], labels=[2]), "labels"),
         (Prompt(box=[9, 9, 5, 5]), "no area"),
     ],
