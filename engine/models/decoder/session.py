@@ -211,7 +211,8 @@ class DecoderSession:
             with self._changed:
                 self._turn += 1
                 lane.turn = self._turn
-                self._free.append(lane)
+                if not self._closed:  # else its cache goes now
+                    self._free.append(lane)
                 self._changed.notify()
 
     def forget(self) -> None:

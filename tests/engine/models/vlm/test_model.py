@@ -254,6 +254,7 @@ def test_closing(exported: Exported) -> None:
     model.close()
     with pytest.raises(DeviceError, match="closed"):
         list(stream)
+    assert model._decoder._free == [], "the conversation that was under way frees its cache"
     with pytest.raises(DeviceError, match="closed"):
         model.generate(ask(), [IMAGE])
 
