@@ -156,6 +156,12 @@ class Bundle:
             return None
         return self.root / found.file, _CPU[self.manifest.family](self.manifest.constants)[graph]
 
+    def weight_bytes(self, file: Path) -> int | None:
+        """Bytes of the weights of a graph's file once loaded; None where the size of the file says it."""
+        held = [v for graph in self.manifest.graphs.values() for v in graph.variants.values()]
+        held += self.manifest.cpu_graphs.values()
+        return max((v.weight_bytes for v in held if self.root / v.file == file and v.weight_bytes), default=None)
+
     def variants(self) -> list[str]:
         """Precisions that every graph has as plain ONNX, from full to reduced."""
         held = [

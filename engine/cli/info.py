@@ -98,9 +98,10 @@ def _memory_text(memory: dict[str, Any]) -> str:
     """``weights 8.8 MiB (size of the files), work memory 30.0 MiB (an estimate), ...``."""
     parts, sources = memory["parts"], memory["sources"]
     work = (parts["activations"] or 0) + (parts["shared"] or 0)
+    caches = (parts["caches"] or 0) + (parts["host"] or 0)
     return (
         f"weights {bytes_text(parts['weights'])} ({sources['weights']}), work memory {bytes_text(work)} "
-        f"({sources['work']}), bound tensors {bytes_text(parts['bindings'])}, cache up to {bytes_text(parts['caches'])}"
+        f"({sources['work']}), bound tensors {bytes_text(parts['bindings'])}, cache up to {bytes_text(caches)}"
     )
 
 

@@ -350,8 +350,15 @@ def _open_sessions(
         for name in attempt.specs:
             attempt.check()
             spec = spec_of(attempt.bundle, name, found, attempt.specs[name])
+            file = found.files[name]
             sessions[name] = open_session(
-                found.files[name], spec, on, backend=found.backend, threads=attempt.asked.threads, options=options
+                file,
+                spec,
+                on,
+                backend=found.backend,
+                threads=attempt.asked.threads,
+                options=options,
+                weight_bytes=attempt.bundle.weight_bytes(file),
             )
             own.callback(sessions[name].close)
         opened.enter_context(own.pop_all())

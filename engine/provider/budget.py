@@ -27,6 +27,9 @@ ADVICE = (
     "or set the limit in bytes (memory_limits, PIXANO_EDGE_MEMORY) if you know that it fits."
 )
 
+RAM = "cpu"
+"""The pool of the CPU, and of GPUs that share its memory."""
+
 _RECHECK = 0.1
 
 
@@ -98,6 +101,10 @@ class Booking:
         """Device whose memory it takes."""
         return self.place.pool
 
+    def takes(self, use: MemoryUse, pool: str) -> int:
+        """Bytes of `use` that are in a pool: a model on a GPU may keep some in RAM, too."""
+        return (use.total if self.pool == pool else 0) + ((use.host or 0) if pool == RAM else 0)
+
     def describe(self) -> str:
         """``sam2 1.20 GiB (loading)``."""
         state = "" if self.state == "loaded" else f" ({self.state})"
@@ -141,9 +148,10 @@ class Room:
 
     def without(self, booking: Booking) -> Room:
         """The same pool once a model that stays is gone."""
-        used = (booking.used or booking.need).total
+        used = booking.takes(booking.used or booking.need, booking.pool)
         reported = None if self.reported is None else self.reported + used
-        return replace(self, committed=self.committed - booking.need.total, reported=reported)
+        committed = self.committed - booking.takes(booking.need, booking.pool)
+        return replace(self, committed=committed, reported=reported)
 
 
 class MemoryBudget:
@@ -279,7 +287,6 @@ class MemoryBudget:
 
     def _account(self, device: DeviceMemory) -> dict[str, Any]:
         room = self._room(device)
-        there = [b for b in self._bookings if b.pool == device.pool]
         return {
             "device": device.name,
             "pool": device.pool,
@@ -287,7 +294,7 @@ class MemoryBudget:
             "memory_free": device.free,
             "budget": room.limit,
             "reserved": room.committed + room.leaving,
-            "used": sum(b.used.total for b in there if b.used is not None),
+            "used": sum(b.takes(b.used, device.pool) for b in self._bookings if b.used is not None),
             "budget_free": None if room.left is None else max(0, room.left - room.leaving),
             "over": 0 if room.left is None else max(0, -room.left),
             "models": [
@@ -299,7 +306,7 @@ class MemoryBudget:
                     "parts": b.need.parts(),
                     "sources": {part: SOURCES[source] for part, source in b.sources.items()},
                 }
-                for b in there
+                for b in self._bookings
                 if b.device == device.name
             ],
         }
@@ -312,14 +319,14 @@ class MemoryBudget:
         return [b for b in self._bookings if b.pool == pool and b.state == "leaving"]
 
     def _room(self, device: DeviceMemory) -> Room:
-        there = [b for b in self._bookings if b.pool == device.pool]
-        leaving = self._leaving(device.pool)
+        pool = device.pool
+        leaving = [b for b in self._bookings if b.state == "leaving"]
         reported = device.free
         if reported is not None:
-            reported -= sum(b.need.at_once for b in there if b.state == "loading")
-            reported += sum((b.used or b.need).total for b in leaving)
-        total = sum(b.need.total for b in there)
-        gone = sum(b.need.total for b in leaving)
+            reported -= sum(b.need.at_once for b in self._bookings if b.state == "loading" and b.pool == pool)
+            reported += sum(b.takes(b.used or b.need, pool) for b in leaving)
+        total = sum(b.takes(b.need, pool) for b in self._bookings)
+        gone = sum(b.takes(b.need, pool) for b in leaving)
         return Room(self.limit(device), total - gone, gone, reported, isinstance(self._chosen(device), int))
 
     def _explain(self, device: DeviceMemory, need: MemoryUse | None, room: Room) -> str:
@@ -328,6 +335,8 @@ class MemoryBudget:
             named = ", ".join(f"{k} {readable(v)}" for k, v in need.parts().items() if v)
             parts.append(f"it needs {readable(need.total)}" + (f" ({named})" if named else ""))
         there = [b.describe() for b in self._bookings if b.pool == device.pool]
+        beside = sum(b.takes(b.need, device.pool) for b in self._bookings if b.pool != device.pool)
+        there += [f"{readable(beside)} for models on GPUs"] if beside else []
         limit = "no budget is known" if room.limit is None else f"the budget is {readable(room.limit)}"
         parts.append(f"{limit} of {readable(device.total)}")
         parts.append(f"models hold {', '.join(there) or 'nothing'}")

@@ -215,6 +215,16 @@ def check_task(family: str, task: str, name: str, tracking: bool = False) -> str
     raise TaskNotSupportedError(f"Bundle '{name}' ({family}) does {' and '.join(can)}, not {task}.", action)
 
 
+def facts_of(input_data: Any, model: LoadedModel) -> dict[str, Any]:
+    """What the metadata of an answer tell of the request and of the model that gave it."""
+    return {
+        "model_name": input_data.model,
+        "model_class": model.model_class,
+        "device": model.device,
+        **model.details,
+    }
+
+
 def open_model(path: Path, task: str, options: LoadOptions, job: Job) -> LoadedModel:
     """The `Opener` for real bundles: a folder, or a ``.pxe`` file that is unpacked to a temporary folder.
 
@@ -260,7 +270,7 @@ def _open_images(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | N
         check=job.check,
     )
     loaded = _loaded(bundle, kind, options, cleanup, predictor.info())
-    loaded.predictor, loaded.shrink, loaded.use = predictor, predictor.cache.clear, predictor.memory
+    loaded.predictor, loaded.shrink, loaded.use = predictor, predictor.shrink, predictor.memory
     loaded.cache = predictor.cache.stats
     return _to_warm(loaded, partial(warm_masks, predictor))
 
@@ -281,7 +291,7 @@ def _open_video(bundle: Any, kind: str, options: LoadOptions, cleanup: Path | No
     )
     loaded = _loaded(bundle, kind, options, cleanup, video.info())
     loaded.task = InferenceTask.VIDEO_MASK_GENERATION
-    loaded.predictor, loaded.shrink, loaded.video = video.predictor, video.predictor.cache.clear, video
+    loaded.predictor, loaded.shrink, loaded.video = video.predictor, video.predictor.shrink, video
     loaded.cache = video.predictor.cache.stats
     one = map_bytes(video.predictor.constants, video.video)
 

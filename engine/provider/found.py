@@ -36,7 +36,7 @@ class Found:
         if key is None or used is None or (used.activations is None and used.shared is None):
             return
         with self._lock:
-            self._kept[key] = (booking.device, replace(used, bindings=None, caches=None))
+            self._kept[key] = (booking.device, replace(used, bindings=None, caches=None, host=None))
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)

@@ -172,25 +172,35 @@ def manifest_needs(
         spare = 0
     if manifest.family == grounding_dino.FAMILY:  # it keeps features of text alone
         caches = min(caches, TEXT_BYTES)
+    in_ram = manifest.family != sam2.FAMILY and options.device != "cpu"  # wherever the graphs run
     use = MemoryUse(
-        weights=sum(g.weights for g in graphs.values()) + _own_on_cpu(manifest, options),
+        weights=sum(g.weights for g in graphs.values()),
         activations=sum(own) if own else None,
         shared=max(scratch, default=None),
         bindings=sum(tensors.values()) + spare,
-        caches=caches,
+        caches=0 if in_ram else caches,
+        host=caches if in_ram else None,
     )
+    use += _own_on_cpu(manifest, options)
     use = with_conversations(use, manifest, options)
     return Declared(
         use, _weakest(g.weights_from for g in graphs.values()), _weakest(g.work_from for g in graphs.values())
     )
 
 
-def _own_on_cpu(manifest: Manifest, options: LoadOptions) -> int:
-    """Weights of the graphs that only ONNX Runtime on a CPU loads, beside those that they stand for."""
+def _own_on_cpu(manifest: Manifest, options: LoadOptions) -> MemoryUse:
+    """The graphs that only ONNX Runtime on a CPU loads, beside those that they stand for: their weights, and what they
+    prepare of an image. What they prepare of more images comes out of the cache."""
     if options.device != "cpu" or options.precision not in ("auto", FULL):
-        return 0
-    own = [entry for name, entry in manifest.cpu_graphs.items() if name not in manifest.graphs]
-    return sum(entry.weight_bytes or _file(manifest, entry.file) for entry in own)
+        return MemoryUse()
+    own = {name: entry for name, entry in manifest.cpu_graphs.items() if name not in manifest.graphs}
+    prepared = 0
+    if sam2.IMAGE_PREPARE in own:
+        spec = sam2.click_graphs(sam2.Sam2Constants.from_dict(manifest.constants))[sam2.IMAGE_PREPARE]
+        prepared = _nbytes(spec.outputs, spec)
+    return MemoryUse(
+        weights=sum(entry.weight_bytes or _file(manifest, entry.file) for entry in own.values()), bindings=prepared
+    )
 
 
 def _weakest(sources: Iterable[str]) -> str:

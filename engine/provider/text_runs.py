@@ -140,6 +140,8 @@ class TextRun:
             if isinstance(found, Generated):
                 self._answer = found
                 return _LAST
+            if found is _LAST:  # without an answer, which `finish` says
+                return _LAST
             if isinstance(found, Piece) and found.text:
                 self._append(found.text)
             if time.monotonic() >= until:
@@ -207,7 +209,7 @@ class Turns:
         if model is None or model.vlm is None:
             return
         with self._lock:
-            active, queue = self._active.setdefault(slot, set()), self._queues.setdefault(slot, [])
+            active, queue = self._active.get(slot, set()), self._queues.get(slot, [])
             if run in active:
                 return
             if run.over:
@@ -215,10 +217,10 @@ class Turns:
                     queue.remove(run)
                 begins = False
             elif len(active) < model.vlm.conversations:
-                active.add(run)
+                self._active.setdefault(slot, set()).add(run)
                 begins = True
             else:
-                queue.append(run)
+                self._queues.setdefault(slot, []).append(run)
                 return
         if begins:
             run.begin()

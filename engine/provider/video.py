@@ -92,9 +92,23 @@ class VideoService:
         """Lets a failed job go on; see `EdgeProvider.resume_video_mask_generation_job`."""
         record = found(self._store, job_id)
         if record.state != RUNNING:
-            request, media = await self._in_files(lambda: self._store.resume(job_id), deadline)
+            reopened = False  # set on the thread for files: a caller may leave while the store still writes
+
+            def reopen() -> tuple[Any, MediaPolicy]:
+                nonlocal reopened
+                kept = self._store.resume(job_id)
+                reopened = True
+                return kept
+
+            detail = ""
+
+            def give_up() -> None:
+                if reopened:
+                    self._store.update(job_id, state=FAILED, detail=detail, ended=datetime.now(timezone.utc))
+
             started = False
             try:
+                request, media = await self._in_files(reopen, deadline)
                 await self._begin(request, deadline, JobLog(self._store, job_id), record, None, media)
                 started = True
             except EdgeError as error:
@@ -105,8 +119,7 @@ class VideoService:
                 raise
             finally:
                 if not started:
-                    ended = {"state": FAILED, "detail": detail, "ended": datetime.now(timezone.utc)}
-                    self._files.submit(lambda: self._store.update(job_id, **ended))
+                    self._afterwards(give_up)
         return status_of(self._store, job_id)
 
     def jobs(self) -> list[VideoMaskGenerationJobStatus]:
@@ -263,10 +276,14 @@ class VideoService:
     def _drop(self, run: Run) -> None:
         """Ends a run that was not started; where its job is just being written, after that."""
         error = InferenceError("The caller left while the job was submitted.", "Submit it again.")
+        self._afterwards(lambda: run.drop(error))
+
+    def _afterwards(self, work: Callable[[], None]) -> None:
+        """Runs `work` after what is just being written."""
         try:
-            self._files.submit(run.drop, error)
-        except RuntimeError:  # it was shut down
-            run.drop(error)
+            self._files.submit(work)
+        except RuntimeError:  # the thread was shut down: nothing is being written
+            work()
 
     def _gone(self, run: Run) -> None:
         with self._lock:

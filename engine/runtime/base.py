@@ -214,6 +214,12 @@ class Session(abc.ABC):
             self._bindings[key] = binding
             return binding
 
+    def drop(self, owner: Hashable) -> None:
+        """Forgets the bindings of an owner who is done, and with them the buffers that it bound."""
+        with self.lock:
+            for key in [key for key in self._bindings if key[0] is owner]:
+                del self._bindings[key]
+
     def _make_room(self, nbytes: int) -> None:
         """Drops bindings, the least recently used first, until one more of this size fits."""
         while self._bindings and (

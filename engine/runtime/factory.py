@@ -50,6 +50,7 @@ def open_session(
     backend: str = "auto",
     threads: int | None = None,
     options: Mapping[str, Any] | None = None,
+    weight_bytes: int | None = None,
 ) -> Session:
     """Opens one graph file on a device and checks it against its contract.
 
@@ -62,6 +63,7 @@ def open_session(
             file by itself.
         threads: Threads per run on a CPU; None for the back end's default. TensorRT has none.
         options: Options of the back end, see `OrtOptions` and `TrtOptions`.
+        weight_bytes: See `OrtSession`; an engine file tells it itself.
 
     Raises:
         DeviceError: Unknown back end, or the file or the provider does not load.
@@ -80,7 +82,7 @@ def open_session(
                 f"Back end '{backend}' is not provider '{options['provider']}'.", "Use --backend onnxruntime with it."
             )
     reason = "auto: the back end for ONNX files" if backend == "auto" else ""
-    return OrtSession(path, spec, device, threads=threads, options=options, reason=reason)
+    return OrtSession(path, spec, device, threads=threads, options=options, weight_bytes=weight_bytes, reason=reason)
 
 
 def open_engine(

@@ -1,7 +1,7 @@
 """How much memory sessions take: what they report themselves, what can be measured, and how running out looks.
 
-`MemoryUse` is the unit of the provider's books. Figures are bytes on the session's own device; page-locked host
-copies of a GPU model are not in them.
+`MemoryUse` is the unit of the provider's books. Figures are bytes on the session's own device, but for `host`;
+page-locked host copies of a GPU model are not in them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class MemoryUse:
         shared: Scratch memory that the sessions of one device use in turns.
         bindings: Bound inputs and outputs.
         caches: Kept between requests: image features, memory banks, KV caches.
+        host: Kept between requests in RAM by a model on a GPU; what its device holds, and so `total`, is without it.
     """
 
     weights: int | None = None
@@ -38,11 +39,12 @@ class MemoryUse:
     shared: int | None = None
     bindings: int | None = None
     caches: int | None = None
+    host: int | None = None
 
     @property
     def total(self) -> int:
-        """All known parts."""
-        return sum(v for v in self.parts().values() if v is not None)
+        """All known parts on the device."""
+        return sum(v for k, v in self.parts().items() if k != "host" and v is not None)
 
     @property
     def at_once(self) -> int:
@@ -56,10 +58,10 @@ class MemoryUse:
     def corrected(self, found: MemoryUse) -> MemoryUse:
         """These declared figures with those of `found` in their place.
 
-        What grows in use (`bindings`, `caches`) is never lowered: it was declared for later. A back end that found
-        `shared` scratch memory has its activations there.
+        What grows in use (`bindings`, `caches`, `host`) is never lowered: it was declared for later. A back end that
+        found `shared` scratch memory has its activations there.
         """
-        grows = ("bindings", "caches")
+        grows = ("bindings", "caches", "host")
         values = {
             name: known if new is None else _most(known, new) if name in grows else new
             for (name, known), new in zip(self.parts().items(), found.parts().values())
@@ -84,9 +86,9 @@ def _most(a: int | None, b: int | None) -> int | None:
 class ReportsMemory(Protocol):
     """A session whose back end knows more than its bindings.
 
-    ONNX Runtime gives the size of its graph file as `weights`; it does not tell what it allocates, so a `GrowthMeter`
-    around opening and first runs does. TensorRT gives the engine's weights, and its scratch memory as `shared` where
-    sessions take turns with it, else as `activations`.
+    ONNX Runtime gives as `weights` what the bundle says of its graph, else the size of the file; it does not tell what
+    it allocates, so a `GrowthMeter` around opening and first runs does. TensorRT gives the engine's weights, and its
+    scratch memory as `shared` where sessions take turns with it, else as `activations`.
     """
 
     def memory(self) -> MemoryUse:

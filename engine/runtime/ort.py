@@ -74,6 +74,8 @@ class OrtSession(Session):
         threads: Threads per run; None leaves it to ONNX Runtime (physical cores), but no more than this process may
             use; 1 on a GPU.
         options: See `OrtOptions`.
+        weight_bytes: Bytes of the weights once loaded, where the file and those named after it do not tell: they lie
+            in another graph's file, or in a narrower type.
 
     Raises:
         MissingDependencyError: No ONNX Runtime, or the plug-in provider, is installed.
@@ -92,6 +94,7 @@ class OrtSession(Session):
         *,
         threads: int | None = None,
         options: Mapping[str, Any] | None = None,
+        weight_bytes: int | None = None,
         reason: str = "",
     ) -> None:
         super().__init__(spec, device)
@@ -102,7 +105,8 @@ class OrtSession(Session):
         self._reason = reason
         if not self._path.is_file():
             raise BundleError(f"There is no graph file at '{self._path}'.", "Check the bundle with: pixano-edge verify")
-        self._weights = graph_bytes(self._path)  # now: the file may be gone while the session goes on
+        # Now: the file may be gone while the session goes on.
+        self._weights = graph_bytes(self._path) if weight_bytes is None else weight_bytes
         self._on_gpu = device.kind == "cuda"
         self._threads = thread_count(threads, self._on_gpu)
         self._provider = find_provider(self._options.provider, device)
@@ -304,7 +308,7 @@ class OrtSession(Session):
         return self.device.download(buffer)
 
     def memory(self) -> MemoryUse:
-        """Weights, as large as the file; what ONNX Runtime takes for intermediate tensors is not known."""
+        """Weights, as was said at opening or as large as the file; what else ONNX Runtime takes is not known."""
         return MemoryUse(weights=self._weights)
 
     def end_profile(self) -> Path:

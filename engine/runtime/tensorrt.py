@@ -174,6 +174,12 @@ class TrtSession(Session):
                 self._bindings.clear()
                 return super().prepare(given, borrowed, owner)
 
+    def drop(self, owner: Hashable) -> None:
+        with self.lock:
+            mine = [binding for key, binding in self._bindings.items() if key[0] is owner]
+            super().drop(owner)
+            self._drop(mine)
+
     def _make_room(self, nbytes: int) -> None:
         before = list(self._bindings.values())
         super()._make_room(nbytes)

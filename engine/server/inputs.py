@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 from ..provider.seen import EchoedFeatures
@@ -116,7 +115,7 @@ def tracking_input(
 async def text_input(
     wire: schemas.VlmRequest, media: Media, images: list[bytes] | None = None
 ) -> TextImageConditionalGenerationInput:
-    """Text about images; URLs, also those within messages, are fetched, and become ``data:`` URIs."""
+    """Text about images; URLs, also those within messages, are fetched."""
     allowance = media.allowance()
     given: Any = images if images is not None else list(wire.images or []) or None
     if given is not None:
@@ -142,7 +141,6 @@ async def _message(message: dict[str, Any], media: Media, allowance: Allowance) 
         image = part.get("image_url") if isinstance(part, dict) else None
         url = image.get("url") if isinstance(image, dict) else image
         if is_url(url):
-            fetched = await media.fetched(url, allowance=allowance)
-            part = {**part, "image_url": {"url": f"data:image/x-fetched;base64,{base64.b64encode(fetched).decode()}"}}
+            part = {**part, "image_url": {"url": await media.fetched(url, allowance=allowance)}}
         parts.append(part)
     return {**message, "content": parts}

@@ -357,9 +357,11 @@ class DecoderModel(abc.ABC):
         }
 
     def memory(self) -> MemoryUse:
-        """Bytes that sessions, their buffers and KV caches take now; image features lie in host memory."""
-        cached = self.image_cache.stats().bytes if self.device.kind == "cpu" else 0
-        return model_memory(self._sessions, cached + self._decoder.nbytes)
+        """Bytes that sessions, their buffers and KV caches take now; image features lie in RAM."""
+        cached, conversations = self.image_cache.stats().bytes, self._decoder.nbytes
+        if self.device.kind == "cpu":
+            return model_memory(self._sessions, cached + conversations)
+        return model_memory(self._sessions, conversations) + MemoryUse(host=cached)
 
     def shrink(self) -> None:
         """Drops image features, and the caches of ended conversations but one."""

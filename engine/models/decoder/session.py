@@ -211,7 +211,8 @@ class DecoderSession:
             with self._changed:
                 self._turn += 1
                 lane.turn = self._turn
-                self._free.append(lane)
+                if not self._closed:  # else its cache goes now
+                    self._free.append(lane)
                 self._changed.notify()
 
     def forget(self) -> None:
@@ -222,6 +223,8 @@ class DecoderSession:
             extra = self._free[1:]
             self._free = self._free[:1]
             self._all = [lane for lane in self._all if lane not in extra]
+        for lane in extra:  # not under the condition: a run that ends takes it with the session's lock held
+            self.decoder.drop(lane.cache)
 
     def close(self) -> None:
         """Frees the caches; answers under way fail at their next step."""

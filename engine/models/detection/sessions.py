@@ -87,9 +87,11 @@ class SessionDetector:
         }
 
     def memory(self) -> MemoryUse:
-        """Bytes that sessions and their buffers take now; cached features lie in host memory."""
+        """Bytes that sessions and their buffers take now; cached features lie in RAM."""
         cached = sum(cache.stats().bytes for cache in self._caches.values())
-        return model_memory(self._sessions, cached if self._device.kind == "cpu" else 0)
+        if self._device.kind == "cpu":
+            return model_memory(self._sessions, cached)
+        return model_memory(self._sessions) + MemoryUse(host=cached)
 
     def shrink(self) -> None:
         """Drops all features kept."""

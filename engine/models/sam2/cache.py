@@ -196,11 +196,12 @@ class CacheStats:
 
 
 class _Flight:
-    """A computation under way; `features` stays None when it failed."""
+    """A computation under way; `features` stays None when it failed, `reserved` is what the budget holds for them."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
         self.features: Features | None = None
+        self.reserved = 0
 
 
 class EmbeddingCache:
@@ -220,7 +221,7 @@ class EmbeddingCache:
         self._entries: OrderedDict[EmbeddingKey, Features] = OrderedDict()
         self._flights: dict[EmbeddingKey, _Flight] = {}
         self._bytes = 0
-        self._reserved = 0
+        self._reserved = self._lent = 0
         self._hits = self._misses = self._evictions = 0
 
     def find(self, key: EmbeddingKey) -> Features | None:
@@ -253,7 +254,7 @@ class EmbeddingCache:
                 if flight is None:
                     flight = self._flights[key] = _Flight()
                     self._misses += 1
-                    evicted = self._reserve(nbytes)
+                    flight.reserved, evicted = self._reserve(nbytes)
                     break
             flight.done.wait()
             if flight.features is not None:
@@ -266,7 +267,7 @@ class EmbeddingCache:
             return flight.features
         finally:
             with self._lock:
-                self._land(key, nbytes, flight.features)
+                self._land(key, flight)
             flight.done.set()
 
     def drop_bundle(self, bundle_hash: str) -> int:
@@ -301,24 +302,51 @@ class EmbeddingCache:
                 len(self._entries), self._bytes, self.max_bytes, self._hits, self._misses, self._evictions
             )
 
-    def _reserve(self, nbytes: int) -> list[Features]:
-        """Makes room for an entry under way; the evicted features are released by the caller, outside the lock."""
+    def lend(self, nbytes: int) -> bool:
+        """Sets a part of the budget aside for what is kept beside the features, until `take_back`; entries go for it.
+
+        At most half of the budget is lent, so that features have the rest: False where it would be more.
+        """
+        with self._lock:
+            if self._lent + nbytes > self.max_bytes // 2:
+                return False
+            self._lent += nbytes
+            evicted = self._evict(0)
+        evicted.clear()
+        return True
+
+    def take_back(self, nbytes: int) -> None:
+        """Gives features back what was lent."""
+        with self._lock:
+            self._lent -= nbytes
+
+    def _reserve(self, nbytes: int) -> tuple[int, list[Features]]:
+        """Makes room for an entry under way: what is reserved for it, which is nothing where it is too large, and the
+        evicted features, which the caller releases outside the lock."""
+        if nbytes > self.max_bytes - self._lent:
+            return 0, []
+        evicted = self._evict(nbytes)
+        self._reserved += nbytes
+        return nbytes, evicted
+
+    def _evict(self, nbytes: int) -> list[Features]:
+        """The entries that go, the least recently used first, until so many bytes more are within the budget."""
         evicted: list[Features] = []
-        if nbytes > self.max_bytes:
-            return evicted
-        while self._entries and self._bytes + self._reserved + nbytes > self.max_bytes:
+        while self._entries and self._taken + nbytes > self.max_bytes:
             evicted.append(self._remove(next(iter(self._entries))))
             self._evictions += 1
-        self._reserved += nbytes
         return evicted
 
-    def _land(self, key: EmbeddingKey, nbytes: int, features: Features | None) -> None:
+    @property
+    def _taken(self) -> int:
+        return self._bytes + self._reserved + self._lent
+
+    def _land(self, key: EmbeddingKey, flight: _Flight) -> None:
         """Ends a computation: the reservation becomes an entry, or nothing."""
         del self._flights[key]
-        if nbytes > self.max_bytes:
-            return
-        self._reserved -= nbytes
-        if features is not None and self._bytes + self._reserved + features.nbytes <= self.max_bytes:
+        self._reserved -= flight.reserved
+        features = flight.features
+        if features is not None and flight.reserved and self._taken + features.nbytes <= self.max_bytes:
             self._entries[key] = features
             self._bytes += features.nbytes
 

@@ -7,23 +7,24 @@ decoder (`Clicks.suits`), and a bundle without them has it alone.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ...contracts import sam2
 from ...runtime.base import Array, Binding, Buffer, Session
 from ...runtime.memory import MemoryUse, model_memory
 from ..chain import Chain
-from .cache import Features
+from .cache import EmbeddingCache, Features
 from .prompts import PromptBatch
 
 GRAPHS = (sam2.IMAGE_PREPARE, sam2.MASK_PREPARE, sam2.CLICK_DECODER)
 
 KEPT_IMAGES = 4
-"""Images whose prepared tensors are kept (23 MB each at 1024 pixels); preparing one anew costs a fraction of a click
-with the mask decoder."""
+"""Images whose prepared tensors are kept at most (23 MB each at 1024 pixels); preparing one anew costs a fraction of a
+click with the mask decoder. One image's are work memory, those of more images come out of the cache's budget."""
 
 
 class Clicks:
@@ -32,16 +33,19 @@ class Clicks:
     Args:
         sessions: Open, by the names in `GRAPHS`.
         chain: Of the model.
+        cache: Whose budget holds what is kept of more than one image.
 
     Attributes:
         prepared: How often an image was prepared.
     """
 
-    def __init__(self, sessions: Mapping[str, Session], chain: Chain) -> None:
+    def __init__(self, sessions: Mapping[str, Session], chain: Chain, cache: EmbeddingCache) -> None:
         self.prepared = 0
         self._image, self._mask, self._decoder = (sessions[name] for name in GRAPHS)
         self._chain = chain
-        self._kept: OrderedDict[int, tuple[weakref.ref[Features], dict[str, Buffer]]] = OrderedDict()
+        self._cache = cache
+        self._kept: OrderedDict[int, tuple[Callable[[], Features | None], dict[str, Buffer]]] = OrderedDict()
+        self._nbytes = sum(math.prod(s.shape()) * s.np_dtype.itemsize for s in self._image.spec.outputs)
 
     @staticmethod
     def suits(batch: PromptBatch) -> bool:
@@ -77,25 +81,39 @@ class Clicks:
 
     def _prepare(self, features: Features) -> dict[str, Buffer]:
         """What clicks on an image share, computed at its first click and kept for the last few images."""
-        held = self._kept.pop(id(features), None)
+        key = id(features)
+        held = self._kept.get(key)
         if held is None or held[0]() is not features:
-            if held is None and len(self._kept) >= KEPT_IMAGES:
-                _, held = self._kept.popitem(last=False)
-            outputs = self._image.spec.outputs
-            device = self._chain.device
-            buffers = held[1] if held else {s.name: device.empty(s.shape(), s.np_dtype) for s in outputs}
+            buffers = held[1] if held is not None else self._buffers()
+            self._kept[key] = _nobodys, buffers  # as long as the run may fail
             binding = self._image.prepare(borrowed=(*features.buffers, *buffers))
             with _bound(binding, {**features.buffers, **buffers}):
                 self._chain.launch(binding)
             self.prepared += 1
-            held = (weakref.ref(features), buffers)
-        self._kept[id(features)] = held
+            held = self._kept[key] = weakref.ref(features), buffers
+        self._kept.move_to_end(key)
         return held[1]
+
+    def _buffers(self) -> dict[str, Buffer]:
+        """Memory for one more image: new where the budget has it, else that of the image clicked on longest ago."""
+        lent = bool(self._kept)
+        if lent and (len(self._kept) >= KEPT_IMAGES or not self._cache.lend(self._nbytes)):
+            return self._kept.popitem(last=False)[1][1]
+        made = False
+        try:
+            device = self._chain.device
+            buffers = {s.name: device.empty(s.shape(), s.np_dtype) for s in self._image.spec.outputs}
+            made = True
+            return buffers
+        finally:
+            if lent and not made:
+                self._cache.take_back(self._nbytes)
 
     def memory(self) -> MemoryUse:
         """Bytes that the sessions and what is kept take now."""
-        kept = sum(buffer.nbytes for _, buffers in self._kept.values() for buffer in buffers.values())
-        return model_memory((self._image, self._mask, self._decoder), 0) + MemoryUse(bindings=kept)
+        count = len(self._kept)
+        kept = MemoryUse(bindings=min(count, 1) * self._nbytes, caches=max(count - 1, 0) * self._nbytes)
+        return model_memory((self._image, self._mask, self._decoder)) + kept
 
     def info(self) -> dict[str, Any]:
         """Which prompts run here, and counters; JSON-ready."""
@@ -105,12 +123,18 @@ class Clicks:
             "runs": self.runs,
             "images_prepared": self.prepared,
             "images_kept": len(self._kept),
+            "bytes_kept": len(self._kept) * self._nbytes,
             sam2.CLICK_DECODER: self._decoder.info(),
         }
 
-    def close(self) -> None:
+    def forget(self) -> None:
         """Lets go of what is kept."""
+        self._cache.take_back(max(len(self._kept) - 1, 0) * self._nbytes)
         self._kept.clear()
+
+
+def _nobodys() -> None:
+    """Stands for the reference to features of buffers whose content is unknown."""
 
 
 @contextlib.contextmanager

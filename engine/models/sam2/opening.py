@@ -82,6 +82,7 @@ def _open_clicks(bundle: Bundle, graphs: OpenedGraphs, threads: int | None) -> d
         return {}
     sessions: dict[str, Session] = {}
     for name, (file, spec) in found.items():
-        sessions[name] = open_session(file, spec, device, backend=backend, threads=threads)
+        weights = bundle.weight_bytes(file)
+        sessions[name] = open_session(file, spec, device, backend=backend, threads=threads, weight_bytes=weights)
         graphs.opened.callback(sessions[name].close)
     return sessions

@@ -91,7 +91,7 @@ class Sam2ImagePredictor:
         self._opened = contextlib.ExitStack()
         self._chain = Chain(self._device, capture=capture)
         self._images = ImageEncoder(encoder, self._chain, self.cache, constants)
-        self._clicks = Clicks(clicks, self._chain) if clicks else None
+        self._clicks = Clicks(clicks, self._chain, self.cache) if clicks else None
         self._blank: weakref.WeakSet[Binding] = weakref.WeakSet()  # bindings whose mask input holds zeros only
         self._warm_up: dict[str, Any] | None = None
         self._halved = 0
@@ -383,6 +383,13 @@ class Sam2ImagePredictor:
         use = model_memory((self._encoder, self._decoder), self.cache.stats().bytes) + fixed
         return use if self._clicks is None else use + self._clicks.memory()
 
+    def shrink(self) -> None:
+        """Drops what is kept between requests and can be computed again."""
+        self.cache.clear()
+        if self._clicks is not None:
+            with self._decoder.lock:
+                self._clicks.forget()
+
     @property
     def chain(self) -> Chain:
         """The stream's work, for other graphs that run on the features; hold its lock as it says."""
@@ -408,7 +415,7 @@ class Sam2ImagePredictor:
                 self._opened.callback(self._chain.close)
                 self._opened.callback(self._images.close)
                 if self._clicks is not None:
-                    self._opened.callback(self._clicks.close)
+                    self._opened.callback(self._clicks.forget)
                 self._chain.wait()
 
     def __enter__(self) -> Sam2ImagePredictor:

@@ -16,6 +16,9 @@ from ..images import decode_image
 
 Image = npt.NDArray[np.uint8]
 
+STRETCH_BYTES = 256 << 20
+"""Most that the decoded frames take which a video file's reader keeps; two frames are kept whatever their size."""
+
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"})
 
@@ -123,7 +126,8 @@ class VideoFrames(Frames):
 
     Args:
         path: The file.
-        stretch: Frames kept, and decoded at once when going back.
+        stretch: Frames kept, and decoded at once when going back; fewer where they would take more than
+            `STRETCH_BYTES`.
 
     Raises:
         ImageError: It does not open, or holds no frame.
@@ -146,6 +150,7 @@ class VideoFrames(Frames):
             )
         self.fps = float(self._capture.get(cv2.CAP_PROP_FPS)) or 25.0
         first = self._decode_to(0)
+        self._stretch = max(2, min(stretch, STRETCH_BYTES // first.nbytes))
         self.size = (first.shape[0], first.shape[1])
 
     def _exact_count(self) -> int:

@@ -20,11 +20,12 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from ...contracts.sam2 import LABEL_PAD
 from ...errors import DeviceError, PromptError
 from ...runtime.base import Buffer
 from ..sam2.postprocess import LOGIT_CLAMP, write_mask
 from ..sam2.preprocess import Scratch
-from ..sam2.prompts import Prompt
+from ..sam2.prompts import Prompt, build_prompts
 from ..sam2.results import Embedding
 from .bank import Memory, ObjectBank
 from .frames import Frames
@@ -150,7 +151,9 @@ class VideoTracker:
             PromptError: No points and no box, or malformed ones.
             FrameError: No such frame, or it does not decode.
         """
-        if prompt.box is None and (prompt.points is None or len(np.asarray(prompt.points)) == 0):
+        # Here already: nothing is decoded nor encoded for a prompt that is refused.
+        (checked,) = build_prompts([prompt], self.frames.size, self._stepper.constants)
+        if (checked.point_labels == LABEL_PAD).all():
             raise PromptError(
                 f"The prompt of object {object_id} on frame {frame} is empty.", "Give a point, a box or a mask."
             )

@@ -370,3 +370,32 @@ def test_a_pool_is_brought_back_within_its_budget() -> None:
     assert over is not None
     assert make_room(MemoryUse(), over, "cuda:0", [elsewhere, idle]) == (idle,)
     assert make_room(MemoryUse(), over, "cuda:0", [elsewhere]) is None
+
+
+def test_what_a_model_on_a_gpu_keeps_in_ram_counts_there() -> None:
+    devices = {"cpu": DeviceMemory("cpu", 1000, 1000), "cuda:0": DeviceMemory("cuda:0", 1000, 1000)}
+    budget = MemoryBudget({"*": 500}, lambda: devices)
+    booking = budget.reserve("dino", devices["cuda:0"], MemoryUse(weights=300, host=400))
+    assert (booking.need.total, budget.room(devices["cuda:0"]).left, budget.room(devices["cpu"]).left) == (
+        300,
+        200,
+        100,
+    )
+    with pytest.raises(OutOfMemoryError, match="400 B for models on GPUs"):
+        budget.reserve("sam2", devices["cpu"], MemoryUse(weights=101))
+    budget.loaded(booking, MemoryUse(weights=290, host=7))
+    accounts = {one["device"]: one for one in budget.snapshot(devices)}
+    assert (accounts["cpu"]["reserved"], accounts["cpu"]["used"], accounts["cpu"]["models"]) == (400, 7, [])
+    assert (accounts["cuda:0"]["reserved"], accounts["cuda:0"]["used"]) == (290, 290)
+    budget.leave(booking)
+    assert budget.room(devices["cpu"]).left == 500
+    budget.release(booking)
+    assert budget.room(devices["cpu"]).committed == 0
+
+
+def test_on_shared_memory_what_is_kept_in_ram_adds_to_the_rest() -> None:
+    jetson = DeviceMemory("cuda:0", 1000, 1000, "cpu")
+    budget = MemoryBudget({"*": 500}, lambda: {"cuda:0": jetson})
+    booking = budget.reserve("dino", jetson, MemoryUse(weights=300, host=150))
+    room = budget.room(jetson)
+    assert (room.committed, room.without(booking).committed) == (450, 0)

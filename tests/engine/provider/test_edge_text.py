@@ -30,6 +30,7 @@ from pixano_edge.engine.provider import (
     TextChunk,
     TextImageConditionalGenerationInput,
 )
+from pixano_edge.engine.provider.text_runs import Turns
 from tests.support.fake_vlm import PROMPT_TOKENS, FakeVlm
 
 from .fakes import FakeOpener, add_bundle, data_uri, make_provider, png, until
@@ -314,6 +315,32 @@ async def test_failing_back_end(
     assert vlm.open == 0
     vlm.error = None
     assert (await _ask(provider)).data.generated_text == "1 images: what is it"
+
+
+async def test_a_model_that_ends_without_an_answer_fails_the_request(
+    provider: EdgeProvider, opener: FakeOpener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = await _loaded(provider, opener)
+    with monkeypatch.context() as patched:
+        patched.setattr(vlm, "stream", lambda *_: (step for step in [None]))
+        with pytest.raises(InferenceError, match="did not come to its end"):
+            await _ask(provider)
+    assert (await _ask(provider)).data.generated_text == "1 images: what is it"
+
+
+def test_turns_note_nothing_for_a_run_that_is_over_already() -> None:
+    class Over:
+        slot, model, over = object(), SimpleNamespace(vlm=FakeVlm()), True
+        ended: list[None] = []  # noqa: RUF012
+
+        def finish(self, error: None) -> None:
+            self.ended.append(error)
+
+    run: Any = Over()
+    turns = Turns()
+    turns.ask(run)
+    assert run.ended == [None]
+    assert (turns._active, turns._queues) == ({}, {})
 
 
 async def test_nothing_of_an_answer_is_kept(provider: EdgeProvider, opener: FakeOpener) -> None:

@@ -316,6 +316,37 @@ async def test_a_caller_who_leaves_while_the_job_is_written_leaves_no_running_jo
     await edge.close()
 
 
+async def test_a_caller_who_leaves_while_a_job_is_reopened_leaves_no_running_job(
+    root: Path, opener: FakeOpener
+) -> None:
+    job_id = await _interrupted(root, 3)
+    edge = make_provider(root, opener, jobs=root / "jobs.sqlite")
+    store = edge._video._store
+    real, entered, gate = store.resume, threading.Event(), threading.Event()
+
+    def slow(job_id: str) -> Any:
+        entered.set()
+        assert gate.wait(20)
+        return real(job_id)
+
+    store.resume = slow  # type: ignore[method-assign]
+    task = asyncio.create_task(edge.resume_video_mask_generation_job(job_id))
+    await asyncio.to_thread(entered.wait, 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    await asyncio.to_thread(until, lambda: "was not resumed" in str(edge._video.status(job_id).detail))
+    assert (await edge.get_video_mask_generation_job(job_id)).status == "failed"
+    store.resume = real  # type: ignore[method-assign]
+    await edge.resume_video_mask_generation_job(job_id)
+    assert len(await _all(edge.watch_job(job_id))) == 6
+    with pytest.raises(InvalidRequestError, match="it is completed"):
+        await edge.resume_video_mask_generation_job(job_id)
+    assert (await edge.get_video_mask_generation_job(job_id)).status == "completed", "a refusal changes nothing"
+    await edge.close()
+
+
 async def test_a_disk_that_fills_up_fails_the_job_with_the_reason(root: Path, opener: FakeOpener) -> None:
     edge = make_provider(root, opener, jobs=root / "jobs.sqlite")
     store = edge._video._store

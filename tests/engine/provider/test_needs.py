@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pixano_edge.engine.bundle import MANIFEST_NAME, parse_manifest
+from pixano_edge.engine.bundle import MANIFEST_NAME, BundleStore, parse_manifest
 from pixano_edge.engine.bundle.engines import INDEX_NAME, index_bytes
 from pixano_edge.engine.bundle.manifest import FileEntry
 from pixano_edge.engine.contracts import sam2
@@ -79,6 +79,23 @@ def test_external_weights_count_and_the_tensorrt_graph_is_no_addition(bundle: Pa
     specs = sam2.graphs(sam2.Sam2Constants.from_dict(manifest.constants))
     found = manifest_needs(manifest.model_copy(update={"files": files}), specs, LoadOptions(device="cpu"))
     assert found.use.weights == 1030
+
+
+def test_what_clicks_on_a_cpu_prepare_of_an_image_counts() -> None:
+    path = BundleStore().path("sam2-demo")
+    c = sam2.Sam2Constants.from_dict(parse_manifest((path / MANIFEST_NAME).read_bytes()).constants)
+    cells, d = c.embed_size**2, c.hidden_dim
+    prepared = 4 * cells * (d + 3 * d // 2 + 2 * d + d)
+    bindings = [declared_needs(path, LoadOptions(device=device)).bindings or 0 for device in ("cpu", "cuda:0")]
+    assert bindings[0] - bindings[1] == prepared
+
+
+@pytest.mark.parametrize("name", ["grounding-dino-demo", "owlv2-demo", "smolvlm-demo"])
+def test_features_that_lie_in_ram_are_no_memory_of_a_gpu(name: str) -> None:
+    path, features = BundleStore().path(name), 3 * MIB
+    on_cpu, on_gpu = (declared_needs(path, LoadOptions(device=device, cache_mb=3)) for device in ("cpu", "cuda:0"))
+    assert (on_cpu.host, on_gpu.host) == (None, features)
+    assert (on_cpu.caches or 0) - (on_gpu.caches or 0) == features
 
 
 def test_engines_built_here_count_on_gpus(bundle: Path, home: Path) -> None:

@@ -50,6 +50,12 @@ def test_addresses_stay_and_outputs_are_views(session: OrtSession) -> None:
     assert session.runs == 3
 
 
+def test_weights_are_what_the_bundle_says_or_the_files_size(tmp_path: Path) -> None:
+    path, graph = twice(tmp_path)
+    assert open_session(path, graph, CPU, threads=1).memory().weights == path.stat().st_size
+    assert open_session(path, graph, CPU, threads=1, weight_bytes=10**9).memory().weights == 10**9
+
+
 def test_onnxruntime_works_on_our_memory(session: OrtSession) -> None:
     binding = session.prepare({"P": 2})
     for buffer in (binding.inputs["x"], binding.outputs["y"]):

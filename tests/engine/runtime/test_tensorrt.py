@@ -285,6 +285,23 @@ def test_dropped_bindings_free_their_contexts_even_when_somebody_holds_them() ->
     assert fake.ops.count("free context") == 5, "dropped ones too"
 
 
+def test_an_owner_who_is_done_takes_its_bindings_and_their_contexts_along() -> None:
+    device = GpuStub(deferred=True)
+    fake = trt.fake(device)
+    session = trt.session(device, fake, DYNAMIC)
+    owners = object(), object()
+    bindings = [session.prepare({"P": 1}, owner=owner) for owner in owners]
+    for binding in bindings:
+        binding.write("x", np.ones((1, 4), np.float32))
+        binding.run()
+    session.drop(owners[0])
+    assert device.pending == 0, "queued work is waited for before its context goes"
+    assert fake.ops.count("free context") == 1
+    assert session.prepare({"P": 1}, owner=owners[1]) is bindings[1]
+    assert session.prepare({"P": 1}, owner=owners[0]) is not bindings[0]
+    session.close()
+
+
 def test_refusals_before_anything_is_loaded() -> None:
     fake = trt.fake(GpuStub())
     api = TensorRt(fake, "tensorrt")

@@ -7,12 +7,13 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pixano_edge.engine.server.limits import BodyLimitMiddleware
-from tests.engine.provider.fakes import data_uri, png, until
+from tests.engine.provider.fakes import add_bundle, data_uri, png, until
 
 from .web import says, web
 
@@ -42,6 +43,16 @@ async def test_one_request_fetches_so_many_urls_and_bytes(connect: Callable[...,
             assert named in answer.text
             if "URLs" in named:
                 assert len(server.heads) == before, "counted before any is asked"
+
+
+async def test_urls_within_messages_are_fetched(tmp_path: Path, connect: Callable[..., Any]) -> None:
+    add_bundle(tmp_path, "smol", family="smolvlm")
+    with web(says(body=IMAGE)) as server:
+        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{server.port}/a.png"}}
+        content = [part, {"type": "text", "text": "what is it"}]
+        body = {"model": "smol", "prompt": [{"role": "user", "content": content}], "maxNewTokens": 9}
+        answer = await connect(**FETCHING).post("/v1/inference/vlm", json=body)
+    assert answer.json()["data"]["generatedText"] == "1 images: what is it", answer.text
 
 
 async def test_urls_of_text_and_messages_count_together(connect: Callable[..., Any]) -> None:

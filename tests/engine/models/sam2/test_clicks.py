@@ -12,10 +12,13 @@ import pytest
 
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import sam2
-from pixano_edge.engine.errors import BundleError
+from pixano_edge.engine.errors import BundleError, DeviceError
+from pixano_edge.engine.models.chain import Chain
 from pixano_edge.engine.models.sam2 import clicks
+from pixano_edge.engine.models.sam2.cache import EmbeddingCache
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor, Sam2Prediction
 from pixano_edge.engine.models.sam2.prompts import Prompt
+from pixano_edge.engine.runtime.base import Binding
 from tests.support.make_preprocess_reference import procedural_image
 
 IMAGE = procedural_image(90, 120)
@@ -96,19 +99,72 @@ def test_older_bundles_and_other_precisions_run_the_mask_decoder(
 
 def test_an_image_is_prepared_once_and_few_are_kept(predictor: Sam2ImagePredictor, plain: Sam2ImagePredictor) -> None:
     images = [procedural_image(60 + i, 70) for i in range(clicks.KEPT_IMAGES + 1)]
-    start = predictor.info()["clicks"]["images_prepared"]
-    before = predictor.memory().bindings
+    ask(predictor, POINT)  # makes the sessions' own buffers
+    predictor.shrink()
+    start, before = predictor.info()["clicks"]["images_prepared"], predictor.memory()
     for _ in range(2):
         for image in images[:2]:
             ask(predictor, POINT, image=image)
     assert predictor.info()["clicks"]["images_prepared"] == start + 2
     answers = [ask(predictor, POINT, image=image) for image in images]
     assert predictor.info()["clicks"]["images_kept"] == clicks.KEPT_IMAGES
-    assert (predictor.memory().bindings or 0) >= (before or 0)
+    kept, use = predictor.info()["clicks"]["bytes_kept"], predictor.memory()
+    one = kept // clicks.KEPT_IMAGES
+    assert (use.bindings or 0) - (before.bindings or 0) == one > 0
+    assert use.caches == predictor.cache.stats().bytes + kept - one
     again = ask(predictor, POINT, image=images[0])  # its buffers went to another image meanwhile
     assert np.array_equal(again.masks, answers[0].masks)
     for image, answer in zip(images, answers):
         assert distance(answer, ask(plain, POINT, image=image)) < 1e-5
+
+
+def test_what_is_kept_of_more_images_comes_out_of_the_caches_budget(tiny_bundle: Path) -> None:
+    images = [procedural_image(60 + i, 70) for i in range(clicks.KEPT_IMAGES)]
+    cache = EmbeddingCache()
+    with Sam2ImagePredictor.open(tiny_bundle, device="cpu", threads=1, cache=cache) as predictor:
+
+        def click_on_all() -> tuple[int, int]:
+            for image in images:
+                ask(predictor, POINT, image=image)
+                use = predictor.memory()
+                assert (use.caches or 0) <= cache.max_bytes
+            info = predictor.info()
+            return info["cache"]["entries"], info["clicks"]["images_kept"]
+
+        ask(predictor, POINT, image=images[0])
+        features, kept = cache.stats().bytes, predictor.info()["clicks"]["bytes_kept"]
+        assert click_on_all() == (4, 4)
+        assert cache.stats().bytes == 4 * features
+        predictor.shrink()
+        assert (predictor.memory().caches, predictor.info()["clicks"]["images_kept"]) == (0, 0)
+        cache.max_bytes = 2 * kept + 2 * features  # one more image's in the lendable half, the rest for features
+        assert click_on_all() == ((kept + 2 * features) // features, 2)
+        predictor.shrink()
+        cache.max_bytes = 2 * kept - 1
+        assert click_on_all() == (cache.max_bytes // features, 1)
+    assert cache.lend(cache.max_bytes // 2), "everything was given back"
+
+
+def test_a_failed_preparation_is_made_again(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Sam2ImagePredictor.open(tiny_bundle, device="cpu", threads=1) as predictor:
+        answer = ask(predictor, POINT)
+        other = procedural_image(61, 70)
+        real = Chain.launch
+
+        def fails(chain: Chain, binding: Binding) -> None:
+            real(chain, binding)
+            if binding.session.spec.name == sam2.IMAGE_PREPARE:
+                raise DeviceError("it failed", "")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Chain, "launch", fails)
+            with pytest.raises(DeviceError, match="it failed"):
+                ask(predictor, POINT, image=other)
+        prepared = predictor.info()["clicks"]["images_prepared"]
+        ask(predictor, POINT, image=other)
+        assert predictor.info()["clicks"]["images_prepared"] == prepared + 1
+        assert predictor.info()["clicks"]["images_kept"] == 2
+        assert np.array_equal(ask(predictor, POINT).masks, answer.masks)
 
 
 def test_features_of_a_client(predictor: Sam2ImagePredictor, plain: Sam2ImagePredictor) -> None:

@@ -89,7 +89,7 @@ class World:
         return device
 
     def open_session(
-        self, path: Path, spec: GraphSpec, device: Any, *, backend: str, threads: Any, options: Any
+        self, path: Path, spec: GraphSpec, device: Any, *, backend: str, threads: Any, options: Any, weight_bytes: Any
     ) -> Any:
         combination = f"{backend} {next(p for p in ('fp32', 'fp16') if p in Path(path).name)}"
         if combination in self.broken:

@@ -102,6 +102,25 @@ def test_prompts_beyond_the_clip(frame: int) -> None:
             next(tracker.propagate())
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (Prompt(), "is empty"),
+        (Prompt(points=[]), "is empty"),
+        (Prompt(box=[]), "is empty"),
+        (Prompt(points=[[1, 2], [3]]), "points"),
+        (Prompt(points=[[1, 2]], labels=[2]), "labels"),
+        (Prompt(box=[9, 9, 5, 5]), "no area"),
+    ],
+)
+def test_a_refused_prompt_decodes_no_frame(bad: Prompt, message: str) -> None:
+    frames: list[Any] = [*clip(2), b"not a picture"]
+    with fake_model().track(frames) as tracker:
+        with pytest.raises(PromptError, match=message):
+            tracker.add_prompt(1, 2, bad)
+        assert tracker.object_ids == []
+
+
 @pytest.mark.parametrize("span", [(0, 5), (-1, 3), (7, 0), (0, -2)])
 def test_passes_beyond_the_clip(span: tuple[int, int]) -> None:
     with fake_model().track(clip(5)) as tracker:

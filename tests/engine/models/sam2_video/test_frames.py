@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pixano_edge.engine.errors import ImageError
+from pixano_edge.engine.models.sam2_video import frames as frames_module
 from pixano_edge.engine.models.sam2_video.frames import FrameError, ImageFrames, VideoFrames, open_frames
 
 
@@ -113,3 +114,14 @@ def test_a_frame_is_the_callers_to_keep(video: Path) -> None:
     first = frames[0]
     first[:] = 99
     assert int(frames[0].max()) < 99
+
+
+def test_large_frames_are_kept_within_a_limit(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = VideoFrames(video)[0].nbytes
+    for limit, kept in ((5 * one, 5), (one // 2, 2), (100 * one, 16)):
+        monkeypatch.setattr(frames_module, "STRETCH_BYTES", limit)
+        frames = VideoFrames(video)
+        last = frames[19]
+        assert len(frames._kept) == kept
+        assert np.array_equal(frames[10], VideoFrames(video)[10])  # a step back, beyond what is kept
+        assert np.array_equal(frames[19], last)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.bundle import Bundle, BundleStore
 from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.errors import BundleError, CancelledError, DeviceError, PromptError
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
@@ -58,13 +58,28 @@ def test_memory_counts_all_graphs(tracking_bundle: Path) -> None:
     with Sam2VideoModel.open(tracking_bundle, "cpu", threads=1) as model:
         bundle = Bundle.open(tracking_bundle)
         fitted = {name: bundle.file(entry.file) for name, entry in bundle.manifest.cpu_graphs.items()}
-        clicks = [graph_bytes(path) for name, path in fitted.items() if name not in bundle.manifest.graphs]
-        weights = {name: graph_bytes(fitted.get(name, bundle.graph_path(name))) for name in bundle.manifest.graphs}
+
+        def loaded(path: Path) -> int:
+            return bundle.weight_bytes(path) or graph_bytes(path)
+
+        clicks = [loaded(path) for name, path in fitted.items() if name not in bundle.manifest.graphs]
+        weights = {name: loaded(fitted.get(name, bundle.graph_path(name))) for name in bundle.manifest.graphs}
         assert (len(weights), len(clicks)) == (5, 3)
         images = sum(clicks) + weights[sam2.IMAGE_ENCODER] + weights[sam2.MASK_DECODER]
         assert model.predictor.memory().weights == images
         others = [size for name, size in weights.items() if name not in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)]
         assert model.memory().weights == images + sum(others)
+
+
+def test_weights_that_lie_in_other_graphs_files_count() -> None:
+    bundle = Bundle.open(BundleStore().path("sam2-demo"))
+    with Sam2ImagePredictor.open(bundle, device="cpu", threads=1) as predictor:
+        used = predictor.memory().weights or 0
+        files = [predictor.info()[name]["file"] for name in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)]
+    held = {v.file: v for graph in bundle.manifest.graphs.values() for v in graph.variants.values()}
+    held |= {v.file: v for v in bundle.manifest.cpu_graphs.values()}
+    stored = sum(bundle.file(f"graphs/{name}").stat().st_size for name in files)
+    assert used >= 4 * sum(held[f"graphs/{name}"].parameters for name in files) > 2 * stored
 
 
 def test_an_image_bundle_says_to_export_again(tmp_path: Path) -> None:

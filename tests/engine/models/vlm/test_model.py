@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+import weakref
 from contextlib import closing
 from typing import Any
 
@@ -184,8 +185,10 @@ def test_conversations_keep_prefixes_of_their_own(exported: Exported) -> None:
         assert len(model.info()["kv_cache"]["caches"]) == 2
         assert model.memory().caches is not None
         assert model._decoder.nbytes == model._decoder.most_bytes
+        gone = weakref.ref(model._decoder._free[1].cache)
         model.shrink()
         assert len(model.info()["kv_cache"]["caches"]) == 1
+        assert gone() is None, "its bindings hold it no more"
     with exported.open(conversations=1) as model:
         for image in (IMAGE, other, IMAGE):
             answer = model.generate(ask(), [image], GenerationOptions(3))
@@ -251,6 +254,7 @@ def test_closing(exported: Exported) -> None:
     model.close()
     with pytest.raises(DeviceError, match="closed"):
         list(stream)
+    assert model._decoder._free == [], "the conversation that was under way frees its cache"
     with pytest.raises(DeviceError, match="closed"):
         model.generate(ask(), [IMAGE])
 
