@@ -123,6 +123,25 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """Memory of one graph while ONNX Runtime runs it on the CPU, in bytes.
+
+    Attributes:
+        graph: Its name in the contract.
+        session: What the open graph takes, its weights above all.
+        activations: What intermediate tensors take at their most.
+        fp32_session: The same of fp32, as the bundle tells; None where it does not.
+        fp32_activations: The same.
+    """
+
+    graph: str
+    session: int
+    activations: int
+    fp32_session: int | None = None
+    fp32_activations: int | None = None
+
+
+@dataclass(frozen=True)
 class GraphSize:
     """One graph's file of a variant.
 
@@ -285,6 +304,7 @@ class VariantResult:
         truth: Against ground truth; None where there is none.
         fp32_speed: Of the full graphs, taken in turns with `speed`.
         speed: Of the variant, entries as in `fp32_speed`.
+        memory: Of the graphs that it changed; empty where it was not measured.
         passed: Whether it met the budget and every check.
         published: Whether it is in the bundle.
         problems: What failed, in words; empty when `passed`.
@@ -307,6 +327,7 @@ class VariantResult:
     truth: TruthScore | None = None
     fp32_speed: tuple[Speed, ...] = ()
     speed: tuple[Speed, ...] = ()
+    memory: tuple[MemoryUse, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     blocks: tuple[BlockResult, ...] = ()

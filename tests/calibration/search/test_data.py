@@ -196,8 +196,8 @@ def test_a_video_gives_pictures_or_clips(tmp_path: Path) -> None:
     assert (data.kind, len(data.samples)) == ("video", 10)
     assert "one video" in data.warnings[0]
     clips = open_data(video, clips=True, clip_length=12, allow_few=True)
-    assert sorted((s.first, s.length) for s in clips.samples if isinstance(s, Clip)) == [(0, 12), (12, 12), (24, 12)]
-    clip = next(s for s in clips.samples if isinstance(s, Clip) and s.first == 12)
+    assert sorted((s.place, s.length) for s in clips.samples if isinstance(s, Clip)) == [(0, 12), (12, 12), (24, 12)]
+    clip = next(s for s in clips.samples if isinstance(s, Clip) and s.place == 12)
     frames = clip.frames()
     assert len(frames) == 12
     assert frames[3].shape == (48, 48, 3)

@@ -100,7 +100,7 @@ def test_average_precision_without_truth() -> None:
 
 def test_masks_that_fp32_rates_alike_may_be_chosen_either_way() -> None:
     def answered(*scores: float) -> Answered:
-        return Answered((np.zeros((3, 1, 1), np.uint8),), (np.array(scores, np.float32),))
+        return Answered((), (np.array(scores, np.float32),))
 
     want = answered(0.9, 0.9 - TIE / 2, 0.5)
     assert _picks(want, answered(0.9, 0.8, 0.5), 0) == (0, 0)
