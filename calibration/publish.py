@@ -21,7 +21,7 @@ from pixano_edge.export.shared_weights import share_weights
 
 from .work import NewGraph
 
-SUFFIX = "-tensorrt"
+FULL, SUFFIX = "fp32", "-tensorrt"
 
 
 def check_scales(graph: str, model: onnx.ModelProto) -> list[str]:
@@ -83,7 +83,9 @@ def publish(
     if problems := [p for name, model in models.items() for p in check_scales(name, model)]:
         raise CalibrationError(f"The variant is broken: {'; '.join(problems[:3])}.", "Calibrate on real data.")
     manifest = bundle.manifest
-    exported = check_name(bundle, variant, replace)
+    if taken := name_taken(bundle, variant, replace):
+        raise CalibrationError(taken, "Give --replace to put the new one in its place, or another --name.")
+    exported = was_exported(bundle, variant)
     held = {name: dict(graph.variants) for name, graph in manifest.graphs.items()}
     changed = {*graphs, *considered}
     old = [held[name].pop(v) for name in changed for v in (variant, variant + SUFFIX) if v in held[name]]
@@ -94,8 +96,8 @@ def publish(
     free -= needed
     files = {name: _file(name, variant, graph, set(manifest.files) - free) for name, graph in graphs.items()}
     beside = {f"graphs/{path.name}": path for graph in graphs.values() for path in graph.beside}
-    if taken := sorted(needed.intersection(beside)):
-        raise CalibrationError(f"Another variant of '{manifest.name}' needs '{taken[0]}'.", "Give another --name.")
+    if clash := sorted(needed.intersection(beside)):
+        raise CalibrationError(f"Another variant of '{manifest.name}' needs '{clash[0]}'.", "Give another --name.")
     kept = [known for known in manifest.calibrations if not _outdated(known, entry, changed)]
     dropped = {known.report for known in manifest.calibrations if known not in kept} - {None}
     gone = {*files.values(), *beside, *reports, *dropped, *free}
@@ -133,23 +135,20 @@ def publish(
     return Bundle.open(destination)
 
 
-def check_name(bundle: Bundle, variant: str, replace: bool) -> bool:
-    """Whether a variant of this name was exported, and so would be replaced.
+def name_taken(bundle: Bundle, variant: str, replace: bool) -> str:
+    """Why no calibrated variant of this name may be written, in words; empty where one may."""
+    if variant == FULL or variant.endswith(SUFFIX):
+        return f"A calibrated variant cannot be named '{variant}'."
+    if was_exported(bundle, variant) and not replace:
+        return f"Bundle '{bundle.manifest.name}' has a variant '{variant}' that was exported, not calibrated."
+    return ""
 
-    Raises:
-        CalibrationError: It was, and `replace` does not allow that; or it is what all variants are compared with.
-    """
-    manifest = bundle.manifest
-    if variant == "fp32" or variant.endswith(SUFFIX):
-        raise CalibrationError(f"A calibrated variant cannot be named '{variant}'.", "Give another --name.")
-    calibrated = any(known.variant == variant for known in manifest.calibrations)
-    exported = not calibrated and any(variant in held.variants for held in manifest.graphs.values())
-    if exported and not replace:
-        raise CalibrationError(
-            f"Bundle '{manifest.name}' has a variant '{variant}' that was exported, not calibrated.",
-            "Give --replace to put the new one in its place, or another --name.",
-        )
-    return exported
+
+def was_exported(bundle: Bundle, variant: str) -> bool:
+    """Whether the bundle has a variant of this name that no calibration made."""
+    if any(known.variant == variant for known in bundle.manifest.calibrations):
+        return False
+    return any(variant in held.variants for held in bundle.manifest.graphs.values())
 
 
 def _file(graph: str, variant: str, new: NewGraph, taken: Collection[str]) -> str:
@@ -179,7 +178,7 @@ def _as_fp32(
     return [
         m.model_copy(update={"variant": variant})
         for m in figures
-        if m.variant == "fp32" and m.graph not in known and held[m.graph][variant].file == held[m.graph]["fp32"].file
+        if m.variant == FULL and m.graph not in known and held[m.graph][variant].file == held[m.graph][FULL].file
     ]
 
 
@@ -213,7 +212,7 @@ def _fall_back(variants: dict[str, GraphVariant], variant: str, precision: str, 
     """Gives a graph that has no file of the variant the fp32 one, and for TensorRT the one that was changed for it."""
     if variant in variants:
         return
-    for source, name in (("fp32", variant), ("fp32" + SUFFIX, variant + SUFFIX)):
+    for source, name in ((FULL, variant), (FULL + SUFFIX, variant + SUFFIX)):
         if source in variants and not (foreign and name != variant):
             told = {"precision": precision, "onnxruntime_only": foreign or variants[source].onnxruntime_only}
             variants[name] = variants[source].model_copy(update=told)

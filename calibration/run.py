@@ -25,7 +25,7 @@ from pixano_edge.engine.models.decoder.opening import FAMILIES as TEXT_FAMILIES
 from pixano_edge.engine.models.verify import verify_bundle
 from pixano_edge.export.work_memory import fills_of, measure_file
 
-from .publish import check_name, publish
+from .publish import name_taken, publish
 from .result import CalibrationResult, MemoryUse, VariantResult
 from .speed import time_graphs
 from .tasks import open_task
@@ -108,19 +108,17 @@ def _free_names(work: Work, wanted: tuple[str, ...]) -> list[str]:
     Raises:
         CalibrationError: None may.
     """
-    found = []
+    if work.request.dry_run:
+        return list(wanted)
+    found, taken = [], ""
     for precision in wanted:
-        try:
-            if not work.request.dry_run:
-                check_name(work.bundle, work.request.name or precision, work.request.replace)
-        except CalibrationError as error:
-            if len(wanted) == 1:
-                raise
-            work.notes.append(f"{precision} was passed over: {error.message}")
+        name = work.request.name or precision
+        if taken := name_taken(work.bundle, name, work.request.replace):
+            work.notes.append(f"{precision} was passed over: {taken}")
         else:
             found.append(precision)
     if not found:
-        raise CalibrationError(" ".join(work.notes), "Give --replace to put new ones in their place, or a --name.")
+        raise CalibrationError(taken, "Give --replace to put the new one in its place, or another --name.")
     return found
 
 

@@ -24,7 +24,7 @@ RECIPE = 2
 SPOOL_BYTES = 2 << 30
 """Most bytes of recorded calls of a graph."""
 TIMED_SAMPLES, TIMED_CALLS = 2, 8
-"""What is recorded for timing alone, where nothing else is: of a language model each call takes as much as its cache."""
+"""What is recorded for timing alone, where nothing else is: a call of a language model takes as much as its cache."""
 FEW = 3
 """Fewer held-out samples than this say little."""
 SEARCH_SAMPLES = 12
