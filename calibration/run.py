@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.bundle import Bundle, BundleWriter
 from pixano_edge.engine.bundle.manifest import CalibrationEntry, GraphMemory
 from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.errors import CalibrationError, EdgeError
@@ -56,7 +56,7 @@ def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, 
 
     Raises:
         CalibrationError: The data or the request cannot be used, or no layer fits the budget.
-        BundleError: The disk is full; the bundle is as it was.
+        BundleError: The destination is taken by something else, or the disk is full; the bundle is as it was.
     """
     started = time.monotonic()
     task = open_task(bundle, replace(request.options, pictures=_asks_pictures(request)))
@@ -67,6 +67,10 @@ def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, 
         )
     work = Work(bundle, request, task, step)
     wanted = _free_names(work, precisions(bundle, request))
+    if not request.dry_run:
+        # Says now, not after all the work, that the folder is taken or cannot be written.
+        with BundleWriter(request.destination, overwrite=_is_at(bundle, request.destination)):
+            pass
     work.refer()
     variants: list[VariantResult] = []
     for precision in wanted:
@@ -120,6 +124,10 @@ def _free_names(work: Work, wanted: tuple[str, ...]) -> list[str]:
     if not found:
         raise CalibrationError(taken, "Give --replace to put the new one in its place, or another --name.")
     return found
+
+
+def _is_at(bundle: Bundle, folder: Path) -> bool:
+    return folder.expanduser().resolve() == bundle.root.resolve()
 
 
 def _asks_pictures(request: Request) -> bool:
