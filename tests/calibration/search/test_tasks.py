@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pixano_edge.calibration.data import Picture, open_data
+from pixano_edge.calibration.speed import of_one_shape
 from pixano_edge.calibration.spool import GraphSpool, Spool
 from pixano_edge.calibration.tasks import open_task
 from pixano_edge.calibration.tasks.base import Task, TaskOptions
@@ -207,6 +208,15 @@ def test_prompts_weigh_as_many_tokens_as_they_have() -> None:
     assert task._context() == CONTEXT
     task._recording = True
     assert task._context() == 80
+
+
+def test_graphs_are_timed_on_calls_of_one_shape(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, "key", limit=9, max_bytes=1 << 20)
+    for tokens in (7, 1, 8, 1, 9):
+        spool.graph("decoder").add({"x": np.zeros(tokens, np.float32)})
+    spool.finish()
+    assert [len(feed["x"]) for feed in of_one_shape(spool.feeds("decoder"))] == [1, 1]
+    assert not len(of_one_shape(spool.feeds("never ran")))
 
 
 def test_damaged_recordings_say_what_to_do(tmp_path: Path) -> None:
