@@ -261,3 +261,13 @@ def test_a_video_is_opened_once_however_often_it_is_gone_through(
         assert isinstance(clip, Clip)
         assert np.array_equal(clip.frames()[5], VideoFrames(video)[clip.place + 5])
     assert len(opened) == 3 + 4  # looking for clips, reading them; and the four of this test
+
+
+def test_scenes_to_talk_about_are_written_alike(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="the scenes' textures need pixano-edge[benchmarks]")
+    from pixano_edge.export.demo.write_scenes import write_talk
+
+    one, other = ([path.read_bytes() for path in write_talk(tmp_path / name, 2)] for name in "ab")
+    assert one == other
+    assert one[0] != one[1]
+    assert cv2.imread(str(tmp_path / "a" / "talk-000001.png")).shape == (128, 128, 3)
