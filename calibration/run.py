@@ -156,7 +156,9 @@ def judge(work: Work, made: Made, name: str) -> VariantResult:
     slower = [f"{a.what} takes {b.p50 / a.p50:.2f} of fp32's time" for a, b in zip(fp32_speed, speed) if b.p50 >= a.p50]
     memory = _memory(work, pairs)
     notes = [*made.notes, *([f"Not faster on this machine: {', '.join(slower)}."] if slower else [])]
-    others = sum(task.file(g, base).stat().st_size for g in task.graphs if g not in made.graphs)
+    others = sum(
+        _size(work, graph, name if graph in base else "fp32") for graph in task.graphs if graph not in made.graphs
+    )
     return VariantResult(
         name,
         made.precision,
@@ -178,6 +180,12 @@ def judge(work: Work, made: Made, name: str) -> VariantResult:
         ranges=made.ranges,
         worst=task.worst(final, held_out, work.held_out),
     )
+
+
+def _size(work: Work, graph: str, variant: str) -> int:
+    """Bytes of a graph of the bundle with its weights, which may lie in another graph's file."""
+    entry = work.bundle.manifest.graphs[graph].variants[variant]
+    return entry.weight_bytes or work.bundle.file(entry.file).stat().st_size
 
 
 def _golden(work: Work, files: Mapping[str, Path]) -> list[str]:
