@@ -11,9 +11,10 @@ import typer
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.bundle.store import DEMO_NAMES, demo_path
 from pixano_edge.engine.cli.options import open_bundle
-from pixano_edge.engine.cli.output import JsonOption, bytes_text, note, print_table, progress
+from pixano_edge.engine.cli.output import JsonOption, bytes_text, print_table, progress
 from pixano_edge.engine.errors import EdgeError, MissingDependencyError
 
+from .cli_models import random_detector, random_sam2, tell_left_out
 from .cli_report import OutputOption, report_figures
 from .report import environment
 
@@ -22,27 +23,6 @@ SizeOption = Annotated[
 ]
 SideOption = Annotated[int | None, typer.Option(help="Side of its input; default: 256 for demo, 1024 for others.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads of the engine.")]
-
-
-def _random_sam2(size: str, image_size: int | None) -> Bundle:
-    """Bundle of a SAM 2.1 with random weights, exported once.
-
-    Raises:
-        MissingDependencyError: No torch.
-    """
-    if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError("torch", "export", "Making the bundle")
-    from .checkpoints import exported_bundle, random_checkpoint
-
-    side = image_size or (256 if size == "demo" else 1024)
-    return open_bundle(str(exported_bundle(random_checkpoint(size, side, video=True))))
-
-
-def _random_detector(size: str) -> Bundle:
-    from .checkpoints import exported_bundle
-    from .detector_checkpoints import OWLV2, export_detector, random_detector
-
-    return open_bundle(str(exported_bundle(random_detector(OWLV2, size), export_detector)))
 
 
 def startup(
@@ -74,7 +54,7 @@ def startup(
             bundles = [open_bundle(name) for name in bundle]
         elif size is not None:
             steps.label("making the bundles")
-            bundles = [_random_sam2(size, image_size), _random_detector("demo" if size == "demo" else "base")]
+            bundles = [random_sam2(size, image_size), random_detector("demo" if size == "demo" else "base")]
         else:
             bundles = [Bundle.open(demo_path(name)) for name in DEMO_NAMES]
         out = measure(bundles, starts=starts, threads=threads, demo=demo, step=steps.label)
@@ -115,10 +95,9 @@ def graphs(
         raise MissingDependencyError("skimage", "benchmarks", "The photo")
     facts = environment(threads)
     with progress("Preparing", None, enabled=not as_json) as steps:
-        opened = _random_sam2(size, image_size) if size is not None else open_bundle(bundle or "sam2-demo")
+        opened = random_sam2(size, image_size) if size is not None else open_bundle(bundle or "sam2-demo")
         rows, left_out = measure(opened, rounds=rounds, threads=threads, step=steps.label)
-    for who, why in left_out.items():
-        note(f"Not measured: {who}: {why}")
+    tell_left_out(left_out)
     content = {
         "benchmark": "graphs", "bundle": opened.manifest.name, "rounds": rounds, "baseline": BASELINE,
         "rows": to_dicts(rows), "left_out": left_out, "environment": facts,
@@ -168,8 +147,7 @@ def scaling(
         opened = open_bundle(bundle)
         curves, missing = measure(opened, axes, QUICK if quick else Extent(), threads, steps.label)
     left_out |= missing
-    for name, why in left_out.items():
-        note(f"Not measured: {name}: {why}")
+    tell_left_out(left_out)
     if axis and missing:
         raise EdgeError(
             f"Axis {sorted(missing)} could not be measured: {next(iter(missing.values()))}", "Leave it out."

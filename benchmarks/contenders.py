@@ -5,9 +5,9 @@ Each decodes its own features, so the accuracy of a decoder row is what a user o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -109,32 +109,55 @@ class EngineContender:
         return {name: self._decoding.read(name)[:, 1:].copy() for name in (sam2.MASKS, sam2.IOU_SCORES)}
 
 
-class OrtContender:
+class GraphRunner(Protocol):
+    """One ONNX file in some runtime, with arrays in and out."""
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Outputs:
+        """Outputs by name; the next call may overwrite them."""
+        ...
+
+
+class OrtGraph:
     """``InferenceSession.run`` with numpy in and out, as most projects call ONNX Runtime."""
 
-    click: Callable[[], object] | None = None
-
-    def __init__(self, bundle: Bundle, inputs: Inputs, threads: int) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Outputs:
+        """See `GraphRunner.run`."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds))))
+
+
+class FileContender:
+    """Encoder and decoder files of a bundle in a runtime of their own; who only runs graphs has no whole click.
+
+    Args:
+        bundle: Whose fp32 files.
+        inputs: Of the race.
+        open_graph: Opens a file.
+    """
+
+    click: Callable[[], object] | None = None
+
+    def __init__(self, bundle: Bundle, inputs: Inputs, open_graph: Callable[[Path], GraphRunner]) -> None:
         self._encoder, self._decoder = (
-            ort.InferenceSession(str(bundle.graph_path(name)), options, providers=["CPUExecutionProvider"])
-            for name in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)
+            open_graph(bundle.graph_path(name)) for name in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)
         )
         self._inputs = inputs
-        self._features: Outputs = {}
         self._prompts = {use: prompt_arrays(inputs, use) for use in (False, True)}
+        self._features: Outputs = {}
         self.encode()
 
     def encode(self) -> None:
-        values = self._encoder.run(list(FEATURES), {sam2.PIXEL_VALUES: self._inputs.pixels})
-        self._features = dict(zip(FEATURES, values))
+        self._features = self._encoder.run({sam2.PIXEL_VALUES: self._inputs.pixels})
 
     def _decode(self, use_mask: bool) -> Outputs:
-        names = [sam2.MASKS, sam2.IOU_SCORES]
-        return dict(zip(names, self._decoder.run(names, {**self._features, **self._prompts[use_mask]})))
+        return self._decoder.run({**{name: self._features[name] for name in FEATURES}, **self._prompts[use_mask]})
 
     def decode(self) -> Outputs:
         return self._decode(False)
@@ -145,8 +168,9 @@ class OrtContender:
     def outputs(self, case: str) -> Outputs:
         """As `EngineContender.outputs`."""
         if case == ENCODER_CASE:
-            return dict(self._features)
-        return {name: value[:, 1:] for name, value in self._decode(case == MASK_CASE).items()}
+            return {name: self._features[name].copy() for name in FEATURES}
+        found = self._decode(case == MASK_CASE)
+        return {name: found[name][:, 1:].copy() for name in (sam2.MASKS, sam2.IOU_SCORES)}
 
 
 class TorchContender:

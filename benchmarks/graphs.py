@@ -23,6 +23,7 @@ from pixano_edge.engine.errors import EdgeError
 from pixano_edge.engine.runtime import open_device, open_session
 from pixano_edge.engine.runtime.base import Binding
 
+from .contenders import OrtGraph
 from .metrics import Latency, latency, relative_error
 from .openvino_contender import PRECISIONS, OpenVinoGraph, left_out
 from .segment import interleave
@@ -145,18 +146,13 @@ def measure(
 
 
 def _race(path: Path, spec: GraphSpec, inputs: Arrays, rounds: int, threads: int, missing: dict[str, str]) -> list[Row]:
-    import onnxruntime as ort
-
     sizes = sizes_of(spec, inputs)
     session = open_session(path, spec, open_device("cpu"), threads=threads)
     binding = session.prepare(sizes)
     for name, value in inputs.items():
         binding.write(name, value)
     outputs = [tensor.name for tensor in spec.outputs]
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    plain = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    plain = OrtGraph(path, threads)
 
     def engine() -> Arrays:
         binding.run()
@@ -164,7 +160,7 @@ def _race(path: Path, spec: GraphSpec, inputs: Arrays, rounds: int, threads: int
 
     calls: dict[str, Callable[[], Arrays]] = {
         ENGINE: engine,
-        BASELINE: lambda: dict(zip(outputs, plain.run(outputs, inputs))),
+        BASELINE: lambda: plain.run(inputs),
     }
     for who, precision in PRECISIONS.items():
         if who in missing:

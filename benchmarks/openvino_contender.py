@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pixano_edge.engine.bundle import Bundle
-from pixano_edge.engine.contracts import sam2
-
-from .contenders import ENCODER_CASE, FEATURES, MASK_CASE, Outputs, prompt_arrays
-
-if TYPE_CHECKING:
-    from .segment import Inputs
+from .contenders import Outputs
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -69,38 +63,3 @@ class OpenVinoGraph:
         """Outputs by name, as views that the next call overwrites; inputs are not copied where they fit."""
         found = self._request.infer(dict(feeds), share_inputs=True, share_outputs=True)
         return {name: np.asarray(found[port]) for name, port in self._outputs.items()}
-
-
-class OpenVinoContender:
-    """OpenVINO in `bench segment`: encoder and decoder as `OrtContender` has them."""
-
-    click: Callable[[], object] | None = None
-
-    def __init__(self, bundle: Bundle, inputs: Inputs, threads: int, precision: str) -> None:
-        self._encoder, self._decoder = (
-            OpenVinoGraph(bundle.graph_path(name), threads, precision)
-            for name in (sam2.IMAGE_ENCODER, sam2.MASK_DECODER)
-        )
-        self._inputs = inputs
-        self._prompts = {use: prompt_arrays(inputs, use) for use in (False, True)}
-        self._features: Outputs = {}
-        self.encode()
-
-    def encode(self) -> None:
-        self._features = self._encoder.run({sam2.PIXEL_VALUES: self._inputs.pixels})
-
-    def _decode(self, use_mask: bool) -> Outputs:
-        return self._decoder.run({**{name: self._features[name] for name in FEATURES}, **self._prompts[use_mask]})
-
-    def decode(self) -> Outputs:
-        return self._decode(False)
-
-    def decode_with_mask(self) -> Outputs:
-        return self._decode(True)
-
-    def outputs(self, case: str) -> Outputs:
-        """As `EngineContender.outputs`."""
-        if case == ENCODER_CASE:
-            return {name: self._features[name].copy() for name in FEATURES}
-        found = self._decode(case == MASK_CASE)
-        return {name: found[name][:, 1:].copy() for name in (sam2.MASKS, sam2.IOU_SCORES)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.models.masks import mask_iou
 
-from .contenders import CLICK_CASE, ENCODER_CASE, MASK_CASE, EngineContender, OrtContender, TorchContender
+from .contenders import CLICK_CASE, ENCODER_CASE, MASK_CASE, EngineContender, FileContender, OrtGraph, TorchContender
 from .metrics import Latency, latency, relative_error
-from .openvino_contender import PRECISIONS, OpenVinoContender, left_out
+from .openvino_contender import PRECISIONS, OpenVinoGraph, left_out
 from .torch_options import FAILURES, Beside, first_line, use_best_threads
 
 ORIGINAL_SIZE = (540, 960)
@@ -92,7 +93,7 @@ def make_inputs(c: Sam2Constants, seed: int = 0) -> Inputs:
     return Inputs(picture, pixels, (0.53 * c.image_size, 0.46 * c.image_size), mask)
 
 
-Contender = EngineContender | OrtContender | OpenVinoContender | TorchContender
+Contender = EngineContender | FileContender | TorchContender
 
 
 def interleave(
@@ -162,10 +163,11 @@ def measure(
     inputs = make_inputs(constants)
     step("loading")
     contenders: dict[str, Contender] = {"pixano-edge fp32": EngineContender(bundle, constants, inputs, threads)}
-    contenders["ONNX Runtime, plain"] = OrtContender(bundle, inputs, threads)
+    contenders["ONNX Runtime, plain"] = FileContender(bundle, inputs, lambda path: OrtGraph(path, threads))
     beside.left_out |= left_out(read_host().cpu_flags)
     for name in sorted(PRECISIONS.keys() - beside.left_out.keys()):
-        _add(contenders, beside, name, lambda n=name: OpenVinoContender(bundle, inputs, threads, PRECISIONS[n]))  # type: ignore[misc]
+        open_graph = partial(OpenVinoGraph, threads=threads, precision=PRECISIONS[name])
+        _add(contenders, beside, name, partial(FileContender, bundle, inputs, open_graph))
     if checkpoint is not None:
         dtypes = {REFERENCE: "float32", "PyTorch bf16": "bfloat16"}
         for name, dtype in dtypes.items():

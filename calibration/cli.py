@@ -85,6 +85,7 @@ def calibrate_command(
     from .run import Request, calibrate
     from .tasks import open_task
     from .tasks.base import TaskOptions
+    from .work import work_folder
 
     if precision not in PRECISIONS:
         raise CalibrationError(f"There is no precision '{precision}' to calibrate.", f"Use {', '.join(PRECISIONS)}.")
@@ -93,6 +94,7 @@ def calibrate_command(
     opened = open_bundle(bundle)
     with progress("Reading data", None, enabled=not as_json) as bar:
         limits: dict[str, Any] = {"limit": samples, "clip_length": clip_length, "seed": seed}
+        limits["frames"] = work_folder(work)
         found = open_data(data, clips=video, allow_few=allow_few, on_file=bar.step, **limits)
         other = None
         if held_out is not None:
@@ -145,7 +147,8 @@ def calibrate_command(
         problems = "; ".join(refused[-1].problems)
         raise CalibrationError(
             f"The variant '{refused[-1].name}' was not published: {problems}.",
-            "Give data like what the model will see, more of them, or a lower budget.",
+            "Give data like what the model will see, more of them, or a lower budget; --report FOLDER shows where it "
+            "is lost. What was measured is kept, so that the same command with another --budget is quick.",
         )
     if outcome.bundle is not None and not as_json:
         typer.echo(f"\nIn {outcome.bundle.root}; use it with: --precision {outcome.result.variants[-1].precision}")

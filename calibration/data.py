@@ -2,16 +2,17 @@
 
 Ranges taken from random pictures fit random pictures: activations of real ones lie elsewhere, and the clipped ones are
 those that matter. So pictures of noise or of one colour are left out, named and counted, and a set that mostly holds
-such pictures is refused. Copies of a picture are left out too, or one could be both calibrated and judged on.
+such pictures is refused. Copies of a picture are left out too, or one could be both calibrated and judged on; what
+comes from one video is calibrated on or judged on as a whole, since its frames are nearly copies.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import cv2
 import numpy as np
@@ -77,13 +78,24 @@ class Picture:
 
     Attributes:
         name: As the user knows it: a path within the data, or a frame of a video.
-        source: File, or a video and the number of its frame.
+        source: Its file; of a frame, a lossless copy.
         truths: Annotated objects; empty where nothing is known.
+        video: The video that it is a frame of; None for a picture of its own.
+        place: Number of the frame.
+        held: Keeps the copy of a frame until nobody needs it any more.
     """
 
     name: str
-    source: Path | tuple[Path, int]
+    source: Path
     truths: tuple[Truth, ...] = ()
+    video: Path | None = None
+    place: int = 0
+    held: Any = field(default=None, repr=False)
+
+    @property
+    def group(self) -> str:
+        """Equal for samples that are nearly copies of each other: frames of one video."""
+        return str(self.video or self.source)
 
     def load(self) -> Rgb:
         """(H, W, 3) uint8 RGB.
@@ -91,14 +103,7 @@ class Picture:
         Raises:
             ImageError: It does not decode.
         """
-        if isinstance(self.source, Path):
-            return decode_image(self.source)
-        path, index = self.source
-        frames = VideoFrames(path)
-        try:
-            return frames[index]
-        finally:
-            frames.close()
+        return decode_image(self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,24 +113,45 @@ class Clip:
     Attributes:
         name: As the user knows it.
         source: A video, or its frames as files.
-        first: Number of the first frame.
+        place: Number of the first frame.
         length: Frames.
     """
 
     name: str
     source: Path | tuple[Path, ...]
-    first: int
+    place: int
     length: int
 
+    @property
+    def group(self) -> str:
+        """Equal for clips of one video."""
+        return str(self.source if isinstance(self.source, Path) else self.source[0])
+
     def frames(self) -> Frames:
-        """The frames, decoded when they are asked for; the caller closes them."""
+        """The frames, decoded when they are asked for; the caller closes them. Of a video's clips one at a time."""
         if not isinstance(self.source, Path):
-            return ImageFrames(self.source[self.first : self.first + self.length])
-        return _Part(VideoFrames(self.source), self.first, self.length)
+            return ImageFrames(self.source[self.place : self.place + self.length])
+        return _Part(_Reader.of(self.source), self.place, self.length)
+
+
+class _Reader:
+    """The video that was read last. It stays open, so that its clips, one after the other, walk through it once."""
+
+    _open: ClassVar[tuple[Path, VideoFrames] | None] = None
+
+    @classmethod
+    def of(cls, path: Path) -> VideoFrames:
+        """The frames of a video; those of the one before are closed."""
+        if cls._open is None or cls._open[0] != path:
+            if cls._open is not None:
+                cls._open[1].close()
+            cls._open = None
+            cls._open = (path, VideoFrames(path))
+        return cls._open[1]
 
 
 class _Part(Frames):
-    """Some frames of a video."""
+    """Some frames of a video, which stays open."""
 
     def __init__(self, whole: VideoFrames, first: int, length: int) -> None:
         self._whole, self._first, self._length = whole, first, length
@@ -137,11 +163,18 @@ class _Part(Frames):
     def _read(self, index: int) -> npt.NDArray[np.uint8]:
         return self._whole[self._first + index]
 
-    def close(self) -> None:
-        self._whole.close()
-
 
 Sample = Picture | Clip
+S = TypeVar("S", bound=Sample)
+
+
+def reading_order(samples: Iterable[S]) -> list[S]:
+    """Samples such that those of one video follow each other in time: out of order it is decoded again and again."""
+    first: dict[str, int] = {}
+    listed = list(samples)
+    for index, sample in enumerate(listed):
+        first.setdefault(sample.group, index)
+    return sorted(listed, key=lambda sample: (first[sample.group], sample.place))
 
 
 @dataclass(frozen=True)
@@ -170,6 +203,7 @@ class Data:
         seed: Of the order.
         warnings: In words.
         classes: Names of the categories, the most frequent first, where the data have some.
+        pixels: Digest of what was looked at of each sample, in the order of `samples`.
     """
 
     source: str
@@ -180,23 +214,27 @@ class Data:
     seed: int
     warnings: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    pixels: tuple[str, ...] = ()
 
     def split(self, held_out: Data | None = None) -> Split:
         """Calibration and held-out samples; the latter are a share of these, or another set altogether.
 
         Raises:
-            CalibrationError: The two sets share samples.
+            CalibrationError: The two sets share samples, by their pixels.
         """
         if held_out is not None:
-            ours, theirs = ({(str(s.source), getattr(s, "first", 0)) for s in d.samples} for d in (self, held_out))
-            if shared := ours & theirs:
+            ours = dict(zip(self.pixels, self.samples))
+            shared = [(ours[key], theirs) for key, theirs in zip(held_out.pixels, held_out.samples) if key in ours]
+            if shared:
                 raise CalibrationError(
-                    f"{len(shared)} held-out sample(s) are among the calibration data, for example {min(shared)[0]}.",
+                    f"{len(shared)} held-out sample(s) are among the calibration data, for example "
+                    f"'{shared[0][1].name}', which is '{shared[0][0].name}'.",
                     "Give other data to --held-out: a variant is not judged on what it was fitted to.",
                 )
             return Split(self.samples, held_out.samples)
-        count = max(1, round(HELD_OUT * len(self.samples)))
-        return Split(self.samples[count:], self.samples[:count])
+        kept = set(map(id, _held_out(self.samples)))
+        calibration, judged = (tuple(s for s in self.samples if (id(s) in kept) == side) for side in (False, True))
+        return Split(calibration, judged)
 
     def summary(self, split: Split) -> DataSummary:
         """For the report."""
@@ -212,6 +250,21 @@ class Data:
         )
 
 
+def _held_out(samples: Sequence[Sample]) -> list[Sample]:
+    """`HELD_OUT` of the samples: whole videos where there are several, of a single one what comes last."""
+    count = max(1, round(HELD_OUT * len(samples)))
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    if len(groups) == 1:
+        return sorted(samples, key=lambda sample: sample.place)[len(samples) - count :]
+    found: list[Sample] = []
+    for group in groups.values():
+        if len(found) < count and 2 * (len(found) + len(group)) <= max(len(samples), 2):
+            found += group
+    return found
+
+
 def open_data(
     path: Path | str,
     *,
@@ -220,6 +273,7 @@ def open_data(
     clip_length: int = CLIP_LENGTH,
     seed: int = 0,
     allow_few: bool = False,
+    frames: Path | None = None,
     on_file: Callable[[], None] = lambda: None,
 ) -> Data:
     """Opens and checks calibration data.
@@ -232,23 +286,29 @@ def open_data(
         clip_length: Frames of a clip; a shorter video is one clip, a longer one gives several.
         seed: Of the choice and order of the samples.
         allow_few: Take fewer than `MIN_SAMPLES` (two at least).
+        frames: Folder for copies of the frames that are taken from videos as pictures, which go with the samples; None
+            for the system's place for such files.
         on_file: Called after each file.
 
     Raises:
         CalibrationError: Nothing there, nothing usable, too few samples, or mostly noise.
+        BundleError: The disk is full.
     """
     from .data_readers import find_clips, find_pictures
 
     root = Path(path).expanduser()
     if not root.exists():
         raise CalibrationError(f"There is nothing at '{path}'.", "Give a folder, a video or a COCO JSON to --data.")
-    found = find_clips(root, clip_length) if clips else find_pictures(root, limit)
+    found = find_clips(root, clip_length) if clips else find_pictures(root, limit, frames)
     order = np.random.default_rng([81, seed]).permutation(len(found.samples))
     check = _Checks(on_file)
-    for index in order:
-        if len(check.used) == limit:
-            break
-        check.take(found.samples[index])
+    chosen = [found.samples[index] for index in order]
+    while chosen and len(check.used) < limit:
+        # As many as are wanted still, read in their order; then those that stand for the ones that were left out.
+        part, chosen = chosen[: limit - len(check.used)], chosen[limit - len(check.used) :]
+        for sample in reading_order(part):
+            check.take(sample)
+    check.restore({id(found.samples[index]): place for place, index in enumerate(order)})
     skipped = (*found.skipped, *check.skipped)
     what = "clip" if clips else "picture"
     _refuse(what, path, check, skipped, allow_few)
@@ -264,6 +324,7 @@ def open_data(
         seed,
         tuple(warnings),
         found.classes,
+        tuple(check.pixels),
     )
 
 
@@ -305,8 +366,8 @@ class _Checks:
         self.used: list[Sample] = []
         self.skipped: list[SkippedFile] = []
         self.random = self.flat = 0
+        self.pixels: list[str] = []
         self._seen: dict[bytes, str] = {}
-        self._hashes: list[str] = []
         self._luminance = np.zeros(256, np.int64)
         self._on_file = on_file
 
@@ -320,6 +381,11 @@ class _Checks:
         else:
             self.used.append(sample)
         self._on_file()
+
+    def restore(self, places: dict[int, int]) -> None:
+        """Puts what is used into another order, given as the place of each sample by its id."""
+        pairs = sorted(zip(self.used, self.pixels), key=lambda pair: places[id(pair[0])])
+        self.used, self.pixels = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     def _look(self, sample: Sample) -> str:
         """Why a sample cannot be used; empty where it can."""
@@ -342,7 +408,7 @@ class _Checks:
             self.random += 1
             return "noise: neighbouring pixels have nothing to do with each other"
         self._seen[digest] = sample.name
-        self._hashes.append(digest.hex())
+        self.pixels.append(digest.hex())
         for gray in grays:
             self._luminance += np.bincount(gray.reshape(-1), minlength=256)
         return ""
@@ -359,7 +425,7 @@ class _Checks:
 
     def digest(self) -> str:
         """Of the pixels that were looked at, in no order."""
-        return hashlib.sha256("".join(sorted(self._hashes)).encode()).hexdigest()
+        return hashlib.sha256("".join(sorted(self.pixels)).encode()).hexdigest()
 
 
 def _neighbours(gray: npt.NDArray[Any]) -> float:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
+from pixano_edge.engine.bundle.files import os_errors
 from pixano_edge.engine.errors import CalibrationError, EdgeError
 from pixano_edge.engine.models.sam2_video.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoFrames
 
@@ -39,11 +44,17 @@ class Found:
     classes: tuple[str, ...] = ()
 
 
-def find_pictures(root: Path, frames: int) -> Found:
-    """Pictures of a folder, a COCO file, a Pixano dataset or a video; of a video `frames` evenly spaced ones.
+def find_pictures(root: Path, count: int, copies: Path | None = None) -> Found:
+    """Pictures of a folder, a COCO file, a Pixano dataset or a video; of a video `count` evenly spaced frames.
+
+    Args:
+        root: One of these.
+        count: Frames of one video, or of all that lie in a folder without pictures.
+        copies: Folder for copies of such frames; None for the system's.
 
     Raises:
         CalibrationError: It is none of these.
+        BundleError: The disk is full.
     """
     if root.is_dir():
         media, kind = _media(root)
@@ -52,13 +63,13 @@ def find_pictures(root: Path, frames: int) -> Found:
         if not files and (videos := _files(media, VIDEO_SUFFIXES)):
             found.kind = "video"
             for path in videos:
-                _add_frames(found, path, max(1, frames // len(videos)), _name(path, media))
+                _add_frames(found, path, max(1, count // len(videos)), _name(path, media), copies)
         return found
     if root.suffix.lower() == ".json":
         return _read_coco(root)
     if root.suffix.lower() in VIDEO_SUFFIXES:
         found = Found("video", [])
-        _add_frames(found, root, frames, root.name)
+        _add_frames(found, root, count, root.name, copies)
         found.warnings.append("All pictures come from one video: they look more alike than what the model will see.")
         return found
     raise CalibrationError(
@@ -135,29 +146,49 @@ def _part(name: str, first: int, length: int) -> str:
 
 
 def _add_clips(found: Found, path: Path, name: str, length: int) -> None:
-    count = _count(found, path, name)
+    try:
+        frames = VideoFrames(path)
+    except EdgeError as error:
+        found.skipped.append(SkippedFile(name, error.message))
+        return
+    count = len(frames)
+    frames.close()
     if count == 1:
         found.skipped.append(SkippedFile(name, "one frame is no clip"))
     found.samples += [Clip(_part(name, at, n), path, at, n) for at, n in _parts(count, length)]
 
 
-def _add_frames(found: Found, path: Path, frames: int, name: str) -> None:
-    count = _count(found, path, name)
-    chosen = sorted({round(place) for place in np.linspace(0, count - 1, frames)}) if count else []
-    found.samples += [Picture(f"{name}#{index}", (path, index)) for index in chosen]
-
-
-def _count(found: Found, path: Path, name: str) -> int:
-    """Frames of a video; 0, and an entry among the skipped files, where it does not decode."""
+def _add_frames(found: Found, path: Path, number: int, name: str, copies: Path | None) -> None:
+    """Adds evenly spaced frames of a video, copied once: each would be a walk from the video's start otherwise."""
     try:
-        frames = VideoFrames(path)
+        frames = VideoFrames(path, stretch=1)
     except EdgeError as error:
         found.skipped.append(SkippedFile(name, error.message))
-        return 0
+        return
     try:
-        return len(frames)
+        with os_errors(f"copying frames of '{path.name}'"):
+            folder = _Copies(copies)
+            for index in sorted({round(place) for place in np.linspace(0, len(frames) - 1, number)}):
+                file = folder.path / f"{index:08d}.png"
+                try:
+                    image = cv2.cvtColor(frames[index], cv2.COLOR_RGB2BGR)
+                except EdgeError as error:
+                    found.skipped.append(SkippedFile(f"{name}#{index}", error.message))
+                    break
+                file.write_bytes(cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
+                found.samples.append(Picture(f"{name}#{index}", file, (), path, index, folder))
     finally:
         frames.close()
+
+
+class _Copies:
+    """A new folder, removed when nothing refers to this object any more."""
+
+    def __init__(self, parent: Path | None) -> None:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix="frames-", dir=parent))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _read_coco(path: Path) -> Found:

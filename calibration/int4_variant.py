@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from pixano_edge.calibration.decoder_int4 import LayerError, quantise_decoder, tapped_tensors
@@ -22,6 +21,7 @@ from pixano_edge.engine.contracts import qwen2_5_vl, smolvlm
 from pixano_edge.engine.contracts.decoder import DecoderConstants
 from pixano_edge.engine.errors import BundleError
 from pixano_edge.export.decoder.store import WeightStore
+from pixano_edge.export.graph_sizes import weight_bytes
 
 INT4 = "int4"
 _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -57,6 +57,7 @@ def make_int4(
     threads: int | None = None,
     group_bytes: int = GROUP_BYTES,
     on_turn: Callable[[], None] = lambda: None,
+    on_collected: Callable[[], None] = lambda: None,
     on_matrix: Callable[[], None] = lambda: None,
 ) -> Int4Variant:
     """Collects what the decoder is given for questions and quantises it.
@@ -70,6 +71,7 @@ def make_int4(
         threads: Threads of one call.
         group_bytes: See `grams.collect`.
         on_turn: Called after each question that was asked.
+        on_collected: Called after each of them that activations were collected from, once for a group of matrices.
         on_matrix: Called after each matrix.
 
     Raises:
@@ -81,7 +83,16 @@ def make_int4(
     file = opened.graph_path(contract.DECODER, "fp32")
     tensors = tapped_tensors(onnx.load(str(file), load_external_data=False))
     turns = record_turns(opened, questions, folder / "turns", tokens=tokens, threads=threads, on_turn=on_turn)
-    grams = collect(file, constants, turns, tensors, folder / "grams", group_bytes=group_bytes, threads=threads)
+    grams = collect(
+        file,
+        constants,
+        turns,
+        tensors,
+        folder / "grams",
+        group_bytes=group_bytes,
+        threads=threads,
+        on_turn=on_collected,
+    )
     graph, weights = folder / f"{contract.DECODER}.{INT4}.onnx", folder / f"{contract.DECODER}.{INT4}.weights"
     with os_errors(f"writing '{graph.name}'"):
         weights.unlink(missing_ok=True)
@@ -119,10 +130,7 @@ def _entries(bundle: Bundle, model: onnx.ModelProto) -> dict[str, GraphVariant]:
             "file": f"graphs/{contract.DECODER}.{INT4}.onnx",
             "opset": opset,
             "nodes": len(model.graph.node),
-            "weight_bytes": sum(
-                int(np.prod(t.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-                for t in model.graph.initializer
-            ),
+            "weight_bytes": weight_bytes(model),
         }
     )
     return entries

@@ -11,14 +11,13 @@ from .publish import check_scales
 from .result import BlockResult, GraphSize, TensorRange
 from .search import Found, Group, Scores, Unit, Units, search
 from .spool import Spool
+from .tasks.base import key_of
 from .variant import Source, VariantFiles, ranges, read_source, refused
-from .work import Made, NewGraph, Work
+from .work import FEEDS, Made, NewGraph, Work
 
 MARGIN = 0.25
 """Part of the budget's allowance that the search leaves free: held-out data are a little harder than those that the
 layers were chosen on."""
-FEEDS = 48
-"""Recorded calls of each graph."""
 HELD_OUT_FEEDS = 8
 GROUP_BYTES = 1 << 29
 """Of tensors that one run hands out while observing."""
@@ -84,7 +83,7 @@ def _search(
 ) -> Found:
     budget = work.request.budget
     samples = work.calibration[: work.request.search_samples]
-    scores = Scores(work.folder / "scores.json", work.key)
+    scores = Scores(work.folder / "scores.json", key_of(work.key, sorted(base.items())))
 
     def measure(units: Units) -> float:
         return work.task.score({**base, **files.files(units)}, samples).mean

@@ -12,9 +12,9 @@ from pixano_edge.engine.errors import CalibrationError
 from pixano_edge.engine.models.decoder.opening import FAMILIES as TEXT_FAMILIES
 
 from .data import Picture
-from .make_int8 import FEEDS, GROUP_BYTES
+from .make_int8 import GROUP_BYTES
 from .result import GraphSize
-from .work import Made, NewGraph, Work
+from .work import FEEDS, Made, NewGraph, Work
 
 SEEN = re.compile("reached|is around")
 """In the reasons of islands that the data asked for; the others follow from operators alone."""
@@ -48,6 +48,7 @@ def make_int4(work: Work, variant: str) -> Made:
         tokens=work.request.options.max_new_tokens,
         threads=work.request.options.threads,
         on_turn=work.counter("Asking questions", total),
+        on_collected=work.counter("Collecting activations", 0),
         on_matrix=work.counter("Quantising matrices", 0),
     )
     file = work.bundle.graph_path(decoders.DECODER, "fp32")
@@ -70,8 +71,13 @@ def make_half(work: Work, variant: str, precision: str) -> Made:
     fp32, and bf16 ones not at all.
 
     Raises:
-        CalibrationError: A graph cannot be converted.
+        CalibrationError: A graph cannot be converted, or it is a language model's fp16.
     """
+    if precision == "fp16" and work.bundle.manifest.family in TEXT_FAMILIES:
+        # Its decoder has another contract then, with a cache in fp16, which only the exporter writes.
+        raise CalibrationError(
+            "fp16 of a language model is exported, not calibrated.", "Use pixano-edge export --variants fp32,fp16."
+        )
     from pixano_edge.calibration.graph import load_graph
     from pixano_edge.calibration.islands import halve, rounded, tensors
     from pixano_edge.calibration.observe import observe

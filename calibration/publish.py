@@ -6,7 +6,7 @@ variant and nothing is stored twice. What a changed graph kept in float it takes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,14 @@ import onnx
 from onnx import numpy_helper
 
 from pixano_edge.engine.bundle import Bundle, BundleWriter
-from pixano_edge.engine.bundle.manifest import CalibrationEntry, GraphVariant, Manifest
+from pixano_edge.engine.bundle.manifest import CalibrationEntry, GraphMemory, GraphVariant
 from pixano_edge.engine.errors import CalibrationError
+from pixano_edge.export.graph_sizes import count_parameters, weight_bytes
 from pixano_edge.export.shared_weights import share_weights
 
 from .work import NewGraph
 
-SUFFIX = "-tensorrt"
+FULL, SUFFIX = "fp32", "-tensorrt"
 
 
 def check_scales(graph: str, model: onnx.ModelProto) -> list[str]:
@@ -51,6 +52,7 @@ def publish(
     reports: Mapping[str, bytes],
     *,
     considered: Collection[str] = (),
+    memory: Sequence[GraphMemory] = (),
     replace: bool = False,
 ) -> Bundle:
     """Writes the bundle with a variant more, or with another one of that name.
@@ -66,7 +68,9 @@ def publish(
         entry: What the manifest says of the calibration.
         reports: Files to add, by their path in the bundle; older ones of the same path are replaced.
         considered: Graphs that might have changed; those that did not run fp32, whatever an earlier calibration said.
-        replace: Also replace a variant that was exported; its parity figures go with it.
+        memory: Of the graphs that change; graphs that run fp32's file have its figures.
+        replace: Also replace a variant that was exported; its files, where no other graph needs them, and its parity
+            figures go with it.
 
     Returns:
         The bundle at `destination`, opened and checked.
@@ -79,22 +83,24 @@ def publish(
     if problems := [p for name, model in models.items() for p in check_scales(name, model)]:
         raise CalibrationError(f"The variant is broken: {'; '.join(problems[:3])}.", "Calibrate on real data.")
     manifest = bundle.manifest
-    calibrated = any(known.variant == variant for known in manifest.calibrations)
-    exported = not calibrated and any(variant in held.variants for held in manifest.graphs.values())
-    if exported and not replace:
-        raise CalibrationError(
-            f"Bundle '{manifest.name}' has a variant '{variant}' that was exported, not calibrated.",
-            "Give --replace to put the new one in its place.",
-        )
+    if taken := name_taken(bundle, variant, replace):
+        raise CalibrationError(taken, "Give --replace to put the new one in its place, or another --name.")
+    exported = was_exported(bundle, variant)
     held = {name: dict(graph.variants) for name, graph in manifest.graphs.items()}
-    files = {name: _file(manifest, name, variant, calibrated, graph) for name, graph in graphs.items()}
-    beside = {f"graphs/{path.name}": path for graph in graphs.values() for path in graph.beside}
     changed = {*graphs, *considered}
-    earlier = {held[name].pop(variant).file for name in changed if calibrated and variant in held[name]}
-    used = {v.file for variants in held.values() for v in variants.values()}
+    old = [held[name].pop(v) for name in changed for v in (variant, variant + SUFFIX) if v in held[name]]
+    staying = {v.file for variants in held.values() for v in variants.values()}
+    staying |= {graph.file for graph in manifest.cpu_graphs.values()}
+    needed = staying | _weights_of(bundle, staying)
+    free = {v.file for v in old} | _weights_of(bundle, (v.file for v in old))
+    free -= needed
+    files = {name: _file(name, variant, graph, set(manifest.files) - free) for name, graph in graphs.items()}
+    beside = {f"graphs/{path.name}": path for graph in graphs.values() for path in graph.beside}
+    if clash := sorted(needed.intersection(beside)):
+        raise CalibrationError(f"Another variant of '{manifest.name}' needs '{clash[0]}'.", "Give another --name.")
     kept = [known for known in manifest.calibrations if not _outdated(known, entry, changed)]
     dropped = {known.report for known in manifest.calibrations if known not in kept} - {None}
-    gone = {*files.values(), *beside, *reports, *dropped, *(earlier - used)}
+    gone = {*files.values(), *beside, *reports, *dropped, *free}
     destination = destination.expanduser().resolve()
     with BundleWriter(destination, overwrite=destination == bundle.root.resolve()) as writer:
         for file in manifest.files:
@@ -111,8 +117,6 @@ def publish(
                 shared = share_weights(models[name], *(writer.root / file for file in holders if file not in gone))
                 writer.add_file(files[name], shared.model.SerializeToString(deterministic=True))
                 held[name][variant] = _entry(models[name], files[name], precision)
-        for name in changed:
-            held[name].pop(variant + SUFFIX, None)
         foreign = any(held[name][variant].onnxruntime_only for name in graphs)
         for variants in held.values():
             _fall_back(variants, variant, precision, foreign)
@@ -122,7 +126,8 @@ def publish(
         fields["graphs"] = {name: {"variants": variants} for name, variants in held.items()}
         fields["calibrations"] = [known.model_dump() for known in (*kept, entry)]
         # Figures of older files say nothing of the new ones.
-        fields["memory"] = [m for m in fields["memory"] if m["variant"] != variant or m["graph"] not in changed]
+        figures = [m for m in manifest.memory if m.variant != variant or m.graph not in changed]
+        fields["memory"] = [m.model_dump() for m in (*figures, *memory, *_as_fp32(figures, held, variant))]
         if exported and fields["parity"] is not None:
             for key in ("tensors", "masks", "clips", "detections", "generations"):
                 fields["parity"][key] = [figure for figure in fields["parity"][key] if figure["variant"] != variant]
@@ -130,12 +135,51 @@ def publish(
     return Bundle.open(destination)
 
 
-def _file(manifest: Manifest, graph: str, variant: str, calibrated: bool, new: NewGraph) -> str:
-    """Where a graph goes: over an earlier calibration, never over an exported file, whose weights others may use."""
-    plain = f"graphs/{graph}.{variant}.onnx"
-    earlier = manifest.graphs[graph].variants.get(variant)
-    mine = calibrated and earlier is not None and earlier.file == plain
-    return plain if mine or new.beside or plain not in manifest.files else f"graphs/{graph}.{variant}.calibrated.onnx"
+def name_taken(bundle: Bundle, variant: str, replace: bool) -> str:
+    """Why no calibrated variant of this name may be written, in words; empty where one may."""
+    if variant == FULL or variant.endswith(SUFFIX):
+        return f"A calibrated variant cannot be named '{variant}'."
+    if was_exported(bundle, variant) and not replace:
+        return f"Bundle '{bundle.manifest.name}' has a variant '{variant}' that was exported, not calibrated."
+    return ""
+
+
+def was_exported(bundle: Bundle, variant: str) -> bool:
+    """Whether the bundle has a variant of this name that no calibration made."""
+    if any(known.variant == variant for known in bundle.manifest.calibrations):
+        return False
+    return any(variant in held.variants for held in bundle.manifest.graphs.values())
+
+
+def _file(graph: str, variant: str, new: NewGraph, taken: Collection[str]) -> str:
+    """Where a graph goes: never over a file whose weights others use."""
+    name, number = f"graphs/{graph}.{variant}.onnx", 1
+    while name in taken and not new.beside:
+        end = f"-{number}" if number > 1 else ""
+        name, number = f"graphs/{graph}.{variant}.calibrated{end}.onnx", number + 1
+    return name
+
+
+def _weights_of(bundle: Bundle, files: Iterable[str]) -> set[str]:
+    """Other files of a bundle that hold weights of some graphs, by their path in it."""
+    found = set()
+    for file in files:
+        for tensor in onnx.load(str(bundle.file(file)), load_external_data=False).graph.initializer:
+            places = {e.value for e in tensor.external_data if e.key == "location"}
+            found |= {Path(file).with_name(place).as_posix() for place in places}
+    return found
+
+
+def _as_fp32(
+    figures: Iterable[GraphMemory], held: Mapping[str, Mapping[str, GraphVariant]], variant: str
+) -> list[GraphMemory]:
+    """Figures of the graphs that run fp32's file under the variant's name."""
+    known = {m.graph for m in figures if m.variant == variant}
+    return [
+        m.model_copy(update={"variant": variant})
+        for m in figures
+        if m.variant == FULL and m.graph not in known and held[m.graph][variant].file == held[m.graph][FULL].file
+    ]
 
 
 def _read(graph: NewGraph) -> onnx.ModelProto:
@@ -151,11 +195,6 @@ def _outdated(known: CalibrationEntry, entry: CalibrationEntry, changed: set[str
 
 
 def _entry(model: onnx.ModelProto, file: str, precision: str) -> GraphVariant:
-    sizes = [int(np.prod(t.dims, dtype=np.int64)) for t in model.graph.initializer]
-    bytes_of = [
-        size * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-        for size, t in zip(sizes, model.graph.initializer)
-    ]
     opset = next(o.version for o in model.opset_import if not o.domain)
     foreign = any(node.domain not in ("", "ai.onnx") for node in model.graph.node)
     return GraphVariant(
@@ -163,8 +202,8 @@ def _entry(model: onnx.ModelProto, file: str, precision: str) -> GraphVariant:
         precision=precision,  # type: ignore[arg-type]  # checked when it is made
         opset=opset,
         nodes=len(model.graph.node),
-        parameters=sum(sizes),
-        weight_bytes=sum(bytes_of),
+        parameters=count_parameters(model),
+        weight_bytes=weight_bytes(model),
         onnxruntime_only=foreign,
     )
 
@@ -173,7 +212,7 @@ def _fall_back(variants: dict[str, GraphVariant], variant: str, precision: str, 
     """Gives a graph that has no file of the variant the fp32 one, and for TensorRT the one that was changed for it."""
     if variant in variants:
         return
-    for source, name in (("fp32", variant), ("fp32" + SUFFIX, variant + SUFFIX)):
+    for source, name in ((FULL, variant), (FULL + SUFFIX, variant + SUFFIX)):
         if source in variants and not (foreign and name != variant):
             told = {"precision": precision, "onnxruntime_only": foreign or variants[source].onnxruntime_only}
             variants[name] = variants[source].model_copy(update=told)

@@ -35,6 +35,7 @@ from pixano_edge.calibration.observe import Observations
 from pixano_edge.calibration.patterns import order_gelus
 from pixano_edge.engine.errors import CalibrationError
 from pixano_edge.export.graph_edit import attribute
+from pixano_edge.export.graph_sizes import stored_bytes
 from pixano_edge.export.half_weights import narrow
 
 MIN_CONSTANT = 1 << 14
@@ -52,7 +53,7 @@ class QuantizationReport:
         kept: Blocks that were asked for and stayed in float, with the reason.
         ranges: By tensor of the fp32 graph that is quantised.
         smoothed: Blocks whose channels were rescaled, with the strength.
-        weight_bytes: Of the weights before and after.
+        weight_bytes: Of the weights before and after, as they are stored.
     """
 
     blocks: list[str] = field(default_factory=list)
@@ -115,13 +116,13 @@ def quantize(
         work.smooth({block.name: block.nodes for block in chosen}, _strength(smooth))
     for block in chosen:
         work.quantize(block.name, block.nodes)
-    work.report.weight_bytes = (_weight_bytes(model), 0)
+    work.report.weight_bytes = (stored_bytes(model), 0)
     work.graph.finish()
     if work.report.blocks:
         _round_constants(copy)
     narrow(copy)
     onnx.checker.check_model(copy)
-    work.report.weight_bytes = (work.report.weight_bytes[0], _weight_bytes(copy))
+    work.report.weight_bytes = (work.report.weight_bytes[0], stored_bytes(copy))
     return copy, work.report
 
 
@@ -332,10 +333,3 @@ def _result(graph: Graph, node: NodeProto) -> str:
     """The tensor whose range a convolution's output has: behind the Relu, if one follows."""
     reader = graph.only_reader(node.output[0])
     return reader.output[0] if reader is not None and reader.op_type == "Relu" else node.output[0]
-
-
-def _weight_bytes(model: onnx.ModelProto) -> int:
-    return sum(
-        int(np.prod(t.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-        for t in model.graph.initializer
-    )

@@ -79,6 +79,7 @@ def render(result: CalibrationResult) -> str:
     ]
     if result.variants:
         body += ["<h2>Variants</h2>", _variants(result.variants), _sizes(result.variants), _speeds(result.variants)]
+        body.append(_memory(result.variants))
     for variant in result.variants:
         body += _variant(variant)
     body += [*_data(result), *_run(result)]
@@ -186,6 +187,22 @@ def _speeds(variants: Sequence[VariantResult]) -> str:
     if not rows:
         return "<h3>Speed</h3><p>Not measured.</p>"
     return "<h3>Speed on this machine</h3>" + table(columns, rows, right=columns[4:9])
+
+
+def _memory(variants: Sequence[VariantResult]) -> str:
+    columns = ("variant", "graph", "open", "fp32 open", "while it runs", "fp32 while it runs")
+    rows = [
+        (v.name, m.graph, *map(_bytes, (m.session, m.fp32_session, m.activations, m.fp32_activations)))
+        for v in variants
+        for m in v.memory
+    ]
+    if not rows:
+        return "<h3>Memory</h3><p>Not measured.</p>"
+    return "<h3>Memory in ONNX Runtime on this machine's CPU</h3>" + table(columns, rows, right=columns[2:])
+
+
+def _bytes(size: int | None) -> str:
+    return "-" if size is None else bytes_text(size)
 
 
 def _matched(variant: VariantResult) -> list[tuple[Speed, Speed]]:

@@ -6,24 +6,23 @@ infinity as None); `CalibrationResult.from_dict` reads it back, so a report can 
 
 from __future__ import annotations
 
-import base64
 import math
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pixano_edge.engine.errors import EdgeError
 
+from .plain_data import build, plain
+
 RESULT_VERSION = 1
 HISTOGRAM_BINS = 64
 """Bins of a histogram in a result; finer ones are merged."""
 
 _BUDGET = re.compile(r"\s*([a-z][a-z0-9_]*)\s*>=\s*([0-9]*\.?[0-9]+)\s*(%?)\s*")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,25 @@ class Speed:
     p50: float
     p90: float
     clock: str = "wall"
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of one graph while ONNX Runtime runs it on the CPU, in bytes.
+
+    Attributes:
+        graph: Its name in the contract.
+        session: What the open graph takes, its weights above all.
+        activations: What intermediate tensors take at their most.
+        fp32_session: The same of fp32, as the bundle tells; None where it does not.
+        fp32_activations: The same.
+    """
+
+    graph: str
+    session: int
+    activations: int
+    fp32_session: int | None = None
+    fp32_activations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -285,6 +303,7 @@ class VariantResult:
         truth: Against ground truth; None where there is none.
         fp32_speed: Of the full graphs, taken in turns with `speed`.
         speed: Of the variant, entries as in `fp32_speed`.
+        memory: Of the graphs that it changed; empty where it was not measured.
         passed: Whether it met the budget and every check.
         published: Whether it is in the bundle.
         problems: What failed, in words; empty when `passed`.
@@ -307,6 +326,7 @@ class VariantResult:
     truth: TruthScore | None = None
     fp32_speed: tuple[Speed, ...] = ()
     speed: tuple[Speed, ...] = ()
+    memory: tuple[MemoryUse, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     blocks: tuple[BlockResult, ...] = ()
@@ -353,7 +373,7 @@ class CalibrationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        found = _plain(self)
+        found = plain(self)
         assert isinstance(found, dict)
         return found
 
@@ -371,50 +391,6 @@ class CalibrationResult:
                 "Calibrate again, or update pixano-edge.",
             )
         try:
-            return _build(cls, content)
+            return build(cls, content)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise EdgeError(f"The result of the calibration is damaged: {error}.", "Calibrate again.") from error
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _build(kind: type[T], content: dict[str, Any]) -> T:
-    """A dataclass from its plain form."""
-    hints = _hints(kind)
-    if unknown := set(content) - set(hints):
-        raise ValueError(f"{kind.__name__} has no {sorted(unknown)}")
-    return kind(**{name: _value(hints[name], value) for name, value in content.items()})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    """One field's value from its plain form, by the field's type."""
-    if get_origin(hint) is tuple:
-        return tuple(_value(get_args(hint)[0], item) for item in value)
-    choices = get_args(hint)
-    if choices:  # `X | None`
-        return None if value is None else _value(choices[0], value)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value)
-    if hint is bytes:
-        return base64.b64decode(value, validate=True)
-    if hint is float:
-        return math.nan if value is None else float(value)
-    if not isinstance(value, hint):
-        raise TypeError(f"{value!r} is no {hint.__name__}")
-    return value

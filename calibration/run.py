@@ -16,19 +16,23 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from pixano_edge.engine.bundle import Bundle
-from pixano_edge.engine.bundle.manifest import CalibrationEntry
-from pixano_edge.engine.errors import CalibrationError
+from pixano_edge.engine.bundle import Bundle, BundleWriter
+from pixano_edge.engine.bundle.manifest import CalibrationEntry, GraphMemory
+from pixano_edge.engine.contracts import sam2
+from pixano_edge.engine.errors import CalibrationError, EdgeError
 from pixano_edge.engine.models.calibrated import GOLDEN_SLACK
 from pixano_edge.engine.models.decoder.opening import FAMILIES as TEXT_FAMILIES
 from pixano_edge.engine.models.verify import verify_bundle
+from pixano_edge.export.work_memory import fills_of, measure_file
 
-from .data import Picture
-from .publish import publish
-from .result import CalibrationResult, VariantResult
+from .publish import name_taken, publish
+from .result import CalibrationResult, MemoryUse, VariantResult
 from .speed import time_graphs
 from .tasks import open_task
 from .work import Made, Request, Step, Work, versions
+
+PICTURE_GRAPHS = frozenset((sam2.IMAGE_ENCODER, sam2.MASK_DECODER))
+"""Of a SAM 2, what answers about pictures."""
 
 __all__ = ["Outcome", "Request", "Step", "calibrate"]
 
@@ -52,19 +56,24 @@ def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, 
 
     Raises:
         CalibrationError: The data or the request cannot be used, or no layer fits the budget.
-        BundleError: The disk is full; the bundle is as it was.
+        BundleError: The destination is taken by something else, or the disk is full; the bundle is as it was.
     """
     started = time.monotonic()
-    task = open_task(bundle, request.options)
+    task = open_task(bundle, replace(request.options, pictures=_asks_pictures(request)))
     if request.budget.metric != task.metric:
         raise CalibrationError(
             f"'{request.budget.metric}' is not what '{bundle.manifest.family}' is judged by here.",
             f"Give --budget '{task.metric}>={request.budget.at_least:g}': {task.about}.",
         )
     work = Work(bundle, request, task, step)
+    wanted = _free_names(work, precisions(bundle, request))
+    if not request.dry_run:
+        # Says now, not after all the work, that the folder is taken or cannot be written.
+        with BundleWriter(request.destination, overwrite=_is_at(bundle, request.destination)):
+            pass
     work.refer()
     variants: list[VariantResult] = []
-    for precision in precisions(bundle, request):
+    for precision in wanted:
         name = request.name or precision
         try:
             made = _MAKERS[precision](work, name)
@@ -94,7 +103,36 @@ def precisions(bundle: Bundle, request: Request) -> tuple[str, ...]:
     """What to try: the one asked for, or of ``auto`` the smaller ones first."""
     if request.precision != "auto":
         return (request.precision,)
-    return ("int4", "int8", "fp16") if bundle.manifest.family in TEXT_FAMILIES else ("int8", "fp16")
+    return ("int4", "int8") if bundle.manifest.family in TEXT_FAMILIES else ("int8", "fp16")
+
+
+def _free_names(work: Work, wanted: tuple[str, ...]) -> list[str]:
+    """The precisions whose variant may be published: asked now, not after all the work.
+
+    Raises:
+        CalibrationError: None may.
+    """
+    if work.request.dry_run:
+        return list(wanted)
+    found, taken = [], ""
+    for precision in wanted:
+        name = work.request.name or precision
+        if taken := name_taken(work.bundle, name, work.request.replace):
+            work.notes.append(f"{precision} was passed over: {taken}")
+        else:
+            found.append(precision)
+    if not found:
+        raise CalibrationError(taken, "Give --replace to put the new one in its place, or another --name.")
+    return found
+
+
+def _is_at(bundle: Bundle, folder: Path) -> bool:
+    return folder.expanduser().resolve() == bundle.root.resolve()
+
+
+def _asks_pictures(request: Request) -> bool:
+    """Whether clips are asked about as pictures too."""
+    return not request.graphs or not PICTURE_GRAPHS.isdisjoint(request.graphs)
 
 
 def judge(work: Work, made: Made, name: str) -> VariantResult:
@@ -112,12 +150,15 @@ def judge(work: Work, made: Made, name: str) -> VariantResult:
     pairs = {graph: (work.bundle.graph_path(graph, "fp32"), path) for graph, path in made.files.items()}
     if made.precision == "bf16":
         pairs = {}  # for GPUs: ONNX Runtime's CPU provider has no kernels
-    spool = work.spool("calibration", work.calibration, 48)
     told = work.counter("Timing", len(pairs))
-    fp32_speed, speed = time_graphs(pairs, spool.feeds, work.request.options.threads, on_graph=told)
+    threads = work.request.options.threads
+    fp32_speed, speed = time_graphs(pairs, work.timing().feeds, threads, on_graph=told) if pairs else ((), ())
     slower = [f"{a.what} takes {b.p50 / a.p50:.2f} of fp32's time" for a, b in zip(fp32_speed, speed) if b.p50 >= a.p50]
+    memory = _memory(work, pairs)
     notes = [*made.notes, *([f"Not faster on this machine: {', '.join(slower)}."] if slower else [])]
-    others = sum(task.file(g, base).stat().st_size for g in task.graphs if g not in made.graphs)
+    others = sum(
+        _size(work, graph, name if graph in base else "fp32") for graph in task.graphs if graph not in made.graphs
+    )
     return VariantResult(
         name,
         made.precision,
@@ -132,6 +173,7 @@ def judge(work: Work, made: Made, name: str) -> VariantResult:
         truth=task.truth(final, work.held_out),
         fp32_speed=fp32_speed,
         speed=speed,
+        memory=memory,
         problems=tuple(problems),
         notes=tuple(notes),
         blocks=made.blocks,
@@ -140,25 +182,48 @@ def judge(work: Work, made: Made, name: str) -> VariantResult:
     )
 
 
+def _size(work: Work, graph: str, variant: str) -> int:
+    """Bytes of a graph of the bundle with its weights, which may lie in another graph's file."""
+    entry = work.bundle.manifest.graphs[graph].variants[variant]
+    return entry.weight_bytes or work.bundle.file(entry.file).stat().st_size
+
+
 def _golden(work: Work, files: Mapping[str, Path]) -> list[str]:
     """Whether the metric on the bundle's own pictures is so low that the data cannot have been right, in words."""
-    samples = work.bundle.golden()
-    if work.task.clips or not samples:
-        return []
-    pictures = [Picture(f"golden {s.name}", work.bundle.file(s.image)) for s in samples]
-    try:
-        asked = work.task.refer(pictures)
-    except CalibrationError:  # what the user asks for is not on them
-        work.notes.append("fp32 finds nothing on the golden pictures; they were not compared.")
+    asked = work.golden()
+    if not asked:
         return []
     mean = work.task.score(files, asked).mean
     bar = 1 - GOLDEN_SLACK * (1 - work.request.budget.at_least)
-    if mean >= bar:
+    # There are few of them: one answer that is right or wrong as a whole must not decide.
+    if mean >= bar - max(map(work.task.grain, asked)) / len(asked):
         return []
     return [
         f"on the bundle's golden pictures {work.task.metric} is {mean:.4f}, below {bar:.4f}: the calibration data do "
         "not look like what the model is for"
     ]
+
+
+def _memory(work: Work, pairs: Mapping[str, tuple[Path, Path]]) -> tuple[MemoryUse, ...]:
+    """What the new graphs take, each opened in a process of its own; empty where that cannot be told."""
+    known = {m.graph: m for m in work.bundle.manifest.memory if m.variant == "fp32"}
+    told = work.counter("Measuring memory", len(pairs))
+    work.measured.clear()
+    found = []
+    for graph, (_, path) in pairs.items():
+        spec = work.task.spec(graph)
+        try:
+            measured = measure_file(path, spec, work.request.options.threads, fills_of(spec))
+        except EdgeError as error:
+            work.notes.append(f"The memory of {graph} is not known: {error.message}")
+            measured = None
+        if measured is not None:
+            full = known.get(graph)
+            before = (full.session_bytes, full.activation_bytes) if full is not None else (None, None)
+            found.append(MemoryUse(graph, measured["session_bytes"], measured["activation_bytes"], *before))
+            work.measured[graph] = measured
+        told()
+    return tuple(found)
 
 
 def _result(work: Work, variants: list[VariantResult], seconds: float) -> CalibrationResult:
@@ -216,6 +281,7 @@ def _publish(work: Work, made: Made, result: CalibrationResult) -> Bundle:
             told,
             {file: (content + "\n").encode()},
             considered=work.graphs,
+            memory=[GraphMemory(graph=g, variant=variant.name, **told) for g, told in work.measured.items()],
             replace=work.request.replace,
         )
 

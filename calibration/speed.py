@@ -27,7 +27,8 @@ def time_graphs(
 
     Args:
         pairs: fp32 file and the variant's, by graph.
-        feeds: Recorded inputs of a graph; a graph without any is left out.
+        feeds: Recorded inputs of a graph, of which those of the most frequent shapes are used; a graph without any is
+            left out.
         threads: Of ONNX Runtime. With one thread the process's own time is taken, which other processes do not
             lengthen.
         rounds: Runs of each file.
@@ -35,13 +36,20 @@ def time_graphs(
     """
     full, reduced = [], []
     for graph, files in pairs.items():
-        given = feeds(graph)
+        given = of_one_shape(feeds(graph))
         if len(given):
             times = _time(files, given, threads, rounds)
             full.append(_speed(graph, threads, times[0]))
             reduced.append(_speed(graph, threads, times[1]))
         on_graph()
     return tuple(full), tuple(reduced)
+
+
+def of_one_shape(feeds: Feeds) -> Feeds:
+    """The calls of the most frequent shapes: a median over prompts and single tokens would be that of neither."""
+    shapes = [tuple((name, array.shape) for name, array in feed.items()) for feed in feeds]
+    most = max(shapes, key=shapes.count, default=())
+    return Feeds([file for file, shape in zip(feeds.files, shapes) if shape == most])
 
 
 def _time(files: Sequence[Path], feeds: Feeds, threads: int | None, rounds: int) -> list[list[float]]:

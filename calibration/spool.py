@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ INDEX = "index.json"
 
 
 class GraphSpool:
-    """Recorded inputs of one graph. Of more than `limit` calls each is kept with equal chance (reservoir sampling,
-    Vitter 1985, algorithm R), so that a long clip is covered from end to end.
+    """Recorded inputs of one graph. Of more calls than fit each is kept by chance, in proportion to its weight, so that
+    a long clip is covered from end to end: a call's key is u^(1/weight) of a random u, and the largest keys stay
+    (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir").
 
     Args:
         folder: Made when the first call is recorded.
@@ -37,25 +38,25 @@ class GraphSpool:
         self.folder, self.calls = folder, 0
         self._limit, self._max_bytes = limit, max_bytes
         self._random = np.random.default_rng([83, seed])
-        self._kept = 0
-        self._full: int | None = None
+        self._kept: list[tuple[float, int]] = []
+        """Key and bytes of each slot."""
 
-    def add(self, feed: Feed) -> None:
+    def add(self, feed: Feed, weight: float = 1.0) -> None:
         """Takes one call into account; the arrays are written, not kept.
+
+        Args:
+            feed: Inputs by name.
+            weight: How much the call stands for, above 0.
 
         Raises:
             BundleError: The disk is full, or the folder cannot be written.
         """
         self.calls += 1
-        limit = self._limit
-        size = sum(array.nbytes for array in feed.values())
-        limit = max(1, min(limit, self._max_bytes // max(1, size)))
-        if self._kept < limit:
-            slot = self._kept
-            self._kept += 1
-        else:
-            slot = int(self._random.integers(self.calls))
-            if slot >= self._kept:
+        key = (float(self._random.random()) ** (1 / weight), sum(array.nbytes for array in feed.values()))
+        slot = len(self._kept)
+        if slot >= self._limit:
+            slot = self._lowest()
+            if key <= self._kept[slot]:
                 return
         with os_errors(f"writing '{self.folder}'"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,13 +67,30 @@ class GraphSpool:
                 partial.replace(self.path(slot))
             finally:
                 partial.unlink(missing_ok=True)
+            self._kept[slot : slot + 1] = [key]
+            while len(self._kept) > 1 and sum(size for _, size in self._kept) > self._max_bytes:
+                self._drop(self._lowest())
+                self._limit = len(self._kept)  # or later calls would be likelier to stay than earlier ones
 
     def path(self, slot: int) -> Path:
         """File of one recorded call."""
         return self.folder / f"{slot:04d}.npz"
 
     def __len__(self) -> int:
-        return self._kept
+        return len(self._kept)
+
+    def _lowest(self) -> int:
+        return min(range(len(self._kept)), key=lambda slot: self._kept[slot])
+
+    def _drop(self, slot: int) -> None:
+        """Forgets a call; the last one takes its place."""
+        last = len(self._kept) - 1
+        if slot < last:
+            self.path(last).replace(self.path(slot))
+            self._kept[slot] = self._kept[last]
+        else:
+            self.path(last).unlink()
+        self._kept.pop()
 
 
 class Spool:
@@ -172,12 +190,23 @@ class RecordingSession(OrtSession):
         device: A CPU.
         threads: Threads per run.
         to: Where the inputs go.
+        weight: How much a run stands for, by its inputs.
     """
 
-    def __init__(self, path: Path, spec: GraphSpec, device: Device, *, threads: int | None, to: GraphSpool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        device: Device,
+        *,
+        threads: int | None,
+        to: GraphSpool,
+        weight: Callable[[Feed], float] = lambda feed: 1.0,
+    ) -> None:
         super().__init__(path, spec, device, threads=threads)
-        self._to = to
+        self._to, self._weight = to, weight
 
     def _run_impl(self, binding: Binding) -> None:
-        self._to.add({name: buffer.host() for name, buffer in binding.inputs.items()})
+        feed = {name: buffer.host() for name, buffer in binding.inputs.items()}
+        self._to.add(feed, self._weight(feed))
         super()._run_impl(binding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,22 @@ from pixano_edge.engine.bundle.store import default_root
 from pixano_edge.engine.errors import CalibrationError
 from pixano_edge.engine.libraries import ORT_WHEELS, installed_version, module_version
 
-from .data import Data, Sample
+from .data import Data, Picture, Sample
 from .result import BlockResult, Budget, GraphSize, TensorRange
 from .spool import Spool
 from .tasks.base import Task, TaskOptions, key_of
 
-RECIPE = 1
+RECIPE = 2
 """Raised when equal arguments would give another result, so that older work folders are not used."""
 SPOOL_BYTES = 2 << 30
 """Most bytes of recorded calls of a graph."""
+TIMED_SAMPLES, TIMED_CALLS = 2, 8
+"""What is recorded for timing alone, where nothing else is: a call of a language model takes as much as its cache."""
+FEW = 3
+"""Fewer held-out samples than this say little."""
 SEARCH_SAMPLES = 12
+FEEDS = 48
+"""Recorded calls of each graph."""
 
 Step = Callable[[str, int, int], None]
 """Called with what is done, a count, and how many there will be (0: not known)."""
@@ -137,6 +143,7 @@ class Work:
         calibration: Samples that ranges are taken from and blocks are chosen by.
         held_out: Samples that variants are judged on.
         notes: For the report.
+        measured: Memory of the graphs of the variant that was judged last, as fields of `GraphMemory`.
 
     Raises:
         CalibrationError: The request names graphs that do not run, or held-out and calibration data share samples.
@@ -151,17 +158,20 @@ class Work:
             )
         self.graphs = tuple(g for g in task.graphs if not request.graphs or g in request.graphs)
         self.summary = request.data.summary(self.split)
+        judged = request.held_out.digest if request.held_out is not None else ""
+        annotated = [getattr(s, "truths", ()) for s in (*self.split.calibration, *self.split.held_out)]
         self.key = key_of(
-            RECIPE, bundle.hash, self.summary.digest, self.summary.calibration, self.summary.held_out,
-            request.options, self.graphs, request.method, request.smooth, request.search_samples, versions(),
+            RECIPE, bundle.hash, self.summary.digest, judged, self.summary.calibration, self.summary.held_out,
+            annotated, task.options, self.graphs, request.method, request.smooth, request.search_samples, versions(),
         )  # fmt: skip
-        root = request.work or default_root().parent / "calibrations"
-        self.folder = root.expanduser() / self.key
+        self.folder = work_folder(request.work) / self.key
         if not request.resume and self.folder.is_dir():
             shutil.rmtree(self.folder)
         self.notes: list[str] = []
+        self.measured: dict[str, dict[str, Any]] = {}
         self.calibration: list[Sample] = []
         self.held_out: list[Sample] = []
+        self._golden: list[Sample] | None = None
 
     def refer(self) -> None:
         """Takes fp32's answers."""
@@ -171,12 +181,21 @@ class Work:
         self.held_out = self.task.refer(self.split.held_out, done)
         if silent := total - len(self.calibration) - len(self.held_out):
             self.notes.append(f"fp32 answers nothing on {silent} sample(s); they were left out.")
+        if len(self.held_out) < FEW:
+            self.notes.append(
+                f"Judged on {len(self.held_out)} held-out sample(s) only, which says little: give more --data, or "
+                "--held-out."
+            )
+        self.summary = replace(
+            self.summary,
+            calibration=tuple(s.name for s in self.calibration),
+            held_out=tuple(s.name for s in self.held_out),
+        )
 
     def base(self, variant: str) -> dict[str, Path]:
-        """Files of the graphs that may not change and were calibrated before: all are judged together."""
+        """Files of the graphs that may not change, where the bundle has some under the variant's name: those will run
+        beside the new ones, so all are judged together."""
         held = self.bundle.manifest.graphs
-        if variant not in {e.variant for e in self.bundle.manifest.calibrations}:
-            return {}
         return {
             g: self.bundle.root / held[g].variants[variant].file
             for g in self.task.graphs
@@ -185,10 +204,31 @@ class Work:
 
     def spool(self, name: str, samples: Sequence[Sample], limit: int) -> Spool:
         """Inputs of all graphs while fp32 answers about samples, recorded now or in an earlier run."""
-        spool = Spool(self.folder / name, self.key, limit=limit, max_bytes=SPOOL_BYTES)
+        spool = self._spool(name, limit)
         if not spool.complete:
             self.task.collect(samples, spool, self.counter(f"Recording inputs ({name})", len(samples)))
         return spool
+
+    def timing(self) -> Spool:
+        """Inputs to time graphs with: what ranges were taken from, or, where none were, those of a few samples."""
+        held = self._spool("calibration", FEEDS)
+        return held if held.complete else self.spool("timing", self.calibration[:TIMED_SAMPLES], TIMED_CALLS)
+
+    def golden(self) -> list[Sample]:
+        """The bundle's own pictures, with fp32's answers taken; none where fp32 finds nothing on them.
+
+        Raises:
+            EdgeError: One does not decode.
+        """
+        if self._golden is None:
+            given = [Picture(f"golden {s.name}", self.bundle.file(s.image)) for s in self.bundle.golden()]
+            self._golden = []
+            if given and not self.task.clips:
+                try:
+                    self._golden = self.task.refer(given)
+                except CalibrationError:  # what the user asks for is not on them
+                    self.notes.append("fp32 finds nothing on the golden pictures; they were not compared.")
+        return self._golden
 
     def counter(self, what: str, total: int) -> Callable[[], None]:
         """Reports a step's start now and one more done at each call."""
@@ -202,9 +242,18 @@ class Work:
         self.step(what, 0, total)
         return done
 
+    def _spool(self, name: str, limit: int) -> Spool:
+        seed = self.request.options.seed
+        return Spool(self.folder / name, self.key, limit=limit, max_bytes=SPOOL_BYTES, seed=seed)
+
     def clear(self) -> None:
         """Removes the work folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def work_folder(given: Path | None) -> Path:
+    """Where the folders of interrupted runs are, by default the user's own place."""
+    return (given or default_root().parent / "calibrations").expanduser()
 
 
 def versions() -> dict[str, str]:

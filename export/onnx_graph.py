@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
-from pixano_edge.export.half_weights import WIDE
 from pixano_edge.export.tensorrt_passes import PLAIN_PASSES, apply_passes
 
 OPSET = 18
@@ -105,28 +103,6 @@ def check_contract(model: onnx.ModelProto, spec: GraphSpec) -> None:
                     f"the contract says {tensor.dims} {tensor.dtype}.",
                     "Export and contract must change together.",
                 )
-
-
-def count_parameters(model: onnx.ModelProto) -> int:
-    """Number of values in the graph's initialisers."""
-    total = 0
-    for tensor in model.graph.initializer:
-        count = 1
-        for dim in tensor.dims:
-            count *= dim
-        total += count
-    return total
-
-
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the graph's initialisers, inside or not; of those that are stored in half precision, once widened."""
-    casts = {node.input[0]: node for node in model.graph.node if node.op_type == "Cast"}
-    widened = {name for name, node in casts.items() if node.output[0] == name + WIDE}
-    return sum(
-        int(np.prod(t.dims, dtype=np.int64))
-        * (4 if t.name in widened else onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize)
-        for t in model.graph.initializer
-    )
 
 
 @contextmanager

@@ -25,8 +25,9 @@ from pixano_edge.engine.libraries import ORT_WHEELS, installed_version, module_v
 from pixano_edge.export.cpu_passes import CPU_PASSES
 from pixano_edge.export.differences import Feeds, Settle
 from pixano_edge.export.fp16 import rounded, to_fp16
+from pixano_edge.export.graph_sizes import count_parameters, weight_bytes
 from pixano_edge.export.half_weights import narrow, widen
-from pixano_edge.export.onnx_graph import count_parameters, export_graph, weight_bytes
+from pixano_edge.export.onnx_graph import export_graph
 from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
 from pixano_edge.export.shared_weights import share_weights
 from pixano_edge.export.tensorrt_graph import SUFFIX, Keep, TensorrtVariants

@@ -47,9 +47,10 @@ from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import ExportError
 from pixano_edge.export.differences import Feeds, Settle, Worst, measure, problems, sizes_to_try
 from pixano_edge.export.fp16 import fp32_nodes, rounded, to_fp16
+from pixano_edge.export.graph_sizes import count_parameters, weight_bytes
 from pixano_edge.export.grid_sample import SAMPLE
 from pixano_edge.export.half_weights import narrow, widen
-from pixano_edge.export.onnx_graph import check_contract, count_parameters, weight_bytes
+from pixano_edge.export.onnx_graph import check_contract
 from pixano_edge.export.operators import check_tensorrt_10_3
 from pixano_edge.export.shared_weights import share_weights
 from pixano_edge.export.tensorrt_passes import PASSES, apply_passes, unwelcome

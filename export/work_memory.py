@@ -23,6 +23,7 @@ from typing import Any
 
 from pixano_edge.engine.bundle.manifest import GraphMemory, GraphVariant
 from pixano_edge.engine.contracts.base import GraphSpec, TensorSpec
+from pixano_edge.engine.contracts.decoder import SEQLENS_K
 from pixano_edge.engine.errors import EdgeError, ExportError
 
 RUNS = 3
@@ -56,6 +57,13 @@ def measure_graphs(
             if measured is not None:
                 found.append(GraphMemory(graph=graph, variant=name, **measured))
     return found
+
+
+def fills_of(spec: GraphSpec) -> dict[str, float]:
+    """Values of inputs that may not be 0: a decoder whose last token is that of slot 0 has no prompt of many."""
+    if all(tensor.name != SEQLENS_K for tensor in spec.inputs):
+        return {}
+    return {SEQLENS_K: spec.ranges["S"][1] - 1}
 
 
 def measure_file(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pixano_edge.engine.runtime import open_device
 from pixano_edge.engine.runtime.base import Session
 from pixano_edge.engine.runtime.factory import open_session
 
-from ..data import Sample
+from ..data import Sample, reading_order
 from ..result import SampleValue, Score, TruthScore, WorstSample
 from ..spool import RecordingSession, Spool
 
@@ -48,6 +49,7 @@ class TaskOptions:
         threshold: Score from which a detection counts.
         questions: What a language model is asked about each picture.
         max_new_tokens: Longest answer in tokens.
+        pictures: Clips: their first frames are asked about as pictures too, since graphs of pictures may change.
     """
 
     threads: int | None = None
@@ -57,6 +59,7 @@ class TaskOptions:
     threshold: float = 0.3
     questions: tuple[str, ...] = ()
     max_new_tokens: int = 48
+    pictures: bool = False
 
 
 class Task(abc.ABC, Generic[S, M, P, A]):
@@ -93,8 +96,9 @@ class Task(abc.ABC, Generic[S, M, P, A]):
         self.options = options
         self.device = open_device("cpu")
         self.unoptimised: set[Path] = set()
-        self._plans: dict[str, P] = {}
-        self._references: dict[str, A] = {}
+        # By the sample itself: another folder may have samples of the same names.
+        self._plans: dict[S, P] = {}
+        self._references: dict[S, A] = {}
         self._digests: dict[tuple[Path, int], str] = {}
 
     @property
@@ -135,16 +139,16 @@ class Task(abc.ABC, Generic[S, M, P, A]):
         Raises:
             CalibrationError: There is nothing to ask about any of them.
         """
-        todo = [s for s in samples if s.name not in self._references]
+        todo = [s for s in samples if s not in self._references]
         if todo:
             with self.open({}) as model:
-                for sample in todo:
+                for sample in reading_order(todo):
                     plan = self.plan(model, sample)
                     if plan is not None:
-                        self._plans[sample.name] = plan
-                        self._references[sample.name] = self.answer(model, sample, plan)
+                        self._plans[sample] = plan
+                        self._references[sample] = self.answer(model, sample, plan)
                     on_sample()
-        asked = [s for s in samples if s.name in self._references]
+        asked = [s for s in samples if s in self._references]
         if not asked:
             raise CalibrationError(
                 f"fp32 itself answers nothing on {len(samples)} sample(s): there is no agreement to measure.",
@@ -154,7 +158,15 @@ class Task(abc.ABC, Generic[S, M, P, A]):
 
     def plan_of(self, sample: S) -> P:
         """What is asked about a sample that `refer` took."""
-        return self._plans[sample.name]
+        return self._plans[sample]
+
+    def reference(self, sample: S) -> A:
+        """fp32's answer about a sample that `refer` took."""
+        return self._references[sample]
+
+    def grain(self, sample: S) -> float:
+        """What one answer more or less changes in the value of a sample that `refer` took; 0 for what is continuous."""
+        return 0.0
 
     hint: ClassVar[str] = "Give pictures of what the model knows."
 
@@ -164,25 +176,26 @@ class Task(abc.ABC, Generic[S, M, P, A]):
         Raises:
             EdgeError: A file does not load, or fails.
         """
-        values = []
+        values: dict[S, float] = {}
         with self.open(files) as model:
-            for sample in samples:
-                plan = self._plans[sample.name]
+            for sample in reading_order(samples):
+                plan = self._plans[sample]
                 got = self.answer(model, sample, plan)
-                values.append(SampleValue(sample.name, float(self.compare(self._references[sample.name], got, plan))))
+                values[sample] = float(self.compare(self._references[sample], got, plan))
                 on_sample()
-        return Score.of(tuple(values))
+        return Score.of(tuple(SampleValue(sample.name, values[sample]) for sample in samples))
 
     def worst(self, files: Files, score: Score, samples: Sequence[S], count: int = WORST) -> tuple[WorstSample, ...]:
-        """The lowest samples of a score, drawn beside fp32."""
-        by_name = {s.name: s for s in samples}
-        found = []
+        """The lowest samples of their score, drawn beside fp32; a value that is no number is the lowest."""
+        values = {sample: told.value for sample, told in zip(samples, score.samples, strict=True)}
+        lowest = sorted(values, key=lambda s: values[s] if values[s] == values[s] else -1.0)[:count]
+        drawn: dict[S, WorstSample] = {}
         with self.open(files) as model:
-            for value in sorted(score.samples, key=lambda v: v.value)[:count]:
-                sample, plan = by_name[value.name], self._plans[value.name]
+            for sample in reading_order(lowest):
+                plan = self._plans[sample]
                 got = self.answer(model, sample, plan)
-                found.append(self.draw(sample, plan, self._references[value.name], got, value.value))
-        return tuple(found)
+                drawn[sample] = self.draw(sample, plan, self._references[sample], got, values[sample])
+        return tuple(drawn[sample] for sample in lowest)
 
     def collect(self, samples: Sequence[S], spool: Spool, on_sample: Callable[[], None] = lambda: None) -> None:
         """Records every graph's inputs while fp32 answers; samples as `refer` returned them."""
@@ -192,14 +205,18 @@ class Task(abc.ABC, Generic[S, M, P, A]):
         with self._sessions({}, spool) as (sessions, _), contextlib.ExitStack() as opened:
             model = self.make(sessions, dict.fromkeys(sessions, "recorded"))
             opened.callback(self.close, model)
-            for sample in samples:
-                self.record(model, sample, self._plans[sample.name])
+            for sample in reading_order(samples):
+                self.record(model, sample, self._plans[sample])
                 on_sample()
         spool.finish()
 
     def record(self, model: M, sample: S, plan: P) -> None:
         """What runs while inputs are recorded: a user's request."""
         self.answer(model, sample, plan)
+
+    def weight(self, graph: str, inputs: Mapping[str, Any]) -> float:
+        """How much a run stands for where only some are recorded, by the arrays that it is given."""
+        return 1.0
 
     @contextlib.contextmanager
     def open(self, files: Files) -> Iterator[M]:
@@ -232,8 +249,10 @@ class Task(abc.ABC, Generic[S, M, P, A]):
                     )
                     digests[graph] = self._digest(path)
                 else:
-                    to = spool.graph(graph)
-                    sessions[graph] = RecordingSession(path, spec, self.device, threads=threads, to=to)
+                    weight = functools.partial(self.weight, graph)
+                    sessions[graph] = RecordingSession(
+                        path, spec, self.device, threads=threads, to=spool.graph(graph), weight=weight
+                    )
                 opened.callback(sessions[graph].close)
             yield sessions, digests
 

@@ -24,16 +24,19 @@ from pixano_edge.engine.contracts import sam2
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.models.images import Rgb
 from pixano_edge.engine.models.masks import mask_iou
+from pixano_edge.engine.models.rle import decode_rle, encode_rle
 from pixano_edge.engine.models.sam2.cache import EmbeddingCache
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
 from pixano_edge.engine.runtime.base import Session
 
 from ..data import Picture, Truth
-from ..result import WorstSample
-from .base import Task, TaskOptions
+from ..result import TruthScore, WorstSample
+from .base import Files, Task, TaskOptions
 
 Mask = npt.NDArray[np.bool_]
+Rle = dict[str, Any]
+"""A mask as `engine.models.rle` encodes it."""
 
 GRID = 4
 """Clicks per side of the grid."""
@@ -57,11 +60,11 @@ class Asked:
 
     Attributes:
         prompts: Three of each object: click, box, and both clicks with fp32's first answer as mask prompt.
-        size: (height, width) of the picture.
+        truths: Of each object its annotated mask, or None.
     """
 
     prompts: tuple[Prompt, ...]
-    size: tuple[int, int]
+    truths: tuple[Rle | None, ...]
 
     @property
     def multimask(self) -> tuple[int, ...]:
@@ -79,16 +82,12 @@ class Answered:
     """Answers to one picture's prompts.
 
     Attributes:
-        masks: Bits of (M, H, W) for each prompt, packed along the last axis; M is 3 for a click.
+        masks: M for each prompt as run lengths, which take little whatever the picture's size; M is 3 for a click.
         scores: (M,) predicted IoU for each prompt.
     """
 
-    masks: tuple[npt.NDArray[np.uint8], ...]
+    masks: tuple[tuple[Rle, ...], ...]
     scores: tuple[npt.NDArray[np.float32], ...]
-
-    def mask(self, prompt: int, number: int, width: int) -> Mask:
-        """(H, W) of one answer."""
-        return np.unpackbits(self.masks[prompt][number], axis=-1, count=width).view(np.bool_)
 
 
 class Sam2Task(Task[Picture, Sam2ImagePredictor, Asked, Answered]):
@@ -129,35 +128,77 @@ class Sam2Task(Task[Picture, Sam2ImagePredictor, Asked, Answered]):
         return plan_objects(model, sample.load(), sample.truths, self.options.seed)
 
     def answer(self, model: Sam2ImagePredictor, sample: Picture, plan: Asked) -> Answered:
-        embedding = model.encode(sample.load())
-        masks: dict[int, npt.NDArray[np.uint8]] = {}
-        scores: dict[int, npt.NDArray[np.float32]] = {}
-        for multimask, group in ((True, plan.multimask), (False, plan.single)):
-            found = model.predict(embedding, [plan.prompts[i] for i in group], multimask=multimask)
-            for row, index in enumerate(group):
-                masks[index] = np.packbits(found.masks[row], axis=-1)
-                scores[index] = found.scores[row]
-        order = range(len(plan.prompts))
-        return Answered(tuple(masks[i] for i in order), tuple(scores[i] for i in order))
+        return answer_objects(model, sample.load(), plan)
 
     def compare(self, want: Answered, got: Answered, plan: Asked) -> float:
-        return float(np.mean([self._overlap(want, got, index, plan) for index in range(len(plan.prompts))]))
+        return agreement(want, got)
+
+    def truth(self, files: Files, samples: Sequence[Picture]) -> TruthScore | None:
+        known = [s for s in samples if any(self.plan_of(s).truths)]
+        if not known:
+            return None
+        full = [with_truth(self.reference(s), self.plan_of(s)) for s in known]
+        with self.open(files) as model:
+            own = [with_truth(self.answer(model, s, self.plan_of(s)), self.plan_of(s)) for s in known]
+        return TruthScore("IoU, mean over pictures", float(np.mean(full)), float(np.mean(own)), len(known))
 
     def draw(self, sample: Picture, plan: Asked, want: Answered, got: Answered, value: float) -> WorstSample:
-        index = min(range(len(plan.prompts)), key=lambda i: self._overlap(want, got, i, plan))
+        index = min(range(len(plan.prompts)), key=lambda i: _overlap(want, got, i))
         best, own = _picks(want, got, index)
         image, prompt = sample.load(), plan.prompts[index]
         return WorstSample(
             sample.name,
             value,
             ("click", "box", "click that refines")[index % 3],
-            picture(image, [want.mask(index, best, plan.size[1])], [prompt]),
-            picture(image, [got.mask(index, own, plan.size[1])], [prompt]),
+            picture(image, [decode_rle(want.masks[index][best])], [prompt]),
+            picture(image, [decode_rle(got.masks[index][own])], [prompt]),
         )
 
-    def _overlap(self, want: Answered, got: Answered, index: int, plan: Asked) -> float:
-        best, own = _picks(want, got, index)
-        return mask_iou(want.mask(index, best, plan.size[1]), got.mask(index, own, plan.size[1]))
+
+def answer_objects(model: Sam2ImagePredictor, image: Rgb, asked: Asked) -> Answered:
+    """Answers to all prompts of a picture."""
+    embedding = model.encode(image)
+    masks: dict[int, tuple[Rle, ...]] = {}
+    scores: dict[int, npt.NDArray[np.float32]] = {}
+    for multimask, group in ((True, asked.multimask), (False, asked.single)):
+        found = model.predict(embedding, [asked.prompts[i] for i in group], multimask=multimask)
+        for row, index in enumerate(group):
+            masks[index] = tuple(map(encode_rle, found.masks[row]))
+            scores[index] = np.array(found.scores[row])
+    order = range(len(asked.prompts))
+    return Answered(tuple(masks[i] for i in order), tuple(scores[i] for i in order))
+
+
+def agreement(want: Answered, got: Answered) -> float:
+    """Mean overlap of the answers to a picture's prompts."""
+    return float(np.mean([_overlap(want, got, index) for index in range(len(want.masks))]))
+
+
+def with_truth(answered: Answered, asked: Asked) -> float:
+    """Mean overlap of each prompt's best answer with the annotated mask, over the objects that have one."""
+    return float(
+        np.mean(
+            [
+                rle_iou(answered.masks[index][int(answered.scores[index].argmax())], truth)
+                for index in range(len(asked.prompts))
+                if (truth := asked.truths[index // 3]) is not None
+            ]
+        )
+    )
+
+
+def rle_iou(one: Rle, other: Rle) -> float:
+    """Intersection over union of two masks of one size; two empty ones agree: 1."""
+    from pycocotools import mask as coco
+
+    if not coco.area(one) and not coco.area(other):
+        return 1.0
+    return float(coco.iou([one], [other], [0])[0, 0])
+
+
+def _overlap(want: Answered, got: Answered, index: int) -> float:
+    best, own = _picks(want, got, index)
+    return rle_iou(want.masks[index][best], got.masks[index][own])
 
 
 def _picks(want: Answered, got: Answered, index: int) -> tuple[int, int]:
@@ -187,11 +228,11 @@ def plan_objects(
             mask_input=np.array(answer.low_res_logits[0, best]),
         )
         prompts += [first, Prompt(box=box), second]
-    return Asked(tuple(prompts), (height, width)) if prompts else None
+    return Asked(tuple(prompts), tuple(truth for *_, truth in marks)) if prompts else None
 
 
-Mark = tuple[tuple[float, float], tuple[float, float, float, float], float]
-"""A click, a box, and how sure fp32 is."""
+Mark = tuple[tuple[float, float], tuple[float, float, float, float], Rle | None]
+"""A click, a box, and the object's annotated mask where there is one."""
 
 
 def _annotated(truths: Sequence[Truth], height: int, width: int, seed: int, most: int) -> list[Mark]:
@@ -205,7 +246,7 @@ def _annotated(truths: Sequence[Truth], height: int, width: int, seed: int, most
             continue
         mask = truth.mask(height, width)
         point = ((x1 + x2) / 2, (y1 + y2) / 2) if mask is None or not mask.any() else _inside(mask)
-        marks.append((point, (x1, y1, x2, y2), 1.0))
+        marks.append((point, (x1, y1, x2, y2), None if mask is None or not mask.any() else encode_rle(mask)))
     return marks
 
 
@@ -225,7 +266,7 @@ def _found(model: Sam2ImagePredictor, embedding: Any, height: int, width: int, s
     for score, point, mask in sorted(found, key=lambda f: -f[0]):
         if len(kept) < most and all(mask_iou(mask, other) < SAME for _, _, other in kept):
             kept.append((score, point, mask))
-    return [(point, _box(mask), score) for score, point, mask in kept]
+    return [(point, _box(mask), None) for _, point, mask in kept]
 
 
 def _box(mask: Mask) -> tuple[float, float, float, float]:

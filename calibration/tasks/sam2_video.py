@@ -2,6 +2,9 @@
 
 Memories are made of the model's own answers, so what a frame loses the next one starts from: a variant that is near
 fp32 on pictures may drift on a clip. J here is the IoU with fp32's mask, averaged over the frames after the first one.
+
+Where graphs of pictures may change too, the first frame is asked about like a picture, and the lower of both figures is
+the clip's: otherwise nobody would look at what the mask decoder answers.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import sam2, sam2_video
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.errors import CalibrationError
-from pixano_edge.engine.models.masks import mask_iou
+from pixano_edge.engine.models.images import Rgb
+from pixano_edge.engine.models.rle import decode_rle, encode_rle
 from pixano_edge.engine.models.sam2.cache import EmbeddingCache
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
 from pixano_edge.engine.models.sam2.prompts import Prompt
@@ -27,7 +30,7 @@ from pixano_edge.engine.runtime.base import Session
 from ..data import Clip
 from ..result import WorstSample
 from .base import Task, TaskOptions
-from .sam2 import CACHE_BYTES, Mask, picture, plan_objects
+from .sam2 import CACHE_BYTES, Answered, Asked, Rle, agreement, answer_objects, picture, plan_objects, rle_iou
 
 OBJECTS = 2
 """Most objects of a clip."""
@@ -35,21 +38,22 @@ OBJECTS = 2
 
 @dataclass(frozen=True, eq=False)
 class Followed:
-    """What is followed: a prompt on the first frame for each object, and the frames' (height, width)."""
+    """What is followed: a prompt on the first frame for each object; and what is asked about that frame, or None."""
 
     prompts: tuple[Prompt, ...]
-    size: tuple[int, int]
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Tracks:
-    """Masks of each object in each frame: bits of (O, F, H, W), packed along the last axis."""
+    """Masks of each object in each frame, as run lengths; and the answers about the first frame, or None."""
 
-    masks: npt.NDArray[np.uint8]
+    masks: tuple[tuple[Rle, ...], ...]
+    answered: Answered | None = None
 
-    def mask(self, item: int, frame: int, width: int) -> Mask:
-        """(H, W) of one object in one frame."""
-        return np.unpackbits(self.masks[item, frame], axis=-1, count=width).view(np.bool_)
+    def j(self, other: Tracks) -> float:
+        """Mean overlap over the frames after the first one."""
+        return float(np.mean([rle_iou(*pair) for own in zip(self.masks, other.masks) for pair in list(zip(*own))[1:]]))
 
 
 class Sam2VideoTask(Task[Clip, Sam2VideoModel, Followed, Tracks]):
@@ -92,48 +96,48 @@ class Sam2VideoTask(Task[Clip, Sam2VideoModel, Followed, Tracks]):
         """Nothing, as of `Sam2Task`."""
 
     def plan(self, model: Sam2VideoModel, sample: Clip) -> Followed | None:
-        frames = sample.frames()
-        try:
-            image = frames[0]
-        finally:
-            frames.close()
-        asked = plan_objects(model.predictor, image, (), self.options.seed, OBJECTS)
+        asked = plan_objects(model.predictor, self._first(sample), (), self.options.seed, OBJECTS)
         if asked is None:
             return None
-        return Followed(tuple(asked.prompts[i] for i in asked.multimask), asked.size)
+        return Followed(tuple(asked.prompts[i] for i in asked.multimask), asked if self.options.pictures else None)
 
     def answer(self, model: Sam2VideoModel, sample: Clip, plan: Followed) -> Tracks:
-        found: list[list[npt.NDArray[np.uint8]]] = [[] for _ in plan.prompts]
+        answered = answer_objects(model.predictor, self._first(sample), plan.asked) if plan.asked else None
+        found: list[list[Rle]] = [[] for _ in plan.prompts]
         with model.track(sample.frames(), history=False) as tracker:
             for number, prompt in enumerate(plan.prompts):
                 tracker.add_prompt(number, 0, prompt)
             for result in tracker.propagate(0, sample.length - 1):
                 for item in result.objects:
-                    found[item.object_id].append(np.packbits(item.mask, axis=-1))
-        return Tracks(np.stack([np.stack(masks) for masks in found]))
+                    found[item.object_id].append(encode_rle(item.mask))
+        return Tracks(tuple(map(tuple, found)), answered)
 
     def compare(self, want: Tracks, got: Tracks, plan: Followed) -> float:
-        items, frames = want.masks.shape[:2]
-        return float(np.mean([self._overlap(want, got, i, t, plan) for i in range(items) for t in range(1, frames)]))
+        j = want.j(got)
+        if want.answered is None or got.answered is None:
+            return j
+        return min(j, agreement(want.answered, got.answered))
 
     def draw(self, sample: Clip, plan: Followed, want: Tracks, got: Tracks, value: float) -> WorstSample:
-        items, length = want.masks.shape[:2]
-        places = [(i, t) for i in range(items) for t in range(1, length)]
-        item, frame = min(places, key=lambda at: self._overlap(want, got, at[0], at[1], plan))
+        places = [(i, t) for i in range(len(want.masks)) for t in range(1, len(want.masks[0]))]
+        item, frame = min(places, key=lambda at: rle_iou(want.masks[at[0]][at[1]], got.masks[at[0]][at[1]]))
         frames = sample.frames()
         try:
             image = frames[frame]
         finally:
             frames.close()
-        width = plan.size[1]
         return WorstSample(
             sample.name,
             value,
             f"click on frame 0, shown in frame {frame}",
-            picture(image, [want.mask(item, frame, width)], []),
-            picture(image, [got.mask(item, frame, width)], []),
+            picture(image, [decode_rle(want.masks[item][frame])], []),
+            picture(image, [decode_rle(got.masks[item][frame])], []),
         )
 
-    def _overlap(self, want: Tracks, got: Tracks, item: int, frame: int, plan: Followed) -> float:
-        width = plan.size[1]
-        return mask_iou(want.mask(item, frame, width), got.mask(item, frame, width))
+    def _first(self, sample: Clip) -> Rgb:
+        """The first frame."""
+        frames = sample.frames()
+        try:
+            return frames[0]
+        finally:
+            frames.close()

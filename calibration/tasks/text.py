@@ -5,7 +5,7 @@ One other token changes all that follow, so an answer counts as a whole: 1 where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,14 @@ from pixano_edge.engine.runtime.base import Session
 
 from ..data import Picture
 from ..result import WorstSample
+from ..spool import Spool
 from .base import Task, TaskOptions
 from .sam2 import picture
 
 QUESTIONS = ("What is on this picture?", "Describe the picture in one sentence.")
 """Asked where the user gives none."""
 CONTEXT = 2048
-"""Most tokens of prompt and answer: recorded inputs hold a cache of this length."""
+"""Most tokens of prompt and answer."""
 
 
 class TextTask(Task[Picture, DecoderModel, tuple[str, ...], tuple[str, ...]]):
@@ -43,6 +44,8 @@ class TextTask(Task[Picture, DecoderModel, tuple[str, ...], tuple[str, ...]]):
         self._class = model_class(bundle)
         self.constants = self._class.constants_type.from_dict(bundle.manifest.constants)
         self._limit = GenerationOptions(max_new_tokens=options.max_new_tokens)
+        self._longest = 0
+        self._recording = False
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -56,7 +59,7 @@ class TextTask(Task[Picture, DecoderModel, tuple[str, ...], tuple[str, ...]]):
             self.bundle.file(decoders.CHAT_TEMPLATE).read_bytes(),
             bundle_hash="".join(digests.values()),
             variant="calibration",
-            context=min(CONTEXT, self.constants.decoder.max_length),
+            context=min(self._context(), self.constants.decoder.max_length),
             conversations=1,
         )
         return made
@@ -69,7 +72,27 @@ class TextTask(Task[Picture, DecoderModel, tuple[str, ...], tuple[str, ...]]):
 
     def answer(self, model: DecoderModel, sample: Picture, plan: tuple[str, ...]) -> tuple[str, ...]:
         image = sample.load()
-        return tuple(model.generate(read_conversation(q, [image]), [image], self._limit).text for q in plan)
+        found = [model.generate(read_conversation(question, [image]), [image], self._limit) for question in plan]
+        self._longest = max(self._longest, *(answer.usage.prompt for answer in found))
+        return tuple(answer.text for answer in found)
+
+    def grain(self, sample: Picture) -> float:
+        return 1 / len(self.plan_of(sample))
+
+    def collect(self, samples: Sequence[Picture], spool: Spool, on_sample: Callable[[], None] = lambda: None) -> None:
+        self._recording = True
+        try:
+            super().collect(samples, spool, on_sample)
+        finally:
+            self._recording = False
+
+    def weight(self, graph: str, inputs: Mapping[str, Any]) -> float:
+        # By tokens: a prompt has hundreds and an answer many runs of one, which would be all that is kept.
+        return float(inputs[decoders.INPUTS_EMBEDS].shape[1]) if graph == decoders.DECODER else 1.0
+
+    def _context(self) -> int:
+        """Tokens that the cache has room for. Recorded inputs hold all of it, so there only what was needed."""
+        return self._longest + self.options.max_new_tokens + 1 if self._recording and self._longest else CONTEXT
 
     def compare(self, want: tuple[str, ...], got: tuple[str, ...], plan: tuple[str, ...]) -> float:
         return float(np.mean([a.strip() == b.strip() for a, b in zip(want, got, strict=True)]))

@@ -6,15 +6,14 @@ textures are the ones in the scikit-image wheel, all CC0 or in the public domain
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
 import typer
 
 from pixano_edge.engine.models.rle import encode_rle
+from pixano_edge.export.demo.files import write_list, write_png
 from pixano_edge.export.demo.scenes import generate_scene, held_out_prompts
 
 # Held-out seeds that neither training nor the quality table looks at, with at least three objects to ask about; no
@@ -52,12 +51,9 @@ def make_pictures(folder: Path, seeds: Sequence[int] = SEEDS, size: int = SIZE) 
                 }
             )
         path = folder / f"scene-{number}.png"
-        if not cv2.imwrite(str(path), cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)):
-            raise OSError(f"cannot write {path}")
-        paths.append(path)
+        paths.append(write_png(path, scene.image))
         pictures.append({"file": path.name, "seed": seed, "size": size, "objects": objects})
-    text = json.dumps({"pictures": pictures}, indent=1) + "\n"
-    (folder / "demo.json").write_text(text, encoding="utf-8")
+    write_list(folder / "demo.json", pictures)
     return paths
 
 

@@ -5,15 +5,14 @@ Run from the repository root: ``python -m pixano_edge.export.demo.talk_pictures 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import typer
 
+from pixano_edge.export.demo.files import write_list, write_png
 from pixano_edge.export.demo.questions import TYPES, ask
 from pixano_edge.export.demo.vqa_scenes import talk_scene
 
@@ -39,12 +38,10 @@ def make_pictures(folder: Path, seeds: Sequence[int] = SEEDS) -> list[Path]:
         rng = np.random.default_rng([43, seed])
         asked = [question for kind in (*TYPES, "caption") if (question := ask(scene, kind, rng)) is not None]
         path = folder / f"talk-{number}.png"
-        if not cv2.imwrite(str(path), cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)):
-            raise OSError(f"cannot write {path}")
-        paths.append(path)
+        paths.append(write_png(path, scene.image))
         questions = [{"question": q.text, "answer": q.answer} for q in asked]
         pictures.append({"file": path.name, "seed": seed, "questions": questions})
-    (folder / "talk.json").write_text(json.dumps({"pictures": pictures}, indent=1) + "\n", encoding="utf-8")
+    write_list(folder / "talk.json", pictures)
     return paths
 
 

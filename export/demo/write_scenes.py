@@ -2,7 +2,7 @@
 
 Run as ``python -m pixano_edge.export.demo.write_scenes --out DIR --count 64``. The scenes come from the training split:
 none shares photographs or noise with the held-out ones that quality is measured on. ``--clips`` writes clips, a folder
-of frames each, ``--coco`` a JSON with every object beside the pictures.
+of frames each, ``--coco`` a JSON with every object beside the pictures, ``--talk`` what the language model knows.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
 import typer
-from numpy.typing import NDArray
 
 from pixano_edge.engine.models.rle import encode_rle
 from pixano_edge.export.demo.clips import generate_clip
+from pixano_edge.export.demo.files import write_png
 from pixano_edge.export.demo.scenes import SIZE, generate_scene, is_evaluated
+from pixano_edge.export.demo.vqa_scenes import talk_scene
 
 FIRST_SEED = 900_000_000
 """Beyond what training draws in practice (seeds count from 0), so that calibration sees other scenes, too."""
@@ -50,8 +50,7 @@ def write_scenes(
     names: dict[str, int] = {}
     for number in range(count):
         scene = generate_scene(first + number, "train", size)
-        path = folder / f"scene-{number:06d}.png"
-        _write(path, scene.image)
+        path = write_png(folder / f"scene-{number:06d}.png", scene.image)
         paths.append(path)
         images.append({"id": number, "file_name": path.name, "width": size, "height": size})
         for thing in scene.objects:
@@ -91,15 +90,23 @@ def write_clips(
         place = folder / f"clip-{number:06d}"
         place.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(clip.images):
-            _write(place / f"{index:06d}.png", image)
+            write_png(place / f"{index:06d}.png", image)
         folders.append(place)
         on_clip()
     return folders
 
 
-def _write(path: Path, image: NDArray[Any]) -> None:
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"cannot write {path}")
+def write_talk(
+    folder: Path, count: int, *, first: int = FIRST_SEED, on_scene: Callable[[], None] = lambda: None
+) -> list[Path]:
+    """Writes pictures ``talk-000000.png``... of scenes that the demo's language model was taught to talk about;
+    arguments as of `write_scenes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(count):
+        paths.append(write_png(folder / f"talk-{number:06d}.png", talk_scene(first + number, "train").image))
+        on_scene()
+    return paths
 
 
 def main(
@@ -109,9 +116,14 @@ def main(
     length: Annotated[int, typer.Option(min=2, help="Frames of a clip.")] = 60,
     size: Annotated[int, typer.Option(min=32, help="Side in pixels.")] = SIZE,
     coco: Annotated[bool, typer.Option("--coco", help="Also write scenes.json with every object.")] = False,
+    talk: Annotated[bool, typer.Option("--talk", help="Write scenes of the language model, of its own size.")] = False,
 ) -> None:
     """Writes training scenes as PNG files."""
-    if clips:
+    if talk and (clips or coco):
+        raise typer.BadParameter("--talk goes with neither --clips nor --coco")
+    if talk:
+        found = write_talk(out, count)
+    elif clips:
         found = write_clips(out, count, length=length, size=size)
     else:
         found = write_scenes(out, count, size=size, coco=coco)

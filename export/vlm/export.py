@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -17,7 +16,8 @@ from pixano_edge.engine.errors import BundleError, ExportError
 from pixano_edge.export.decoder.graph import build_decoder, build_embedding
 from pixano_edge.export.decoder.nodes import OPSET
 from pixano_edge.export.decoder.store import WeightStore
-from pixano_edge.export.onnx_graph import check_contract, count_parameters, weight_bytes
+from pixano_edge.export.graph_sizes import count_parameters, weight_bytes
+from pixano_edge.export.onnx_graph import check_contract
 from pixano_edge.export.operators import FINDING, check_tensorrt_10_3
 from pixano_edge.export.photos import Photo, default_photos, load_photos
 from pixano_edge.export.pipeline import GraphExport, Progress, Steps, default_name, now, tool_versions
@@ -26,7 +26,7 @@ from pixano_edge.export.tensorrt_graph import SUFFIX
 from pixano_edge.export.vlm import parity
 from pixano_edge.export.vlm.family import VlmFamily
 from pixano_edge.export.vlm.golden import add_golden
-from pixano_edge.export.work_memory import measure_file
+from pixano_edge.export.work_memory import fills_of, measure_file
 
 VARIANTS = ("fp32", "fp16", "int4")
 DEFAULT_VARIANTS = ("fp32", "fp16")
@@ -250,9 +250,7 @@ class DecoderExport:
                 if entry.target != contract.ONNX:
                     continue
                 spec = self._spec(graph, entry.precision, contract.ONNX)
-                prompt = spec.ranges["S"][1]
-                fills: Mapping[str, Any] = {contract.SEQLENS_K: prompt - 1} if graph == contract.DECODER else {}
-                measured = measure_file(self._writer.root / entry.file, spec, threads, fills)
+                measured = measure_file(self._writer.root / entry.file, spec, threads, fills_of(spec))
                 if measured is not None:
                     found.append(GraphMemory(graph=graph, variant=variant, **measured))
         return found

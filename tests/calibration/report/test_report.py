@@ -100,6 +100,7 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert "it is cut off" in text
     assert "alone it costs 0.031 of mask_iou" in text
     assert "Example, 2 threads usable" in text
+    assert "image_encoder22.0 MB83.9 MB57.7 MB-" in "".join(text.splitlines())
     assert text.index("passed, in the bundle") < text.index("Accuracy over size")  # the verdict comes first
     assert text.index("0.4000") < text.index("Activations")
 

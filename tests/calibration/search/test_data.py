@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pixano_edge.calibration.data import Clip, Data, Picture, open_data
+from pixano_edge.calibration.data import Clip, Data, Picture, open_data, reading_order
 from pixano_edge.engine.errors import CalibrationError
 
 
@@ -138,6 +138,9 @@ def test_held_out_data_of_its_own_must_be_other_data(folder: Path, tmp_path: Pat
     assert split.held_out == other.samples
     with pytest.raises(CalibrationError, match="among the calibration data"):
         data.split(data)
+    write(tmp_path / "other" / "copy.png", cv2.imread(str(folder / "sub-1" / "03.png")))
+    with pytest.raises(CalibrationError, match=r"'copy.png', which is 'sub-1/03.png'"):
+        data.split(open_data(tmp_path / "other", allow_few=True))
 
 
 def test_coco_gives_pictures_classes_and_objects(folder: Path) -> None:
@@ -196,8 +199,8 @@ def test_a_video_gives_pictures_or_clips(tmp_path: Path) -> None:
     assert (data.kind, len(data.samples)) == ("video", 10)
     assert "one video" in data.warnings[0]
     clips = open_data(video, clips=True, clip_length=12, allow_few=True)
-    assert sorted((s.first, s.length) for s in clips.samples if isinstance(s, Clip)) == [(0, 12), (12, 12), (24, 12)]
-    clip = next(s for s in clips.samples if isinstance(s, Clip) and s.first == 12)
+    assert sorted((s.place, s.length) for s in clips.samples if isinstance(s, Clip)) == [(0, 12), (12, 12), (24, 12)]
+    clip = next(s for s in clips.samples if isinstance(s, Clip) and s.place == 12)
     frames = clip.frames()
     assert len(frames) == 12
     assert frames[3].shape == (48, 48, 3)
@@ -215,3 +218,56 @@ def test_folders_of_frames_and_of_videos_give_clips(tmp_path: Path) -> None:
     assert {s.name.partition("#")[0] for s in data.samples} <= {"clip-0", "clip-1", "b.avi"}
     assert {"broken.mp4", "single"} <= {s.name for s in data.skipped}
     refused(write(tmp_path / "x.png", smooth(0)), "no video", clips=True)
+
+
+def test_frames_of_one_video_are_calibrated_or_judged_on_as_a_whole(tmp_path: Path) -> None:
+    for name in ("a", "ab", "abb"):
+        _video(tmp_path / "videos" / f"{name}.avi", 12)
+    split = open_data(tmp_path / "videos", limit=12, allow_few=True).split()
+    calibration, held_out = ({s.group for s in side} for side in (split.calibration, split.held_out))
+    assert len(held_out) == 1
+    assert len(calibration) == 2
+    assert not calibration & held_out
+    alone = open_data(tmp_path / "videos" / "a.avi", limit=12).split()
+    assert max(s.place for s in alone.calibration) < min(s.place for s in alone.held_out)
+    clips = open_data(tmp_path / "videos", clips=True, clip_length=4, allow_few=True).split()
+    assert not {s.group for s in clips.calibration} & {s.group for s in clips.held_out}
+
+
+def test_a_video_is_opened_once_however_often_it_is_gone_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pixano_edge.engine.models.sam2_video.frames import VideoFrames
+
+    video, opened, plain = _video(tmp_path / "a.avi", 24), [], VideoFrames._exact_count
+
+    def count(self: VideoFrames) -> int:
+        opened.append(self)
+        return plain(self)
+
+    monkeypatch.setattr(VideoFrames, "_exact_count", count)
+    pictures = open_data(video, limit=8, frames=tmp_path / "copies")
+    for sample in (*pictures.samples, *pictures.samples):
+        assert isinstance(sample, Picture)
+        assert sample.load().shape == (48, 48, 3)
+    assert len(opened) == 1
+    assert len(list((tmp_path / "copies").rglob("*.png"))) == 8
+    del pictures, sample
+    assert not list((tmp_path / "copies").iterdir())
+    clips = open_data(video, clips=True, clip_length=6, allow_few=True)
+    ordered = reading_order(clips.samples)
+    assert [s.place for s in ordered] == [0, 6, 12, 18]
+    for clip in ordered:
+        assert isinstance(clip, Clip)
+        assert np.array_equal(clip.frames()[5], VideoFrames(video)[clip.place + 5])
+    assert len(opened) == 3 + 4  # looking for clips, reading them; and the four of this test
+
+
+def test_scenes_to_talk_about_are_written_alike(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="the scenes' textures need pixano-edge[benchmarks]")
+    from pixano_edge.export.demo.write_scenes import write_talk
+
+    one, other = ([path.read_bytes() for path in write_talk(tmp_path / name, 2)] for name in "ab")
+    assert one == other
+    assert one[0] != one[1]
+    assert cv2.imread(str(tmp_path / "a" / "talk-000001.png")).shape == (128, 128, 3)
