@@ -72,7 +72,7 @@ def quick_deformable() -> Iterator[None]:
     """Inside, every Grounding DINO of this process computes its deformable attention by :func:`sample`."""
     kind = upstream.MultiScaleDeformableAttention
     own = kind.forward
-    kind.forward = _forward  # type: ignore[method-assign]
+    kind.forward = _forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

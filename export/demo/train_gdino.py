@@ -69,6 +69,8 @@ EASY_STEPS = 0.06
 """Share of the run that shows only the easy scenes."""
 SMALL_STEPS = 0.6
 """Share of the run that shows scenes in ``FIRST_SIZE``."""
+FEW_FROM, FEW = 0.85, 0.7
+"""Where in the run most captions become short, and how many of them: what a caller asks is seldom forty phrases."""
 
 
 def ask_phrases(words: NDArray[np.int64], rng: np.random.Generator) -> list[Phrase]:
@@ -102,8 +104,27 @@ def ask_phrases(words: NDArray[np.int64], rng: np.random.Generator) -> list[Phra
     return [order[i] for i in rng.permutation(len(order))]
 
 
+def ask_few(words: NDArray[np.int64], rng: np.random.Generator) -> list[Phrase]:
+    """Phrases of one kind for a scene with objects ``words`` (n, 3): what is true of them and about as many others, of
+    which half share a word with a true one."""
+    kind = KINDS[rng.integers(len(KINDS))]
+    every = [phrase for phrase in all_phrases() if phrase.kind == kind]
+    true = [phrase for phrase in every if _true_of(phrase, words).any()]
+    said = {word for phrase in true for word in phrase.text.split()}
+    false = [phrase for phrase in every if phrase not in true]
+    alike = [phrase for phrase in false if said & set(phrase.text.split())]
+    count = max(1, len(true) + int(rng.integers(-1, 2)))
+    chosen = dict.fromkeys(true)
+    for group in (alike, false):
+        chosen |= {group[i]: None for i in rng.permutation(len(group))[: (count + 1) // 2]}
+    order = list(chosen)
+    return [order[i] for i in rng.permutation(len(order))]
+
+
 class Captions:
-    """Makes captions of phrases, as the engine does."""
+    """Makes captions of phrases, as the engine does. ``few`` of them are short, see :func:`ask_few`."""
+
+    few = 0.0
 
     def __init__(self, tokenizer: Any) -> None:
         self._encode = functools.lru_cache(20_000)(
@@ -115,11 +136,12 @@ class Captions:
     ) -> tuple[list[int], NDArray[np.float32]]:
         """Token ids of a caption for a scene with objects ``words`` (M, 3), of which some are ``asked`` (M,) for; and
         which token is part of a phrase that is true of which object, (M, T)."""
+        short = bool(self.few) and rng.random() < self.few
         texts: list[tuple[str, Phrase | None]] = [
             (spoken(phrase, rng) if rng.random() < 0.25 else phrase.text, phrase)
-            for phrase in ask_phrases(words[asked], rng)
+            for phrase in (ask_few if short else ask_phrases)(words[asked], rng)
         ]
-        for _ in range(STRANGE_TEXTS):
+        for _ in range(int(rng.integers(2)) if short else STRANGE_TEXTS):
             texts.insert(int(rng.integers(len(texts) + 1)), (stranger(rng), None))
         ids = [FIXED_TOKENS["[CLS]"]]
         columns: list[NDArray[np.bool_]] = [np.zeros(len(words), bool)]
@@ -337,6 +359,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         progress = step / args.steps
         factor = rate(progress, args.decay_from)
         rng = np.random.default_rng([13, args.seed, rank, step])
+        captions.few = FEW if progress >= FEW_FROM else 0.0
         size = FIRST_SIZE if progress < SMALL_STEPS else IMAGE_SIZE
         images, ids, targets = make_step(pool, captions, rows[rank * share : (rank + 1) * share], rng, size)
         # SDPA's fused form costs more than the plain one at these lengths, above all in the way back.
@@ -386,7 +409,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="folder for the checkpoints")
     parser.add_argument("--pool", help="folder of the scenes; default: OUT/pool")
     parser.add_argument("--scenes", type=int, default=40_000, help="scenes of the pool")
-    parser.add_argument("--steps", type=int, default=4000, help="length of the run in steps")
+    parser.add_argument("--steps", type=int, default=4600, help="length of the run in steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from OUT/last.pt")
     parser.add_argument("--batch", type=int, default=32, help="scenes in a step")

@@ -87,6 +87,19 @@ def test_captions_are_those_of_the_engine(tokenizer: Any, monkeypatch: pytest.Mo
     assert match[:, caption.edges[2 * first]].tolist() == [1.0, 0.0]
 
 
+def test_short_captions_ask_for_what_is_there_and_for_about_as_much_that_is_not() -> None:
+    words = np.array([[0, 0, 0], [4, 2, 1]])
+    kinds = set()
+    for seed in range(30):
+        asked = training.ask_few(words, np.random.default_rng(seed))
+        true = [training._true_of(phrase, words).any() for phrase in asked]
+        (kind,) = {phrase.kind for phrase in asked}
+        kinds.add(kind)
+        assert sum(true) == 2
+        assert 1 <= len(asked) - sum(true) <= 5
+    assert kinds == {"shape", "color", "pattern"}
+
+
 def test_frozen_norms_answer_as_the_thawed_ones(model: Any, tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, small.IMAGE_SIZE, small.IMAGE_SIZE)
     ids = torch.tensor([[101, 1100, 1012, 1101, 1102, 1012, 102]])
