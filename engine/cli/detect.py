@@ -36,11 +36,12 @@ app = typer.Typer(rich_markup_mode="markdown")
 Rgb = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-DEMO = "owlv2-demo"
+BY_NAME, BY_EXAMPLE = "grounding-dino-demo", "owlv2-demo"
+"""Bundles where none is named: the one that finds more by name, and the one that knows examples."""
 THRESHOLDS = {
     "grounding-dino": (0.35, 0.25),
-    DEMO: (0.3, 0.3),
-    "grounding-dino-demo": (0.5, 0.5),
+    BY_EXAMPLE: (0.3, 0.3),
+    BY_NAME: (0.5, 0.5),
 }
 """Box and text threshold by family, or name, where the command takes other ones than `DEFAULT_THRESHOLDS`: those of the
 examples in upstream's README (IDEA-Research/GroundingDINO), and the demo's own."""
@@ -264,7 +265,12 @@ def detect(
     name: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME", help="One more class, as it is. Repeatable.")
     ] = None,
-    bundle: Annotated[str, typer.Option(help="Bundle folder, or a name in the local store.")] = DEMO,
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Bundle folder, or a name in the local store; default: {BY_NAME}, {BY_EXAMPLE} with --like."
+        ),
+    ] = None,
     like: Annotated[
         Path | None,
         typer.Option(metavar="EXAMPLE", help="Look for what is on this image (OWLv2, OWL-ViT); --class names it."),
@@ -277,8 +283,8 @@ def detect(
         typer.Option(
             min=0,
             max=1,
-            help="Least score of a box; default: 0.35 for Grounding DINO, 0.1 for OWLv2 and OWL-ViT, 0.3 for the demo, "
-            "0 with --like.",
+            help="Least score of a box; default: 0.35 for Grounding DINO, 0.1 for OWLv2 and OWL-ViT, 0.5 for "
+            f"{BY_NAME}, 0.3 for {BY_EXAMPLE}, 0 with --like.",
         ),
     ] = None,
     text_threshold: Annotated[
@@ -312,6 +318,7 @@ def detect(
     named and skipped; the command then ends with 1.
     """
     wanted = parse_classes(classes, name or [])
+    bundle = bundle or (BY_NAME if like is None else BY_EXAMPLE)
     if like is None:
         if like_box is not None:
             raise typer.BadParameter("--like-box says where something is on the image of --like.")

@@ -208,6 +208,22 @@ def test_one_shot(photo: Path, tmp_path: Path, opened: _Opened) -> None:
     assert [c["name"] for c in _coco(tmp_path / "two")["categories"]] == ["blue mug"]
 
 
+def test_without_a_bundle_the_demo_that_suits_the_question_is_taken(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    real = command.open_bundle
+
+    def open_bundle(name: str) -> Any:
+        names.append(name)
+        return real("fake")
+
+    monkeypatch.setattr(command, "open_bundle", open_bundle)
+    assert _invoke(photo, "--class", "cat", "-o", tmp_path / "name").exit_code == 0
+    assert _invoke(photo, "--like", photo, "-o", tmp_path / "example").exit_code == 0
+    assert names == ["grounding-dino-demo", "owlv2-demo"]
+
+
 def test_one_shot_needs_a_model_that_can(photo: Path, tmp_path: Path, opened: _Opened) -> None:
     opened.kind = FakeDetector
     result = _invoke(photo, "--like", photo, "--bundle", "fake", "-o", tmp_path / "out")
