@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pixano_edge.benchmarks import cli, gpu, gpu_contenders, power
+from pixano_edge.benchmarks import cli_sam2, gpu, gpu_contenders, power
 from pixano_edge.benchmarks.contenders import CLICK_CASE, ENCODER_CASE, MASK_CASE
 from pixano_edge.benchmarks.gpu_contenders import CASES, DECODER_CASE, ORT_TENSORRT, GpuContender, Way
 from pixano_edge.benchmarks.segment import make_inputs
@@ -363,7 +363,7 @@ def test_command_prints_both_tables_and_what_was_left_out(
     tmp_path: Path, on_stub: list[Clocked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "gpu.json"
-    monkeypatch.setattr(cli, "open_bundle", lambda name: BUNDLE)
+    monkeypatch.setattr(cli_sam2, "open_bundle", lambda name: BUNDLE)
     args = ["bench", "gpu", "stubs", "-p", "fp32", "--rounds", "1", "--power-seconds", "0", "-o", str(file)]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output

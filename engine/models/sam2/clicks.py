@@ -95,7 +95,12 @@ class Clicks:
         return held[1]
 
     def _buffers(self) -> dict[str, Buffer]:
-        """Memory for one more image: new where the budget has it, else that of the image clicked on longest ago."""
+        """Memory for one more image: that of one whose features are gone, new where the budget has it, else that of the
+        image clicked on longest ago."""
+        for key, (whose, buffers) in self._kept.items():
+            if whose() is None:
+                del self._kept[key]
+                return buffers
         lent = bool(self._kept)
         if lent and (len(self._kept) >= KEPT_IMAGES or not self._cache.lend(self._nbytes)):
             return self._kept.popitem(last=False)[1][1]

@@ -156,8 +156,8 @@ async def test_a_request_that_comes_between_finding_and_sending_looks_again(
     table = provider._table
     hold, found = table.hold, []
 
-    def late(slot: Any) -> bool:
-        held = hold(slot)
+    def late(slot: Any, **how: Any) -> bool:
+        held = hold(slot, **how)
         if slot.name == "both" and not found:
             found.append(slot)
             table.start("both-video", slot.source, VIDEOS, slot.options, "both")[0].ready.result(10)
