@@ -133,12 +133,14 @@ def smolvlm_config(family: str = "idefics3", real: bool = False, tied: bool = Tr
     )
 
 
-def smolvlm_model(family: str = "idefics3", real: bool = False, seed: int = 0, tied: bool = True) -> Any:
+def smolvlm_model(
+    family: str = "idefics3", real: bool = False, seed: int = 0, tied: bool = True, choice: float = 2.5
+) -> Any:
     """A seeded, sharpened model, float32, eval mode."""
     kind = {"idefics3": Idefics3ForConditionalGeneration, "smolvlm": SmolVLMForConditionalGeneration}[family]
     torch.manual_seed(seed)
     model = kind(smolvlm_config(family, real, tied)).eval()
-    sharpen(model.model.text_model, seed, REAL_CHOICE if real else CHOICE)
+    sharpen(model.model.text_model, seed, choice)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, value in model.model.vision_model.named_parameters():
@@ -153,13 +155,12 @@ def smolvlm_model(family: str = "idefics3", real: bool = False, seed: int = 0, t
     return model
 
 
-CHOICE, REAL_CHOICE = 2.5, 1.5
-"""How much queries and keys are enlarged. Over thirty layers 2.5 turns rounding into other answers: PyTorch's own fp16
-then misses its fp32 logits by 64 % of the largest, with 1.5 by 4 %."""
+def sharpen(text: Any, seed: int, choice: float = 2.5) -> None:
+    """Embeddings of size 1, attention that chooses, no two norms alike.
 
-
-def sharpen(text: Any, seed: int, choice: float = CHOICE) -> None:
-    """Embeddings of size 1, attention that chooses, no two norms alike."""
+    ``choice`` is how much queries and keys are enlarged. Over thirty layers 2.5 turns the rounding of fp16 into other
+    answers (PyTorch's own then misses its fp32 logits by 64 % of the largest); 1.5 does not (4 %), but repeats itself.
+    """
     generator = torch.Generator().manual_seed(seed)
     hidden = text.config.hidden_size
     with torch.no_grad():
@@ -187,10 +188,11 @@ def write_smolvlm(
     tied: bool = True,
     longest_edge: int | None = None,
     split: bool = True,
+    choice: float = 2.5,
     model: Any = None,
 ) -> Path:
     """A checkpoint folder with model, tokeniser, chat template and processor settings; returns it."""
-    model = model if model is not None else smolvlm_model(family, real, seed, tied)
+    model = model if model is not None else smolvlm_model(family, real, seed, tied, choice)
     model.save_pretrained(folder)
     write_tokenizer(folder, SMOLVLM_TOKENS, SMOLVLM_TEMPLATE, "<end_of_utterance>")
     tile = model.config.vision_config.image_size
