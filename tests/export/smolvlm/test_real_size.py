@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of 1024 pixels: two tiles by one or two, and the whole; 2048 would only be slower. Attention no sharper than
-    fp16 can follow."""
+    """Images of 1024 pixels: two tiles by one or two, and the whole; 2048 would only be slower. Attention is no sharper
+    than fp16 can follow."""
     folder = tmp_path_factory.mktemp("real")
     checkpoint = vlm.write_smolvlm(folder / "smolvlm-256m", real=True, longest_edge=1024, choice=1.5)
     return export_smolvlm(
