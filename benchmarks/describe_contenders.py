@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -219,6 +220,52 @@ for line in sys.stdin:
 """
 
 
+class Child:
+    """A program of another contender that answers each line of JSON with one; other lines that it prints are left out.
+
+    Args:
+        name: Who it is, for errors.
+        command: Starts it.
+    """
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self._name = name
+        self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in `close`)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True
+        )
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a question; raises as `reply`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self.reply()
+
+    def reply(self) -> dict[str, Any]:
+        """The next answer.
+
+        Raises:
+            EdgeError: It ended; the message has the last line that it wrote to stderr.
+        """
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        self._process.wait(60)
+        self._messages.seek(0)
+        last = (self._messages.read().strip().splitlines() or ["no message"])[-1]
+        raise EdgeError(f"{self._name} ended without an answer: {last}", "Run the benchmark without it.")
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._messages.close()
+
+
 class GenaiAnswers:
     """onnxruntime-genai with the language model alone: its builder takes decoders, not SmolVLM with its images.
 
@@ -231,33 +278,15 @@ class GenaiAnswers:
 
     def __init__(self, python: Path, folder: Path, tokens: int, threads: int) -> None:
         self._tokens = tokens
-        self._child = subprocess.Popen(
-            [str(python), "-c", GENAI_CHILD, str(folder), str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.version = str(self._reply()["version"])
+        self._child = Child("onnxruntime-genai", [str(python), "-c", GENAI_CHILD, str(folder), str(threads)])
+        self.close = self._child.close
+        self.version = str(self._child.reply()["version"])
 
     def text(self, ids: Sequence[int]) -> Answered:
         """The answer to these tokens."""
-        assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps({"ids": list(ids), "tokens": self._tokens}) + "\n")
-        self._child.stdin.flush()
-        found = self._reply()
+        found = self._child.ask({"ids": list(ids), "tokens": self._tokens})
         made = tuple(found["made"])
         return Answered(found["first"], found["rest"], len(made), len(ids), made)
-
-    def close(self) -> None:
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.wait(60)
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise EdgeError("onnxruntime-genai ended without an answer.", "Its messages are above.")
-        found: dict[str, Any] = json.loads(line)
-        return found
 
 
 def build_genai(python: Path, checkpoint: Path, folder: Path) -> Path:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 
 from pixano_edge.engine.errors import EdgeError
 
-from .describe_contenders import Answered
+from .describe_contenders import Answered, Child
 
 KINDS = {"fp32": "fp32", "q4_0": "int4"}
 """Ways to write the weights, and the engine's precision that each stands next to."""
@@ -198,29 +197,11 @@ class LlamaCppAnswers:
         self._tokens = tokens
         self.weight_bytes = weight_bytes(file)
         keys = "GGML_TYPE_F32" if exact else "GGML_TYPE_F16"
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(file), str(threads), str(context), keys],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self.version = str(self._reply()["version"])
+        command = [sys.executable, "-c", CHILD, str(file), str(threads), str(context), keys]
+        self._child = Child("llama.cpp", command)
+        self.close = self._child.close
+        self.version = str(self._child.reply()["version"])
 
     def text(self, ids: Sequence[int]) -> Answered:
         """The answer to these tokens; times are llama.cpp's own, which leave out its server."""
-        assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps({"ids": list(ids), "tokens": self._tokens}) + "\n")
-        self._child.stdin.flush()
-        return read_answer(self._reply(), len(ids))
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.wait(60)
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._child.stdout is not None
-        for line in self._child.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise EdgeError("llama.cpp ended without an answer.", "Run the benchmark without it.")
+        return read_answer(self._child.ask({"ids": list(ids), "tokens": self._tokens}), len(ids))

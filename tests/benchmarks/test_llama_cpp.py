@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,12 @@ def test_what_is_no_completion_is_an_error() -> None:
 def test_without_a_checkpoint_it_is_left_out() -> None:
     with pytest.raises(EdgeError, match="checkpoint"):
         llama_cpp.open_llama_cpp(None, "fp32", 8, 1, 10)
+
+
+def test_a_contender_that_ends_says_why() -> None:
+    from pixano_edge.benchmarks.describe_contenders import Child
+
+    child = Child("llama.cpp", [sys.executable, "-c", "raise RuntimeError('no such model')"])
+    with pytest.raises(EdgeError, match="ended without an answer: RuntimeError: no such model"):
+        child.reply()
+    child.close()
