@@ -1,9 +1,9 @@
 """Deformable attention as training on a CPU wants it: one sparse matrix of bilinear weights, one matrix product.
 
 transformers' ``MultiScaleDeformableAttention`` samples every level with ``grid_sample`` and multiplies what it read,
-(B heads, C, Q, L P), with the attention. The values of all levels are few here (189 places at 192 pixels, 336 at 256), so
-the weights of the four corners of each sample, times its attention, are added up in a matrix (B heads, Q, places), which
-then multiplies the values.
+(B heads, C, Q, L P), with the attention. The values of all levels are few here (189 places at 192 pixels, 336 at
+256), so the weights of the four corners of each sample, times its attention, are added up in a matrix (B heads, Q,
+places), which then multiplies the values.
 """
 
 from __future__ import annotations
