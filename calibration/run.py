@@ -55,7 +55,8 @@ def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, 
     published, and the result says why.
 
     Raises:
-        CalibrationError: The data or the request cannot be used, or no layer fits the budget.
+        CalibrationError: The data or the request cannot be used, no layer fits the budget, or another process
+            calibrates the same.
         BundleError: The destination is taken by something else, or the disk is full; the bundle is as it was.
     """
     started = time.monotonic()
@@ -66,6 +67,12 @@ def calibrate(bundle: Bundle, request: Request, step: Step = lambda what, done, 
             f"Give --budget '{task.metric}>={request.budget.at_least:g}': {task.about}.",
         )
     work = Work(bundle, request, task, step)
+    with work.alone():
+        return _calibrate(work, started)
+
+
+def _calibrate(work: Work, started: float) -> Outcome:
+    bundle, request, step = work.bundle, work.request, work.step
     wanted = _free_names(work, precisions(bundle, request))
     if not request.dry_run:
         # Says now, not after all the work, that the folder is taken or cannot be written.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,8 +168,6 @@ class Work:
             annotated, task.options, self.graphs, request.method, request.smooth, request.search_samples, versions(),
         )  # fmt: skip
         self.folder = work_folder(request.work) / self.key
-        if not request.resume and self.folder.is_dir():
-            shutil.rmtree(self.folder)
         self.notes: list[str] = []
         self.measured: dict[str, dict[str, Any]] = {}
         self.calibration: list[Sample] = []
@@ -245,6 +246,35 @@ class Work:
     def _spool(self, name: str, limit: int) -> Spool:
         seed = self.request.options.seed
         return Spool(self.folder / name, self.key, limit=limit, max_bytes=SPOOL_BYTES, seed=seed)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """The work folder for this process alone; an earlier run's is emptied where it is not to be taken up again.
+
+        Raises:
+            CalibrationError: Another process works there, or nothing can be written there.
+        """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CalibrationError(
+                f"The work folder '{self.folder.parent}' cannot be used: {error.strerror}.", "Give another one: --work."
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise CalibrationError(
+                f"Another calibration of this bundle with the same data is at work in '{self.folder}'.",
+                "Wait for its end: this one then goes on with what it measured. Or give another --work folder.",
+            ) from error
+        try:
+            if not self.request.resume:
+                self.clear()
+            yield
+        finally:
+            os.close(lock)
 
     def clear(self) -> None:
         """Removes the work folder."""

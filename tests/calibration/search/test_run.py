@@ -72,6 +72,27 @@ def test_work_is_taken_up_again_only_for_the_same_data(tmp_path: Path) -> None:
     assert key() == keys[0] == key(budget=Budget("mask_iou", 0.5), precision="auto")
 
 
+def test_two_calibrations_of_the_same_do_not_share_a_folder(tmp_path: Path) -> None:
+    bundle = Bundle.open(demo_path("sam2-demo"))
+    task: Any = SimpleNamespace(graphs=("image_encoder",), options=TaskOptions())
+
+    def work(**more: Any) -> Work:
+        return Work(bundle, request(tmp_path, **more), task, lambda what, done, of: None)
+
+    first, second = work(), work(precision="auto", resume=False)
+    with first.alone():
+        first.folder.mkdir()
+        with pytest.raises(CalibrationError, match="Another calibration") as caught, second.alone():
+            raise AssertionError("two at once")
+        assert "--work" in caught.value.action
+        assert first.folder.is_dir()
+    with second.alone():
+        assert not first.folder.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CalibrationError, match="cannot be used"), work(work=tmp_path / "file").alone():
+        raise AssertionError("no folder")
+
+
 @pytest.mark.parametrize(("mean", "grain", "refused"), [(0.8, 0.0, True), (0.8, 0.5, False), (0.5, 0.5, True)])
 def test_one_golden_answer_does_not_decide(mean: float, grain: float, refused: bool) -> None:
     """A budget of 0.95 asks for 0.85 there; of four answers, one other than fp32's leaves 0.75."""
