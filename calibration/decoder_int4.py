@@ -30,6 +30,7 @@ from pixano_edge.engine.contracts.decoder import DecoderConstants
 from pixano_edge.engine.errors import BundleError
 from pixano_edge.export.decoder.quantise import ACCURACY_LEVEL, BLOCK, Quantised, quantise
 from pixano_edge.export.decoder.store import WeightStore
+from pixano_edge.export.half_weights import drop_casts
 
 CONTRIB = "com.microsoft"
 HEAD_BITS = 8
@@ -86,8 +87,9 @@ def products(model: onnx.ModelProto) -> list[Product]:
     ]
 
 
-def tapped_tensors(model: onnx.ModelProto) -> dict[str, int]:
-    """Channels of the tensors that enter matrices, for `grams.collect`."""
+def tapped_tensors(file: Path) -> dict[str, int]:
+    """Channels of the tensors that enter an fp32 decoder's matrices, for `grams.collect`."""
+    model, _ = _read(file)
     rows = {t.name: t.dims[0] for t in model.graph.initializer if len(t.dims) == 2}
     return {product.tensor: rows[product.weight] for product in products(model)}
 
@@ -105,7 +107,8 @@ def quantise_decoder(
     """The decoder's graph with quantised matrices.
 
     Args:
-        file: The fp32 graph for ONNX Runtime; its weights lie beside it and are read one at a time.
+        file: The fp32 graph for ONNX Runtime. Its weights are read one at a time, wherever they lie and whether in full
+            or half precision.
         constants: Of the decoder.
         grams: What enters the matrices, by the name of the tensor; of `tapped_tensors`.
         store: Takes the weights; `WeightStore.seal` the graph afterwards.
@@ -117,7 +120,7 @@ def quantise_decoder(
         BundleError: The graph is no decoder of this exporter's.
         EdgeError: Activations are missing or unusable.
     """
-    graph = _Decoder(onnx.load(str(file), load_external_data=False), file.parent, constants)
+    graph = _Decoder(file, constants)
     if len(graph.products) != 4 * constants.layers:
         raise BundleError(
             f"'{file.name}' has {len(graph.products)} matrix products where {4 * constants.layers} were expected.",
@@ -137,6 +140,12 @@ def quantise_decoder(
         errors.append(LayerError(product.name, best.weight.shape, best.method, best.exponent, rtn.error, best.error))
         on_matrix()
     return graph.finish(store, bits), errors
+
+
+def _read(file: Path) -> tuple[onnx.ModelProto, frozenset[str]]:
+    """A graph without its weights' contents, and which of these are stored in half precision."""
+    model = onnx.load(str(file), load_external_data=False)
+    return model, drop_casts(model)
 
 
 @dataclass(frozen=True)
@@ -178,14 +187,14 @@ class _Decoder:
     """A decoder's graph while its matrices are replaced.
 
     Args:
-        model: Without external data.
-        folder: Where these are.
+        file: The fp32 graph.
         constants: Of the decoder.
     """
 
-    def __init__(self, model: onnx.ModelProto, folder: Path, constants: DecoderConstants) -> None:
+    def __init__(self, file: Path, constants: DecoderConstants) -> None:
+        model, self._halves = _read(file)
         self.products = products(model)
-        self._model, self._folder, self._constants = model, folder, constants
+        self._model, self._folder, self._constants = model, file.parent, constants
         self._weights = {t.name: t for t in model.graph.initializer}
         self._made: dict[str, NodeProto] = {out: node for node in model.graph.node for out in node.output if out}
         self._uses: dict[str, list[NodeProto]] = {}
@@ -198,10 +207,11 @@ class _Decoder:
         self._changed: dict[str, npt.NDArray[Any]] = {}
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """Values of an initialiser."""
+        """Values of an initialiser; those that are stored in half precision as float32."""
         if name in self._changed:
             return self._changed[name]
-        return numpy_helper.to_array(self._weights[name], str(self._folder))
+        values = numpy_helper.to_array(self._weights[name], str(self._folder))
+        return values.astype(np.float32) if name in self._halves else values
 
     def undo(self, product: Product) -> _Undo | None:
         """What can divide the product's activations; None where nothing is known to."""

@@ -81,7 +81,7 @@ def make_int4(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     constants = decoder_constants(opened)
     file = opened.graph_path(contract.DECODER, "fp32")
-    tensors = tapped_tensors(onnx.load(str(file), load_external_data=False))
+    tensors = tapped_tensors(file)
     turns = record_turns(opened, questions, folder / "turns", tokens=tokens, threads=threads, on_turn=on_turn)
     grams = collect(
         file,

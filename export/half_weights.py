@@ -60,13 +60,23 @@ def narrow(model: onnx.ModelProto) -> int:
 
 def widen(model: onnx.ModelProto) -> None:
     """Undoes `narrow` in place, for changes to the graph that look at its weights."""
-    stored = {t.name: t for t in model.graph.initializer}
+    halves = drop_casts(model)
+    for tensor in model.graph.initializer:
+        if tensor.name in halves:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+
+def drop_casts(model: onnx.ModelProto) -> frozenset[str]:
+    """Lets nodes read narrowed weights themselves, in place; the model is whole once these are float32.
+
+    Contents are not looked at, so they may lie in other files.
+
+    Returns:
+        Names of the initialisers that are stored in half precision.
+    """
     widened = {
         n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast" and n.output[0] == n.input[0] + WIDE
     }
-    for name in widened.values():
-        wide = numpy_helper.to_array(stored[name]).astype(np.float32)
-        stored[name].CopyFrom(numpy_helper.from_array(wide, name))
     kept = [n for n in model.graph.node if n.output[0] not in widened]
     del model.graph.node[:]
     model.graph.node.extend(kept)
@@ -74,6 +84,7 @@ def widen(model: onnx.ModelProto) -> None:
         for index, source in enumerate(node.input):
             if source in widened:
                 node.input[index] = widened[source]
+    return frozenset(widened.values())
 
 
 def exact_half(values: np.ndarray) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from pixano_edge.calibration.int4_report import compare_methods
 from pixano_edge.calibration.int4_variant import decoder_constants, make_int4
 from pixano_edge.calibration.turns import Question, Turn, Turns, record_turns
 from pixano_edge.calibration.weight_only import Gram
-from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.bundle import Bundle, demo_path
 from pixano_edge.engine.bundle.writer import BundleWriter
 from pixano_edge.engine.contracts import decoder as contract
 from pixano_edge.engine.contracts.decoder import DecoderConstants
@@ -32,6 +32,8 @@ from pixano_edge.export.decoder.graph import build_decoder
 from pixano_edge.export.decoder.run import DecoderRun
 from pixano_edge.export.decoder.store import WeightStore
 from pixano_edge.export.decoder.weights import DecoderWeights
+from pixano_edge.export.half_weights import widen
+from pixano_edge.export.shared_weights import share_weights
 from tests.support import vlm
 
 TEXTS = ("What is on this image?", "How many are there?", "Describe it.")
@@ -49,7 +51,7 @@ class Case:
 
     file: Path
     constants: DecoderConstants
-    grams: Grams
+    grams: Mapping[str, Pair]
     held_out: list[Turn]
     want: list[np.ndarray]
 
@@ -88,7 +90,7 @@ def turns(tiny_vlm_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Tu
 def case(tiny_vlm_bundle: Path, turns: Turns, tmp_path_factory: pytest.TempPathFactory) -> Case:
     bundle = Bundle.open(tiny_vlm_bundle)
     file, constants = bundle.graph_path(contract.DECODER, "fp32"), decoder_constants(bundle)
-    tensors = tapped_tensors(onnx.load(str(file), load_external_data=False))
+    tensors = tapped_tensors(file)
     folder = tmp_path_factory.mktemp("grams")
     grams = collect(file, constants, Turns(turns.files[:FITTED]), tensors, folder, threads=1)
     held_out = list(Turns(turns.files[FITTED:]))
@@ -122,6 +124,40 @@ def test_rounding_gives_the_exporters_own_graph(case: Case, tiny_vlm_checkpoint:
     assert kept.keys() == wanted.keys()
     assert all(np.array_equal(kept[name], wanted[name]) for name in kept)
     assert all(e.method == "rtn" and e.chosen == e.rtn for e in errors)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_how_the_weights_are_stored_changes_nothing(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packaged decoder's: in full, in half precision in a file beside it, and in another graph's file."""
+    monkeypatch.setattr("pixano_edge.calibration.weight_only.EXPONENTS", (0.5,))
+    bundle = Bundle.open(demo_path("smolvlm-demo"))
+    file, constants = bundle.graph_path(contract.DECODER, "fp32"), decoder_constants(bundle)
+    narrowed, full = onnx.load(str(file)), onnx.load(str(file))
+    widen(full)
+    onnx.save(narrowed, tmp_path / "holder.onnx")
+    shared = share_weights(narrowed, tmp_path / "holder.onnx")
+    assert shared.holder == "holder.onnx"
+    onnx.save(shared.model, tmp_path / "shared.onnx")
+    onnx.save(full, tmp_path / "full.onnx")
+    random = np.random.default_rng(0)
+    grams = {name: random_pair(random, channels) for name, channels in tapped_tensors(file).items()}
+    made = []
+    for stored in (tmp_path / "full.onnx", file, tmp_path / "shared.onnx"):
+        case = Case(stored, constants, grams, [], [])
+        assert tapped_tensors(stored) == tapped_tensors(file)
+        folder = tmp_path / stored.stem
+        folder.mkdir()
+        made.append(onnx.load(str(case.quantised(folder, method)[0])))
+    assert all(model == made[0] for model in made[1:])
+
+
+def random_pair(random: np.random.Generator, channels: int) -> Pair:
+    """Activations of which some channels are large."""
+    rows = random.standard_normal((2, 2 * channels, channels)) * np.exp(random.standard_normal(channels))
+    fit, check = (Gram((part.T @ part).astype(np.float32), len(part)) for part in rows)
+    return Pair(fit, check)
 
 
 def test_what_it_costs_is_less_than_rounding(case: Case, tmp_path: Path) -> None:
@@ -194,7 +230,7 @@ def test_attention_biases_and_rotary_positions(tmp_path: Path) -> None:
         content = {"prompt": embeds[:, :40], "answer": embeds[:, 40:], "tokens": np.zeros(8), "positions": positions}
         np.savez(files[-1], **content)
     held_out = list(Turns(files[6:]))
-    grams = collect(file, c, Turns(files[:6]), tapped_tensors(plain), tmp_path / "grams", threads=1)
+    grams = collect(file, c, Turns(files[:6]), tapped_tensors(file), tmp_path / "grams", threads=1)
     case = Case(file, c, grams, held_out, logits(file, c, held_out))
     assert len({p.tensor for p in products(plain)}) == 8
     (tmp_path / "wide").mkdir()
@@ -204,7 +240,7 @@ def test_attention_biases_and_rotary_positions(tmp_path: Path) -> None:
 
 
 def test_groups_and_resuming(case: Case, turns: Turns, tmp_path: Path) -> None:
-    tensors = tapped_tensors(onnx.load(str(case.file), load_external_data=False))
+    tensors = tapped_tensors(case.file)
     few = Turns(turns.files[:3])
     assert [len(group) for group in groups(tensors, 1)] == [1] * len(tensors)
     passes: list[int] = []
