@@ -30,6 +30,18 @@ def to_markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def answers_text(details: dict[str, Any]) -> str:
+    """How far whole answers are from PyTorch's, from what `verify --json` prints for any family."""
+    if "tokens" in details:
+        return f"{details['equal']} of {details['tokens']} tokens are PyTorch's, {details['ties']} more are ties"
+    if "boxes" in details:
+        return (
+            f"{details['boxes']} boxes, {details['unmatched']} without a partner among PyTorch's, corners within "
+            f"{details['max_box']:.2f} px, scores within {details['max_score']:.1e}"
+        )
+    return f"mask IoU with PyTorch mean {details['mean_iou']:.4f}, lowest {details['min_iou']:.4f}"
+
+
 def _headline(content: dict[str, Any]) -> str:
     gpus = content["environment"]["gpus"]
     counts = {s: sum(step["status"] == s for step in content["steps"]) for s in _MARKS}
@@ -77,8 +89,8 @@ def _verify(details: dict[str, Any]) -> list[str]:
         for t in details["tensors"]
     ]
     lines = [
-        f"{details['precision']} through {details['backend']} on {details['product']}: mask IoU with PyTorch mean "
-        f"{details['mean_iou']:.4f}, lowest {details['min_iou']:.4f}, {details['samples']} samples.",
+        f"{details['precision']} through {details['backend']} on {details['product']}: {answers_text(details)}, "
+        f"{details['samples']} samples.",
         "",
         markdown(("tensor", "graph", "relative error", "tolerance", "absolute error"), rows),
     ]

@@ -24,7 +24,7 @@ from .cpu import check_writable
 from .memory import MemoryUse, graph_bytes, is_out_of_memory
 from .ort_check import check_graph, error_types, load_onnxruntime
 from .ort_graphs import EAGER, RECORDED, GraphNumbers
-from .ort_options import OrtOptions, session_options, thread_count
+from .ort_options import FATAL, INT32_BIASES, OrtOptions, session_options, thread_count
 from .ort_placement import CPU, NO_CPU, RECORD, Placement, check_placement, read_placement, tells_placement
 from .ort_providers import (
     find_provider,
@@ -166,7 +166,10 @@ class OrtSession(Session):
                 options.add_provider_for_devices([handle], chosen[provider.ep])
             else:
                 providers = list(chosen.items())
-            session = ort.InferenceSession(str(self._path), options, providers=providers, enable_fallback=False)
+            left_out = [INT32_BIASES] if self._on_gpu else []
+            session = ort.InferenceSession(
+                str(self._path), options, providers=providers, enable_fallback=False, disabled_optimizers=left_out
+            )
         except self._errors as error:
             raise self._error(
                 f"ONNX Runtime {ort.__version__} cannot load graph '{self.spec.name}'", error,
@@ -180,6 +183,9 @@ class OrtSession(Session):
                 f"{provider.ep} was asked for but did not load; ONNX Runtime fell back to {loaded[0]}{why}.",
                 "Run 'pixano-edge doctor' to see what is missing.",
             )
+        if self._on_gpu:
+            # From here on it would print each cuDNN plan that it does without; what fails is an exception besides.
+            ort.set_default_logger_severity(FATAL)
         return session
 
     def _check(self, session: Any) -> None:

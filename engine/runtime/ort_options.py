@@ -92,6 +92,13 @@ class OrtOptions:
         return options
 
 
+FATAL = 4
+"""Of ONNX Runtime's loggers: print what ends the process."""
+INT32_BIASES = "WeightBiasQuantization"
+"""The optimiser that makes biases of quantised convolutions int32, as the CPU's kernels want them. CUDA has no kernel
+that reads them, and TensorRT refuses them."""
+
+
 def session_options(ort: ModuleType, given: OrtOptions, threads: int) -> Any:
     """ONNX Runtime's ``SessionOptions`` without providers.
 
@@ -101,7 +108,7 @@ def session_options(ort: ModuleType, given: OrtOptions, threads: int) -> Any:
         threads: From `thread_count`.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors come back as exceptions and need not be printed too
+    options.log_severity_level = FATAL  # errors come back as exceptions and need not be printed too
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL

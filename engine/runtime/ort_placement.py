@@ -93,7 +93,7 @@ def check_placement(placement: Placement, provider: str, graph: str, *, allow_cp
     if work and not allow_cpu_nodes:
         raise DeviceError(
             f"{sum(work.values())} nodes of graph '{graph}' would run on the CPU instead of {provider}: {work}.",
-            "Use another provider, export the graph without them, or allow it with the option allow_cpu_nodes.",
+            "Use another --precision or --backend; or allow it with the session's option allow_cpu_nodes.",
         )
     warnings = []
     if work:

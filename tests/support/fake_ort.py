@@ -134,6 +134,7 @@ class FakeSession:
     ) -> None:
         ort = self.ort
         assert sess_options is not None
+        self.disabled = list(kwargs.pop("disabled_optimizers"))
         assert kwargs == {"enable_fallback": False}
         self.options = sess_options
         if ort.load_error is not None:
@@ -264,6 +265,9 @@ class FakeOrt(types.ModuleType):
         self.GraphOptimizationLevel = types.SimpleNamespace(**{level: level for level in levels})
         state = types.SimpleNamespace(RuntimeException=type("RuntimeException", (Exception,), {}))
         self.capi = types.SimpleNamespace(onnxruntime_pybind11_state=state)
+
+    def set_default_logger_severity(self, severity: int) -> None:
+        self.severity = severity
 
     def get_available_providers(self) -> list[str]:
         return list(self.compiled)

@@ -56,3 +56,26 @@ def twice(folder: Path, graph: GraphSpec | None = None) -> tuple[Path, GraphSpec
     source, target = graph.inputs[0].name, graph.outputs[0].name
     nodes = [helper.make_node("Add", [source, source], ["sum"]), helper.make_node("Relu", ["sum"], [target])]
     return save(folder / f"{graph.name}.onnx", nodes, graph), graph
+
+
+def quantised_convolution(folder: Path) -> tuple[Path, GraphSpec]:
+    """A convolution as `calibrate` writes it: Q and DQ in front, int8 weights by output channel, a bias in float."""
+    graph = spec("quantised", dims=(1, 8, 16, 16))
+    draw = np.random.default_rng(11)
+    constants: dict[str, np.ndarray] = {
+        "scale": np.float32(0.03),
+        "zero": np.int8(0),
+        "w": draw.integers(-127, 128, (8, 8, 3, 3)).astype(np.int8),
+        "w_scale": draw.uniform(0.001, 0.003, 8).astype(np.float32),
+        "w_zero": np.zeros(8, np.int8),
+        "b": draw.normal(size=8).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["v"], axis=0),
+        helper.make_node("Conv", ["d", "v", "b"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["c", "scale", "zero"], ["e"]),
+        helper.make_node("DequantizeLinear", ["e", "scale", "zero"], ["y"]),
+    ]
+    return save(folder / "quantised.onnx", nodes, graph, constants), graph

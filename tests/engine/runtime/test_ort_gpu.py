@@ -17,7 +17,7 @@ from tests.support.fake_ort import CUDA, TRT
 
 helper = pytest.importorskip("onnx.helper", reason="making test graphs needs onnx: pip install onnx")
 
-from tests.engine.runtime.graphs import save, spec  # noqa: E402 (imports onnx)
+from tests.engine.runtime.graphs import quantised_convolution, save, spec  # noqa: E402 (imports onnx)
 
 pytestmark = pytest.mark.gpu
 
@@ -68,6 +68,18 @@ def expected(made: tuple[Path, GraphSpec], source: np.ndarray) -> np.ndarray:
 
 def close(got: np.ndarray, want: np.ndarray, bar: float = 1e-5) -> bool:
     return float(np.abs(got - want).max()) <= bar * float(np.abs(want).max())
+
+
+def test_quantised_convolutions_run_on_the_gpu(tmp_path: Path, device: Device) -> None:
+    made = quantised_convolution(tmp_path)
+    session = opened(made, device)
+    assert set(session.info()["nodes"]) == {CUDA}
+    source = RNG.normal(size=made[1].inputs[0].dims).astype(np.float32)
+    binding = session.prepare()
+    binding.write("x", source)
+    binding.run()
+    # A value on the border of two steps may fall on either side.
+    assert float(np.abs(binding.read("y") - expected(made, source)).max()) <= 0.031
 
 
 def test_equal_to_the_cpu_and_all_on_the_gpu(tmp_path: Path, device: Device) -> None:

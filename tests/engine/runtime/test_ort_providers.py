@@ -17,9 +17,10 @@ from pixano_edge.engine.errors import ContractError, DeviceError, MissingDepende
 from pixano_edge.engine.runtime import CpuDevice, OrtSession, open_session
 from pixano_edge.engine.runtime import ort_providers as module
 from pixano_edge.engine.runtime.ort_cache import profile_shapes
+from pixano_edge.engine.runtime.ort_options import INT32_BIASES
 from pixano_edge.engine.runtime.ort_placement import Placement, check_placement, read_profile
 from pixano_edge.engine.runtime.ort_providers import BACKENDS, PROVIDERS, find_provider
-from tests.engine.runtime.graphs import save, spec, twice
+from tests.engine.runtime.graphs import quantised_convolution, save, spec, twice
 from tests.support.fake_ort import CPU, CUDA, OPENVINO, RTX, TRT, FakeOrt, OrtGpu, ep_device
 
 GRAPH = GraphSpec(
@@ -163,6 +164,31 @@ def test_placement_of_a_real_session(tmp_path: Path) -> None:
     assert (placement.cpu_work, placement.cpu_shapes) == ({"Relu": 1}, 1)
     with pytest.raises(DeviceError, match="CUDAExecutionProvider runs no node"):
         check_placement(placement, CUDA, "g", allow_cpu_nodes=True)
+
+
+def test_a_gpu_leaves_an_optimiser_out_and_does_not_chat(box: Box) -> None:
+    box.open()
+    assert box.ort.sessions[-1].disabled == [INT32_BIASES]
+    assert box.ort.severity == 4
+
+
+def test_quantised_convolutions_keep_their_bias_in_float_on_a_gpu(tmp_path: Path) -> None:
+    """The real optimiser makes it int32, which CUDA does not read."""
+    import onnx
+    import onnxruntime
+
+    path, _ = quantised_convolution(tmp_path)
+    read = {}
+    for name, disabled in (("stock", []), ("gpu", [INT32_BIASES])):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / f"{name}.onnx")
+        onnxruntime.InferenceSession(str(path), options, providers=[CPU], disabled_optimizers=disabled)
+        graph = onnx.load(tmp_path / f"{name}.onnx").graph
+        kinds = {i.name: i.data_type for i in graph.initializer}
+        read[name] = {kinds.get(n.input[0]) for n in graph.node if n.op_type == "DequantizeLinear"}
+    assert onnx.TensorProto.INT32 in read["stock"]
+    assert read["gpu"] == {None, onnx.TensorProto.INT8}
 
 
 def test_strict_mode_of_a_real_session(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def test_sessions() -> None:
     assert len(used) > 7
     for name in used:
         assert callable(getattr(real, name)), name
-    assert "enable_fallback" in inspect.getsource(real.__init__)
+    for name in ("enable_fallback", "disabled_optimizers"):
+        assert name in inspect.getsource(real.__init__)
 
 
 def test_options() -> None:
@@ -70,6 +71,7 @@ def test_module() -> None:
         "get_ep_devices",
         "preload_dlls",
         "register_execution_provider_library",
+        "set_default_logger_severity",
     }
     for name in names:
         assert callable(getattr(onnxruntime, name)), name
