@@ -160,8 +160,10 @@ def choose(bundle: Bundle, graphs: Sequence[str] = (), precisions: Sequence[str]
             found = choices(bundle, graph, precision)
             if not found:
                 known = ", ".join(sorted(f"{name} ({v.precision})" for name, v in held.items()))
+                others = precision in bundle.variants()
                 raise BundleError(
-                    f"Graph '{graph}' of bundle '{bundle.manifest.name}' has no variant '{precision}'.",
+                    f"Graph '{graph}' of bundle '{bundle.manifest.name}' has no variant '{precision}'"
+                    f"{' for TensorRT: that precision runs in ONNX Runtime alone' if others else ''}.",
                     f"Known: {known}.",
                 )
             result[graph, found[0].variant] = found[0]

@@ -19,6 +19,7 @@ from ..bundle import Bundle
 from ..bundle.tensorrt_report import read_tensorrt_report
 
 _FLOATS = ("float32", "float16", "bfloat16", "fp8", "fp4")
+_PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 _MOVES = ("SHUFFLE", "SLICE", "CONCATENATION", "GATHER", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SELECT")
 
 ANGLES = "sine or cosine, or leads to one: angles reach tens of radians, where fp16 has steps of 0.03"
@@ -36,7 +37,7 @@ class Layer:
         name: TensorRT's name.
         type: TensorRT's kind of layer, with the operation where that says more.
         node: The ONNX node that it came from, or None.
-        precision: Type of its result (``float16`` ...); of a cast ``from -> to``.
+        precision: Type of its result (``float16`` ...); of a cast and of a product of quantised tensors ``from -> to``.
         shape: Of the first output; -1 is open.
         reason: Why it computes in fp32 within a reduced graph, else None.
     """
@@ -103,6 +104,7 @@ def make_report(
         reasons: Why a node stayed in fp32, by the name of the ONNX node.
     """
     explain = _Explainer(layers, reasons or {}) if precision != "fp32" else None
+    makers = {tensor[0]: layer for layer in layers for tensor in layer["outputs"]}
     kept = []
     for layer in layers:
         outputs = layer["outputs"]
@@ -110,11 +112,26 @@ def make_report(
             continue
         result = outputs[0][1]
         cast = layer["type"] == "CAST" and layer["inputs"]
-        shown = f"{layer['inputs'][0][1]} -> {result}" if cast else result
-        why = None if explain is None or cast or result != "float32" else explain(layer)
+        quantised = _quantised(layer, makers)
+        read = layer["inputs"][0][1] if cast else quantised
+        shown = f"{read} -> {result}" if read else result
+        why = None if explain is None or read or result != "float32" else explain(layer)
         kind = layer["type"] if layer["op"] is None else f"{layer['type']} {layer['op']}"
         kept.append(Layer(layer["name"], kind, layer["node"], shown, tuple(outputs[0][2]), why))
     return LayerReport(graph, variant, precision, tuple(kept), len(layers) - len(kept))
+
+
+def _quantised(layer: Mapping[str, Any], makers: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Type that a product reads where both of its factors are dequantised, which TensorRT takes as one layer."""
+    if layer["type"] not in _PRODUCTS or len(layer["inputs"]) < 2:
+        return None
+    found = set()
+    for tensor in layer["inputs"][:2]:
+        maker = makers.get(tensor[0])
+        while maker is not None and maker["type"] in _MOVES and maker["inputs"]:
+            maker = makers.get(maker["inputs"][0][0])
+        found.add(maker["inputs"][0][1] if maker is not None and maker["type"] == "DEQUANTIZE" else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def stored_reasons(bundle: Bundle, graph: str, variant: str) -> dict[str, str]:

@@ -79,6 +79,23 @@ def test_layers_that_stayed_in_fp32_have_a_reason() -> None:
     assert len(values["layers"]) == len(report.layers)
 
 
+def test_products_of_quantised_tensors_are_told_from_others() -> None:
+    layers = [
+        layer("q", "QUANTIZE", [("x", F32)], ("q", "int8")),
+        layer("d", "DEQUANTIZE", [("q", "int8")], ("d", F32)),
+        layer("turn", "SHUFFLE", [("d", F32)], ("turn", F32)),
+        layer("w", "DEQUANTIZE", [("weights", "int8")], ("w", F32)),
+        layer("both", "MATRIX_MULTIPLY", [("turn", F32), ("w", F32)], ("both", F32)),
+        layer("weights alone", "MATRIX_MULTIPLY", [("x", F32), ("w", F32)], ("alone", F32)),
+        layer("convolution", "CONVOLUTION", [("d", F32), ("w", F32), ("b", F32)], ("c", F32)),
+        layer("sum", "ELEMENTWISE", [("d", F32), ("w", F32)], ("sum", F32), "SUM"),
+    ]
+    report = make_report(layers, "g", "int8", "int8")
+    precisions = {entry.name: entry.precision for entry in report.layers}
+    assert [name for name, precision in precisions.items() if precision == "int8 -> float32"] == ["both", "convolution"]
+    assert not {"both", "convolution"} & {name for names in report.kept.values() for name in names}
+
+
 def test_an_fp32_graph_needs_no_reasons() -> None:
     assert make_report(LAYERS, "g", "fp32", "fp32").kept == {}
 
