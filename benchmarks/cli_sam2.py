@@ -148,6 +148,7 @@ def serve(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each number of clients.")] = 15.0,
     clicks: Annotated[int, typer.Option(min=0, help="Clicks while a clip is tracked; 0 leaves that out.")] = 30,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the engine.")] = 2,
+    device: Annotated[str, typer.Option(help="Of the engine: cpu or cuda:N.")] = "cpu",
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -164,18 +165,28 @@ def serve(
         if bundle is None:
             steps.label("making the bundle")
         opened = random_sam2(size, image_size) if bundle is None else open_bundle(bundle)
-        rows = measure(opened, rounds=rounds, threads=threads, step=steps.label)
-        loads = load(opened, clients=clients or (1, 4, 16), seconds=seconds, threads=threads, step=steps.label)
-        wait = clicks_while_tracking(opened, clicks=clicks, threads=threads, step=steps.label) if clicks else None
+        rows = measure(opened, rounds=rounds, threads=threads, device=device, step=steps.label)
+        loads = load(
+            opened, clients=clients or (1, 4, 16), seconds=seconds, threads=threads, device=device, step=steps.label
+        )
+        wait = None
+        if clicks:
+            wait = clicks_while_tracking(opened, clicks=clicks, threads=threads, device=device, step=steps.label)
 
     def show() -> None:
-        title = f"{opened.manifest.name}, photo of 2 megapixels; times in ms, sizes in MB"
+        title = f"{opened.manifest.name} on {device}, photo of 2 megapixels; times in ms, sizes in MB"
         print_table(COLUMNS, table_rows(rows), title=title, right=COLUMNS[1:])
         print_table(LOAD_COLUMNS, load_rows(loads), title="clicks without echo, closed loop", right=LOAD_COLUMNS)
         if wait is not None:
             typer.echo(wait_text(wait))
 
-    content = {"benchmark": "serve", "bundle": opened.manifest.name, "rounds": rounds, "rows": to_dicts(rows)}
+    content = {
+        "benchmark": "serve",
+        "bundle": opened.manifest.name,
+        "rounds": rounds,
+        "device": device,
+        "rows": to_dicts(rows),
+    }
     more = {"load": to_dicts(loads), "while_tracking": None if wait is None else asdict(wait)}
     report_figures({**content, **more, "environment": facts}, show, as_json, output)
 

@@ -47,7 +47,7 @@ class WaitRow:
 
 
 def clicks_while_tracking(
-    bundle: Bundle, *, clicks: int, threads: int, step: Callable[[str], None] = lambda _: None
+    bundle: Bundle, *, clicks: int, threads: int, device: str = "cpu", step: Callable[[str], None] = lambda _: None
 ) -> WaitRow:
     """Clicks at random moments while a clip of 960x540 is tracked on the same model."""
     import cv2
@@ -57,7 +57,7 @@ def clicks_while_tracking(
     frames = [jpeg_uri(np.asarray(wide[:, i : i + 960], np.uint8), 75) for i in range(0, 128, 4)]
     count = 12 + 4 * clicks  # a click waits for a frame at most, and comes 1 to 2 frames after the one before
     rng = np.random.default_rng(0)
-    with served(bundle.root, threads) as server, Client(server.port) as client:
+    with served(bundle.root, threads, device) as server, Client(server.port) as client:
         step("clicks without a job")
         # It loads all graphs, so that the clicks before and during the job meet one model; metrics go by its bundle.
         tracked = f"{NAME}-video"

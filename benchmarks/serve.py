@@ -92,12 +92,12 @@ class LoadRow:
 
 
 @contextmanager
-def served(bundle: Path, threads: int, **environ: str) -> Iterator[ServerProcess]:
+def served(bundle: Path, threads: int, device: str = "cpu", **environ: str) -> Iterator[ServerProcess]:
     """A server that has the bundle as `NAME`."""
     with tempfile.TemporaryDirectory(prefix="pixano-edge-bench-") as folder:
         (Path(folder) / NAME).symlink_to(bundle.resolve(), target_is_directory=True)
         settings = {
-            "PIXANO_EDGE_THREADS": str(threads), "PIXANO_EDGE_DEVICE": "cpu", "PIXANO_EDGE_MAX_REQUEST_BODY_BYTES":
+            "PIXANO_EDGE_THREADS": str(threads), "PIXANO_EDGE_DEVICE": device, "PIXANO_EDGE_MAX_REQUEST_BODY_BYTES":
             str(200 << 20), "PIXANO_EDGE_SEGMENTATION_TIMEOUT_S": "600", **environ,
         }  # fmt: skip
         with ServerProcess(Path(folder), settings, ("--jobs", "memory", "--log-level", "warning")) as server:
@@ -107,11 +107,11 @@ def served(bundle: Path, threads: int, **environ: str) -> Iterator[ServerProcess
 class _Engine:
     """The provider in this process, asked from plain code."""
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, threads: int, device: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pixano-edge-bench-")
         (Path(self._folder.name) / NAME).symlink_to(bundle.resolve(), target_is_directory=True)
         self._loop = asyncio.new_event_loop()
-        self._edge = EdgeProvider(store=self._folder.name, device="cpu", threads=threads)
+        self._edge = EdgeProvider(store=self._folder.name, device=device, threads=threads)
 
     def seconds(self, **fields: Any) -> float:
         """One request."""
@@ -128,23 +128,26 @@ class _Engine:
         self._folder.cleanup()
 
 
-def measure(bundle: Bundle, *, rounds: int, threads: int, step: Callable[[str], None] = lambda _: None) -> list[Row]:
+def measure(
+    bundle: Bundle, *, rounds: int, threads: int, device: str = "cpu", step: Callable[[str], None] = lambda _: None
+) -> list[Row]:
     """The page's requests on a photo of 2 megapixels.
 
     Args:
         bundle: A SAM 2.
         rounds: Timed requests of each kind; of a new image a tenth, at least 3.
         threads: CPU threads of the engine, in both processes.
+        device: Of the engine, in both.
         step: Told what is timed.
 
     Raises:
         EdgeError: A request failed.
     """
     pixels = photo()
-    engine = _Engine(bundle.root, threads)
+    engine = _Engine(bundle.root, threads, device)
     rows: list[Row] = []
     try:
-        with served(bundle.root, threads) as server, Client(server.port) as client:
+        with served(bundle.root, threads, device) as server, Client(server.port) as client:
             page = _Page(client, engine, pixels)
             step(WARM_NEW)
             rows.append(page.times(WARM_NEW, max(3, rounds // 10)))
@@ -153,7 +156,7 @@ def measure(bundle: Bundle, *, rounds: int, threads: int, step: Callable[[str], 
                 rows.append(page.times(case, rounds))
         step(HANDLE)
         with (
-            served(bundle.root, threads, PIXANO_EDGE_EMBEDDING_HANDLES="true") as server,
+            served(bundle.root, threads, device, PIXANO_EDGE_EMBEDDING_HANDLES="true") as server,
             Client(server.port) as client,
         ):
             rows.append(_Page(client, engine, pixels).times(HANDLE, rounds))
@@ -234,12 +237,13 @@ def load(
     clients: Sequence[int],
     seconds: float,
     threads: int,
+    device: str = "cpu",
     step: Callable[[str], None] = lambda _: None,
 ) -> list[LoadRow]:
     """Clients that each click somewhere else on the same photo, the next time when the answer is there."""
     image = jpeg_uri(photo())
     rows = []
-    with served(bundle.root, threads) as server:
+    with served(bundle.root, threads, device) as server:
         with Client(server.port) as client:
             client.post(SEGMENTATION, click_body(NAME, image, 100, 100))
         for count in clients:
