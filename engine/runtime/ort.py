@@ -24,7 +24,7 @@ from .cpu import check_writable
 from .memory import MemoryUse, graph_bytes, is_out_of_memory
 from .ort_check import check_graph, error_types, load_onnxruntime
 from .ort_graphs import EAGER, RECORDED, GraphNumbers
-from .ort_options import FATAL, INT32_BIASES, OrtOptions, session_options, thread_count
+from .ort_options import ERROR, FATAL, INT32_BIASES, OrtOptions, session_options, thread_count
 from .ort_placement import CPU, NO_CPU, RECORD, Placement, check_placement, read_placement, tells_placement
 from .ort_providers import (
     find_provider,
@@ -57,7 +57,8 @@ class OrtBinding(Binding):
 class OrtSession(Session):
     """One ONNX graph in ONNX Runtime. Open it with `open_session`.
 
-    Inputs and outputs are bound once; a run neither copies them nor allocates for them. On a CPU the ``OrtValue`` of
+    Inputs and outputs are bound once; a run neither copies them nor allocates for them, but for providers on the CPU
+    with memory of their own (OpenVINO), which warn. On a CPU the ``OrtValue`` of
     a buffer is cached in ``buffer.handle``; on a GPU addresses are bound. Either way an output buffer of one session
     bound as another's input is one and the same memory.
 
@@ -116,6 +117,8 @@ class OrtSession(Session):
         self._graphs = GraphNumbers(self._options.max_graphs) if self._options.cuda_graph else None
         self._placement: Placement | None = None
         self._cpu_outputs: list[str] = []
+        self._copied: list[str] = []
+        """Inputs that a provider on the CPU reads in memory of its own: ONNX Runtime copies them when they are bound."""
         self.warnings = precision_warnings(self._provider)
         self._session: Any = None
         with device.current():
@@ -161,6 +164,8 @@ class OrtSession(Session):
         elif self._on_gpu:
             missing = preload(ort)
         chosen = provider_options(provider, ort, self._path, self.spec, self.device, given, self._threads)
+        if self._on_gpu:
+            ort.set_default_logger_severity(ERROR)  # a warning would tell that CUDA's provider is no plug-in
         try:
             if provider.module:
                 options.add_provider_for_devices([handle], chosen[provider.ep])
@@ -203,8 +208,15 @@ class OrtSession(Session):
             self.warnings += check_placement(self._placement, self._provider.ep, self.spec.name, allow_cpu_nodes=allow)
         elif allow:
             self.warnings.append("this ONNX Runtime cannot tell which nodes run on the CPU (1.24 and newer can)")
-        if self._on_gpu and hasattr(session, "get_input_memory_infos"):  # since 1.23
+        if not hasattr(session, "get_input_memory_infos"):  # before 1.23
+            return
+        if self._on_gpu:
             self._check_memory(session)
+            return
+        infos = zip(session.get_inputs(), session.get_input_memory_infos())
+        self._copied = [node.name for node, info in infos if info.name.lower() != "cpu"]
+        if self._copied:
+            self.warnings.append(f"inputs {self._copied} are copied into memory of {self._provider.ep} at every run")
 
     def _check_memory(self, session: Any) -> None:
         def on_cpu(nodes: Any, infos: Any) -> list[str]:
@@ -281,6 +293,8 @@ class OrtSession(Session):
         assert isinstance(binding, OrtBinding)
         session = self._open_session()
         try:
+            for name in self._copied:
+                binding.io.bind_ortvalue_input(name, self._value(binding.inputs[name]))
             with self.device.current():
                 session.run_with_iobinding(binding.io, self._options_of_run(binding))
         except self._errors as error:

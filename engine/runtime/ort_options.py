@@ -92,8 +92,8 @@ class OrtOptions:
         return options
 
 
-FATAL = 4
-"""Of ONNX Runtime's loggers: print what ends the process."""
+ERROR, FATAL = 3, 4
+"""Severities of ONNX Runtime's loggers; the second prints only what ends the process."""
 INT32_BIASES = "WeightBiasQuantization"
 """The optimiser that makes biases of quantised convolutions int32, as the CPU's kernels want them. CUDA has no kernel
 that reads them, and TensorRT refuses them."""
