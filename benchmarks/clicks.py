@@ -55,8 +55,7 @@ def clicks_while_tracking(
     image = jpeg_uri(photo())
     wide = cv2.resize(photo(), (1100, 540), interpolation=cv2.INTER_AREA)
     frames = [jpeg_uri(np.asarray(wide[:, i : i + 960], np.uint8), 75) for i in range(0, 128, 4)]
-    # A click waits for a frame at most, and comes 1 to 2 frames after the one before; on a GPU a click takes longer than
-    # a frame.
+    # A click waits for a frame at most, and comes 1 to 2 frames after the one before; on a GPU it takes many frames.
     count = 12 + (4 if device == "cpu" else 40) * clicks
     rng = np.random.default_rng(0)
     with served(bundle.root, threads, device) as server, Client(server.port) as client:

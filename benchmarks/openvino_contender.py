@@ -57,7 +57,8 @@ class OpenVinoGraph:
         model = core.read_model(str(path))
         self._compiled: Any = core.compile_model(model, "CPU", settings)
         self._request: Any = self._compiled.create_infer_request()
-        self._outputs = {port.get_any_name(): port for port in self._compiled.outputs}
+        # A tensor may have the name of an operator beside the graph's own.
+        self._outputs = {name: port for port in self._compiled.outputs for name in port.get_names()}
 
     def run(self, feeds: Arrays) -> Outputs:
         """Outputs by name, as views that the next call overwrites; inputs are not copied where they fit."""

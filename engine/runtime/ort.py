@@ -118,7 +118,7 @@ class OrtSession(Session):
         self._placement: Placement | None = None
         self._cpu_outputs: list[str] = []
         self._copied: list[str] = []
-        """Inputs that a provider on the CPU reads in memory of its own: ONNX Runtime copies them when they are bound."""
+        """Inputs that a provider on the CPU reads in memory of its own; what is bound is copied there."""
         self.warnings = precision_warnings(self._provider)
         self._session: Any = None
         with device.current():
