@@ -79,6 +79,7 @@ def graphs(
     bundle: Annotated[str | None, typer.Option(help="Bundle folder, or a name in the store.")] = None,
     size: SizeOption = None,
     image_size: SideOption = None,
+    precision: Annotated[str, typer.Option(help="Variant whose files take part beside fp32's.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each graph and contender.")] = 20,
     threads: ThreadsOption = 2,
     output: OutputOption = None,
@@ -96,11 +97,11 @@ def graphs(
     facts = environment(threads)
     with progress("Preparing", None, enabled=not as_json) as steps:
         opened = random_sam2(size, image_size) if size is not None else open_bundle(bundle or "sam2-demo")
-        rows, left_out = measure(opened, rounds=rounds, threads=threads, step=steps.label)
+        rows, left_out = measure(opened, rounds=rounds, threads=threads, precision=precision, step=steps.label)
     tell_left_out(left_out)
     content = {
-        "benchmark": "graphs", "bundle": opened.manifest.name, "rounds": rounds, "baseline": BASELINE,
-        "rows": to_dicts(rows), "left_out": left_out, "environment": facts,
+        "benchmark": "graphs", "bundle": opened.manifest.name, "precision": precision, "rounds": rounds,
+        "baseline": BASELINE, "rows": to_dicts(rows), "left_out": left_out, "environment": facts,
     }  # fmt: skip
     report_figures(
         content,

@@ -1,14 +1,16 @@
 """Every graph of a bundle by itself, on inputs that its model gives it: the engine, stock ONNX Runtime, OpenVINO.
 
-All get the same file, the same inputs and the same number of threads, and take turns. Outputs are compared with those
-of stock ONNX Runtime.
+All get the same file, the same inputs and the same number of threads, and take turns; on request the file of another
+variant as well. Outputs are compared with those of stock ONNX Runtime on the fp32 file.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pixano_edge.engine.contracts import grounding_dino, owlv2, sam2, sam2_video
 from pixano_edge.engine.contracts.base import GraphSpec
 from pixano_edge.engine.errors import EdgeError
 from pixano_edge.engine.runtime import open_device, open_session
-from pixano_edge.engine.runtime.base import Binding
+from pixano_edge.engine.runtime.base import Binding, Session
 
 from .contenders import OrtGraph
 from .metrics import Latency, latency, relative_error
@@ -120,7 +122,12 @@ def _record_sam2(bundle: Bundle, threads: int, found: dict[str, Arrays]) -> None
 
 
 def measure(
-    bundle: Bundle, *, rounds: int, threads: int, step: Callable[[str], None] = lambda _: None
+    bundle: Bundle,
+    *,
+    rounds: int,
+    threads: int,
+    precision: str = "fp32",
+    step: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Row], dict[str, str]]:
     """Times and compares every contender on every graph.
 
@@ -128,6 +135,7 @@ def measure(
         bundle: Any but a language model.
         rounds: Timed runs of each.
         threads: CPU threads of each contender.
+        precision: Of the variant that takes part beside fp32.
         step: Told what is about to be timed.
 
     Returns:
@@ -135,43 +143,46 @@ def measure(
 
     Raises:
         EdgeError: A language model.
+        BundleError: A graph has no such variant.
     """
+    # The graphs of the contract: those made for CPUs alone have no fellow in other runtimes ('bench segment' has them).
+    bundle = copy.copy(bundle)
+    bundle.manifest = bundle.manifest.model_copy(update={"cpu_graphs": {}})
     step("recording inputs")
     missing = left_out(read_host().cpu_flags)
     rows = []
     for name, inputs in real_inputs(bundle, threads).items():
         step(name)
-        rows += _race(bundle.graph_path(name), bundle.specs[name], inputs, rounds, threads, missing)
+        files = {p: bundle.graph_path(name, p) for p in dict.fromkeys(("fp32", precision))}
+        if len(set(files.values())) < len(files):
+            missing[f"{precision}, {name}"] = "the variant runs fp32's file"
+            files = {"fp32": files["fp32"]}
+        rows += _race(files, bundle.specs[name], inputs, rounds, threads, missing)
     return rows, missing
 
 
-def _race(path: Path, spec: GraphSpec, inputs: Arrays, rounds: int, threads: int, missing: dict[str, str]) -> list[Row]:
+def _race(
+    files: dict[str, Path], spec: GraphSpec, inputs: Arrays, rounds: int, threads: int, missing: dict[str, str]
+) -> list[Row]:
     sizes = sizes_of(spec, inputs)
-    session = open_session(path, spec, open_device("cpu"), threads=threads)
-    binding = session.prepare(sizes)
-    for name, value in inputs.items():
-        binding.write(name, value)
-    outputs = [tensor.name for tensor in spec.outputs]
-    plain = OrtGraph(path, threads)
-
-    def engine() -> Arrays:
-        binding.run()
-        return {name: binding.read(name) for name in outputs}
-
-    calls: dict[str, Callable[[], Arrays]] = {
-        ENGINE: engine,
-        BASELINE: lambda: plain.run(inputs),
-    }
-    for who, precision in PRECISIONS.items():
-        if who in missing:
-            continue
-        try:
-            graph = OpenVinoGraph(path, threads, precision)
-            graph.run(inputs)
-        except FAILURES as error:
-            missing[f"{who}, {spec.name}"] = first_line(error)
-        else:
-            calls[who] = lambda g=graph: g.run(inputs)  # type: ignore[misc]
+    calls: dict[str, Callable[[], Arrays]] = {}
+    sessions = []
+    for precision, path in files.items():
+        session = open_session(path, spec, open_device("cpu"), threads=threads)
+        sessions.append(session)
+        calls[ENGINE if precision == "fp32" else f"pixano-edge {precision}"] = _bound(session, sizes, inputs)
+        of_file = "" if precision == "fp32" else f", {precision} file"
+        calls[BASELINE + of_file] = partial(OrtGraph(path, threads).run, inputs)
+        for who, hint in PRECISIONS.items():
+            if who in missing:
+                continue
+            try:
+                graph = OpenVinoGraph(path, threads, hint)
+                graph.run(inputs)
+            except FAILURES as error:
+                missing[f"{who}{of_file}, {spec.name}"] = first_line(error)
+            else:
+                calls[who + of_file] = partial(graph.run, inputs)
     times = {who: latency(values) for who, values in interleave(calls, rounds).items()}
     want = calls[BASELINE]()
     title = spec.name + (f" ({', '.join(f'{k} {v}' for k, v in sizes.items())})" if sizes else "")
@@ -179,8 +190,21 @@ def _race(path: Path, spec: GraphSpec, inputs: Arrays, rounds: int, threads: int
         Row(title, who, times[who], times[BASELINE].p50 / times[who].p50, worst(call(), want))
         for who, call in calls.items()
     ]
-    session.close()
+    for session in sessions:
+        session.close()
     return rows
+
+
+def _bound(session: Session, sizes: dict[str, int], inputs: Arrays) -> Callable[[], Arrays]:
+    binding = session.prepare(sizes)
+    for name, value in inputs.items():
+        binding.write(name, value)
+
+    def run() -> Arrays:
+        binding.run()
+        return {tensor.name: binding.read(tensor.name) for tensor in session.spec.outputs}
+
+    return run
 
 
 def sizes_of(spec: GraphSpec, inputs: Arrays) -> dict[str, int]:
