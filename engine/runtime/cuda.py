@@ -353,7 +353,6 @@ class CudaDevice(Device):
                     self._api.stream_synchronize(handle)
                 finally:
                     self._stream.handle = None
-                    self._stream.drop_idle()
                     self._events.close()
                     self._api.stream_destroy(handle)
 

@@ -91,20 +91,14 @@ class Context:
             RECLAIMER.submit(partial(_quietly, partial(self.api.release, self.index, self.handle)))
 
 
-IDLE_BYTES = 64 << 20
-"""Page-locked memory that a device keeps for the next one who asks for as much. The driver takes long to lock pages (10
-ms a piece on a virtual machine with an H200), and features go to the host with every answer that asks for them."""
-
-
 class Stream:
-    """The stream of one device object, with page-locked memory to use again; `handle` is None once it is closed."""
+    """The stream of one device object; `handle` is None once it is closed."""
 
-    __slots__ = ("_idle", "api", "context", "handle", "pointer")
+    __slots__ = ("api", "context", "handle", "pointer")
 
     def __init__(self, context: Context) -> None:
         self.api = context.api
         self.context = context
-        self._idle: dict[int, list[tuple[int, int]]] = {}
         with context:
             self.handle: Any = self.api.stream_create()
         self.pointer = self.api.stream_pointer(self.handle)
@@ -113,33 +107,10 @@ class Stream:
         if self.handle is not None:
             self.api.stream_synchronize(self.handle)
 
-    def take_idle(self, size: int) -> tuple[int, int] | None:
-        """Page-locked memory of exactly that size that nobody uses, as `CudaApi.host_alloc` gives it, or None."""
-        try:
-            return self._idle[size].pop()
-        except LookupError:
-            return None
-
-    def give_idle(self, size: int, host: int, pointer: int) -> None:
-        """Keeps page-locked memory that nobody uses, or frees it; the context is current."""
-        held = sum(each * len(pieces) for each, pieces in list(self._idle.items()))
-        if self.handle is not None and held + size <= IDLE_BYTES:
-            self._idle.setdefault(size, []).append((host, pointer))
-        else:
-            self.api.host_free(host)
-
-    def drop_idle(self) -> None:
-        """Frees what nobody uses; the context is current."""
-        for pieces in list(self._idle.values()):
-            while pieces:
-                self.api.host_free(pieces.pop()[0])
-
     def __del__(self) -> None:
         # Only for a device that nobody closed.
         if getattr(self, "handle", None) is not None:
             free_later(self.context, partial(self.api.stream_destroy, self.handle))
-            for host, _ in [piece for pieces in self._idle.values() for piece in pieces]:
-                free_later(self.context, partial(self.api.host_free, host))
 
 
 class Allocation:
@@ -192,7 +163,6 @@ def allocate(stream: Stream, nbytes: int, host: bool, name: str) -> Allocation:
             raise
     gc.collect()  # buffers in reference cycles, which Python has not noticed yet
     RECLAIMER.drain()
-    stream.drop_idle()
     try:
         return take(stream, size)
     except CudaError as error:
@@ -213,8 +183,8 @@ def _take_device(stream: Stream, size: int) -> Allocation:
 
 
 def _take_host(stream: Stream, size: int) -> Allocation:
-    host, pointer = stream.take_idle(size) or stream.api.host_alloc(size)
-    return Allocation(stream, pointer, host, size, partial(stream.give_idle, size, host, pointer))
+    host, pointer = stream.api.host_alloc(size)
+    return Allocation(stream, pointer, host, size, partial(stream.api.host_free, host))
 
 
 def map_host(stream: Stream, facts: CudaFacts, host: Buffer) -> tuple[int, object]:

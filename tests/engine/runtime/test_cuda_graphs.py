@@ -156,9 +156,7 @@ class TestGraphs:
             assert driver.live["alloc"] == driver.live["host"] == 1
 
         device.capture(work).replay()
-        assert driver.live["alloc"] == 0
-        device.host_empty(SHAPE, "float32")
-        assert [c[0] for c in driver.calls].count("host_alloc") == 1, "page-locked memory waits for the next one"
+        assert driver.live["alloc"] == driver.live["host"] == 0
 
     def test_memory_dropped_by_another_thread_is_freed_afterwards(self, pair: Pair) -> None:
         device, driver = pair
@@ -224,7 +222,7 @@ class TestThreads:
         thread.start()
         thread.join(10)
         assert results == [6.0, [0xBEEF]]
-        assert driver.leaks() == {"stream": 1, "context": 1, "event": 1, "host": 2}  # kept by the device
+        assert driver.leaks() == {"stream": 1, "context": 1, "event": 1}
 
     def test_two_devices_in_one_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
         first, driver = fake_cuda_device(monkeypatch, count=2)
@@ -258,7 +256,5 @@ class TestThreads:
             thread.start()
         for thread in threads:
             thread.join(30)
-        assert driver.live["host"] <= len(threads)
-        assert not RECLAIMER._waiting
-        device.close()
         assert driver.live["host"] == 0
+        assert not RECLAIMER._waiting
