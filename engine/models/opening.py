@@ -30,6 +30,7 @@ from .calibrated import calibration_text, calibrations_of
 from .verdicts import Verdict, VerdictKey, VerdictStore
 
 ONNXRUNTIME = "onnxruntime"
+OPENVINO = "onnxruntime-openvino"
 TENSORRT = "tensorrt"
 
 GPU_ORDER = (
@@ -184,7 +185,7 @@ def combinations(bundle: Bundle, kind: str, backend: str = "auto", precision: st
     if kind == "cpu" and backend == TENSORRT:
         raise DeviceError("TensorRT needs a CUDA device.", "Use --device cuda:0, or --backend onnxruntime.")
     onnx = bundle.variants()
-    known = {ONNXRUNTIME: onnx, TENSORRT: _precisions(bundle)}
+    known = {ONNXRUNTIME: onnx, TENSORRT: _precisions(bundle), OPENVINO: _through_openvino(bundle)}
     if kind == "cpu":
         # fp32 first; a bundle without it has one precision that can run here, the fullest.
         order = [(ONNXRUNTIME, "fp32")] if "fp32" in onnx else [(ONNXRUNTIME, p) for p in onnx[:1]]
@@ -230,7 +231,7 @@ def graph_file(bundle: Bundle, graph: str, backend: str, precision: str, kind: s
     Raises:
         BundleError: The bundle has no such graph or precision.
     """
-    plain = bundle.graph_path(graph, precision)
+    plain = bundle.graph_path(graph, stored_precision(bundle, backend, precision))
     fitted = bundle.cpu_graph(graph) if takes_cpu_graphs(backend, precision, kind) else None
     return plain if fitted is None else fitted[0]
 
@@ -240,8 +241,28 @@ def takes_cpu_graphs(backend: str, precision: str, kind: str) -> bool:
     return (backend, precision, kind) == (ONNXRUNTIME, "fp32", "cpu")
 
 
+def stored_precision(bundle: Bundle, backend: str, precision: str) -> str:
+    """Precision of the files that a combination runs: OpenVINO computes fp32's in bf16 where a bundle has no others."""
+    if (backend, precision) == (OPENVINO, "bf16") and precision not in bundle.variants():
+        return "fp32"
+    return precision
+
+
+def session_options(bundle: Bundle, backend: str, precision: str) -> dict[str, Any]:
+    """What sessions of a combination are opened with, see `OrtOptions`."""
+    return {} if stored_precision(bundle, backend, precision) == precision else {"precision": precision}
+
+
+def _through_openvino(bundle: Bundle) -> list[str]:
+    onnx = bundle.variants()
+    return [p for p in PRECISIONS if p in onnx or (p == "bf16" and "fp32" in onnx)]
+
+
 def backend_version(backend: str) -> str:
     """Version of an installed back end; empty where it is absent or unknown."""
+    if backend == OPENVINO:
+        plugin = module_version("onnxruntime_ep_openvino", ("onnxruntime-ep-openvino",))
+        return f"{backend_version(ONNXRUNTIME)}, {plugin or 'unknown'}"
     if backend == ONNXRUNTIME:
         version = module_version("onnxruntime", ORT_WHEELS)
         if version == SYSTEM:  # a build without a wheel tells its version itself
@@ -307,7 +328,7 @@ def _prove(attempt: _Attempt, found: Combination, info: DeviceInfo) -> str:
     key = combination_key(bundle, found, info)
     verdict = store.get(key)
     if verdict is None:
-        if info.kind == "cpu":
+        if (info.kind, found.backend) == ("cpu", ONNXRUNTIME):
             if calibrations := calibrations_of(bundle.manifest, found.precision):
                 return calibration_text(calibrations)
             parity = bundle.manifest.parity
@@ -317,10 +338,9 @@ def _prove(attempt: _Attempt, found: Combination, info: DeviceInfo) -> str:
             return "never checked here"
         from .verify import verify_bundle
 
-        device = f"{info.kind}:{info.index}"
         report = verify_bundle(
             bundle,
-            device,
+            "cpu" if info.kind == "cpu" else f"{info.kind}:{info.index}",
             found.backend,
             found.precision,
             threads=asked.threads,
@@ -344,7 +364,9 @@ def _open_sessions(
 ) -> dict[str, Session]:
     from ..runtime import open_session
 
-    options = {"graphs": False} if found.backend == TENSORRT and not attempt.capture else None
+    options = session_options(attempt.bundle, found.backend, found.precision) or None
+    if found.backend == TENSORRT and not attempt.capture:
+        options = {"graphs": False}
     sessions: dict[str, Session] = {}
     with contextlib.ExitStack() as own:
         for name in attempt.specs:
@@ -369,7 +391,8 @@ def spec_of(bundle: Bundle, graph: str, found: Combination, asked: GraphSpec) ->
     """The contract of a graph in a combination: `asked`, unless the family's graphs differ by precision and target."""
     if bundle.specs.get(graph) != asked:
         return asked
-    return bundle.spec(graph, found.precision, TENSORRT if found.backend == TENSORRT else "onnx")
+    stored = stored_precision(bundle, found.backend, found.precision)
+    return bundle.spec(graph, stored, TENSORRT if found.backend == TENSORRT else "onnx")
 
 
 def _precisions(bundle: Bundle) -> list[str]:
@@ -383,7 +406,8 @@ def _precisions(bundle: Bundle) -> list[str]:
 
 def _check_precision(bundle: Bundle, asked: Asked) -> None:
     """Raises BundleError for a precision that no graph variant has."""
-    onnx, tensorrt = bundle.variants(), _precisions(bundle)
+    onnx = _through_openvino(bundle) if asked.backend == OPENVINO else bundle.variants()
+    tensorrt = _precisions(bundle)
     known = [
         p
         for p in PRECISIONS

@@ -27,6 +27,7 @@ from .ort_graphs import EAGER, RECORDED, GraphNumbers
 from .ort_options import ERROR, FATAL, INT32_BIASES, OrtOptions, session_options, thread_count
 from .ort_placement import CPU, NO_CPU, RECORD, Placement, check_placement, read_placement, tells_placement
 from .ort_providers import (
+    backend_name,
     find_provider,
     plugin_device,
     precision_text,
@@ -111,6 +112,7 @@ class OrtSession(Session):
         self._on_gpu = device.kind == "cuda"
         self._threads = thread_count(threads, self._on_gpu)
         self._provider = find_provider(self._options.provider, device)
+        self.backend = backend_name(self._provider)
         self._check_options()
         self._empty: dict[str, Any] = {}
         self._run_options: dict[int, Any] = {}

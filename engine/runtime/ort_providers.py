@@ -68,8 +68,16 @@ BACKENDS = {
 }
 """Names that `open_session(backend=...)` takes for ONNX Runtime -> provider; None is the device's own."""
 
+OWN = "onnxruntime"
+"""Of `BACKENDS`: the device's own provider."""
+
 _REDUCED = ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "fp16_enable", "prefer_bf16")
 _registering = threading.Lock()
+
+
+def backend_name(provider: Provider) -> str:
+    """Of `BACKENDS`, the one that a provider is."""
+    return next((name for name, each in BACKENDS.items() if each == provider.name), OWN)
 
 
 def find_provider(name: str | None, device: Device) -> Provider:

@@ -53,7 +53,7 @@ from ...contracts.sam2_video import Sam2VideoConstants
 from ...errors import BundleError, ImageError, PromptError
 from ...runtime.base import Device, Session
 from ..images import decode_image
-from ..opening import graph_file
+from ..opening import graph_file, session_options
 from ..sam2.predictor import Sam2ImagePredictor
 from .clip import Clip, ClipPass, ClipPrompt, bfloat16_distance, clip_iou, follow
 from .frames import ImageFrames
@@ -116,7 +116,8 @@ def open_video_sessions(
                 file = Path(find_engine(bundle, name, precision, device.info()))
             else:
                 file = graph_file(bundle, name, backend, precision, device.kind)
-            sessions[name] = open_session(file, spec, device, backend=backend, threads=threads)
+            options = session_options(bundle, backend, precision)
+            sessions[name] = open_session(file, spec, device, backend=backend, threads=threads, options=options)
             opened.callback(sessions[name].close)
         yield sessions
 

@@ -424,3 +424,4 @@ def test_the_real_openvino_plugin(tmp_path: Path) -> None:
         assert np.abs(binding.read("y") - exact).max() < 1e-5 * np.abs(exact).max()
     assert any("are copied into memory of" in text for text in session.info()["warnings"])
     assert session.info()["nodes"] == {OPENVINO: 1}
+    assert session.backend == "onnxruntime-openvino"

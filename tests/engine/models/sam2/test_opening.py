@@ -24,7 +24,7 @@ from pixano_edge.engine.errors import (
     MissingDependencyError,
 )
 from pixano_edge.engine.models import opening
-from pixano_edge.engine.models.opening import GPU_ORDER, combinations
+from pixano_edge.engine.models.opening import GPU_ORDER, OPENVINO, combinations
 from pixano_edge.engine.models.sam2 import verify as verify_module
 from pixano_edge.engine.models.sam2.opening import IMAGE_GRAPHS
 from pixano_edge.engine.models.sam2.predictor import Sam2ImagePredictor
@@ -369,3 +369,27 @@ def test_on_a_cpu_the_export_is_the_proof(world: World, tmp_path: Path) -> None:
     store.put(opening.Verdict.of(key, report))
     with pytest.raises(DeviceError, match="failed"):
         world.open(device="cpu", warm_up=False)
+
+
+def test_openvino_computes_fp32_graphs_in_bf16_and_is_checked_on_this_cpu(world: World) -> None:
+    """What export proved was another runtime."""
+    plain = world.open_session
+    runtime.open_session = lambda path, spec, device, **k: plain(  # type: ignore[assignment,misc]
+        path, spec, StubDevice("cpu"), **k
+    )
+    assert combinations(world.bundle, "cpu", OPENVINO) == [(OPENVINO, "fp32")]
+    assert combinations(world.bundle, "cpu", OPENVINO, "bf16") == [(OPENVINO, "bf16")]
+    assert combinations(world.bundle, "cpu", precision="bf16") == []
+    with world.open(device="cpu", backend=OPENVINO, precision="bf16", warm_up=False) as predictor:
+        info = predictor.info()
+    assert (info["backend"], info["precision"]) == (OPENVINO, "bf16")
+    assert "passed" in info["precision_reason"]
+    assert world.checked == [f"{OPENVINO} bf16"]
+    assert world.options == [{"precision": "bf16"}] * 2
+    found = opening.locate(world.bundle, OPENVINO, "bf16", runtime.CpuDevice().info(), IMAGE_GRAPHS)
+    assert all("fp32" in path.name for path in found.files.values())
+    world.failed = {f"{OPENVINO} fp32"}
+    with pytest.raises(DeviceError, match="failed"):
+        world.open(device="cpu", backend=OPENVINO, warm_up=False)
+    with pytest.raises(BundleError, match="no precision 'bf16'"):
+        world.open(device="cpu", precision="bf16", warm_up=False)
