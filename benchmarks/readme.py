@@ -1,4 +1,4 @@
-"""The block of README that a run's figures are printed in, between two markers that name the file they come from."""
+"""Blocks of README that runs' figures are printed in, each between two markers that name the file they come from."""
 
 from __future__ import annotations
 
@@ -110,28 +110,31 @@ def check_publishable(run: Run, *, busy_ok: bool = False) -> None:
         )
 
 
-def embedded(text: str) -> tuple[str, str] | None:
-    """File and content of the block in a text; None without one.
+def embedded(text: str) -> dict[str, str]:
+    """The blocks in a text: content by file.
 
     Raises:
-        EdgeError: More than one.
+        EdgeError: Two of the same file.
     """
     found = list(_BLOCK.finditer(text))
-    if len(found) > 1:
-        raise EdgeError(f"There are {len(found)} blocks of figures.", "Leave one of them.")
-    return (found[0]["file"], found[0]["body"]) if found else None
+    blocks = {match["file"]: match["body"] for match in found}
+    if len(blocks) < len(found):
+        raise EdgeError("Two blocks show figures of the same file.", "Leave one of them.")
+    return blocks
 
 
 def replaced(text: str, run: Run, file: str) -> str:
-    """The text with its block made anew.
+    """The text with the block of a file made anew; a single block takes the place of one with another file's name.
 
     Raises:
-        EdgeError: It has none, or more than one.
+        EdgeError: It has no such block, or two.
     """
-    if embedded(text) is None:
+    blocks = embedded(text)
+    if file not in blocks and len(blocks) != 1:
         raise EdgeError(
             "There is no place for the figures.",
             f"Put these two lines where they belong: {BEGIN.format(file=file)} and {END}",
         )
     block = f"{BEGIN.format(file=file)}\n{to_block(run, file)}{END}"
-    return _BLOCK.sub(lambda _: block, text)
+    wanted = file if file in blocks else next(iter(blocks))
+    return _BLOCK.sub(lambda match: block if match["file"] == wanted else match[0], text)

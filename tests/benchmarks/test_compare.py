@@ -123,7 +123,7 @@ def test_readme_is_written_between_its_markers(tmp_path: Path) -> None:
     assert made.startswith("# Title\n\n<!-- bench: docs/figures.json -->\n")
     assert made.endswith("<!-- /bench -->\n\nAfter \\1\n")
     assert "former text" not in made
-    assert readme.embedded(made) == ("docs/figures.json", readme.to_block(read_run(kept), "docs/figures.json"))
+    assert readme.embedded(made) == {"docs/figures.json": readme.to_block(read_run(kept), "docs/figures.json")}
     assert "| encoder | pixano-edge fp32 | 500 ms / 50" in made
     assert "1000 ms, 2.00x" in made  # PyTorch fp32
     assert "PyTorch bf16 | 800 ms, 1.60x" in made  # the fastest other
@@ -157,11 +157,19 @@ def test_readme_of_this_repository_is_what_the_command_makes() -> None:
     """The figures in README are those of the file that it names; a kept file must be shown."""
     found = readme.embedded((ROOT / "README.md").read_text(encoding="utf-8"))
     kept = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "benchmarks").glob("*.json"))
-    if found is None:
-        assert kept == [], "README shows none of the kept figures: add the markers, see docs/benchmarks.md"
-        return
-    file, body = found
-    assert file in kept
-    assert body == readme.to_block(read_run(ROOT / file), file), (
-        f"run: pixano-edge bench readme {file} --write README.md"
-    )
+    assert sorted(found) == kept, "README shows the kept figures: add the markers, see docs/benchmarks.md"
+    for file, body in found.items():
+        assert body == readme.to_block(read_run(ROOT / file), file), (
+            f"run: pixano-edge bench readme {file} --write README.md"
+        )
+
+
+def test_several_blocks_are_made_anew_each_by_its_file() -> None:
+    one, two = (f"{readme.BEGIN.format(file=name)}\n{name}\n{readme.END}\n" for name in ("a.json", "b.json"))
+    made = readme.embedded(readme.replaced(one + two, _run(), "b.json"))
+    assert made["a.json"] == "a.json\n"
+    assert made["b.json"] == readme.to_block(_run(), "b.json")
+    with pytest.raises(EdgeError, match="no place"):
+        readme.replaced(one + two, _run(), "c.json")
+    with pytest.raises(EdgeError, match="same file"):
+        readme.embedded(one + one)

@@ -42,11 +42,17 @@ def _answer(bundle: Bundle, precision: str, picture: Path) -> str:
         return model.generate(asked, [image], GenerationOptions(max_new_tokens=3)).text
 
 
+@pytest.fixture(params=["tiny_vlm_bundle", "qwen_bundle"])
+def family(request: pytest.FixtureRequest) -> Bundle:
+    """A small language model of each kind: SmolVLM, Qwen2.5-VL."""
+    return Bundle.open(request.getfixturevalue(request.param))
+
+
 def test_a_decoder_in_4_bits_is_published(
-    tiny_vlm_bundle: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Bundle, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TextTask, "compare", lambda self, want, got, plan: float(len(want) == len(got)))
-    bundle = Bundle.open(tiny_vlm_bundle)
+    bundle = family
     outcome = calibrate(bundle, _request(scenes, tmp_path, "int4"))
     assert outcome.bundle is not None
     made = outcome.bundle
@@ -93,10 +99,9 @@ def test_the_packaged_model_in_4_bits_is_published(tmp_path: Path, monkeypatch: 
     assert verify_bundle(outcome.bundle, "cpu", "onnxruntime", "int4", threads=1).passed
 
 
-def test_a_vision_tower_in_int8_is_judged_by_answers(tiny_vlm_bundle: Path, scenes: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(tiny_vlm_bundle)
+def test_a_vision_tower_in_int8_is_judged_by_answers(family: Bundle, scenes: Path, tmp_path: Path) -> None:
     request = _request(scenes, tmp_path, "int8", graphs=("vision_encoder",), search_samples=1, dry_run=True)
-    variant = calibrate(bundle, request).result.variants[0]
+    variant = calibrate(family, request).result.variants[0]
     assert [g.graph for g in variant.graphs] == ["vision_encoder"]
     assert variant.held_out is not None
     assert {s.value for s in variant.held_out.samples} <= {0.0, 1.0}
