@@ -266,15 +266,21 @@ def bound(bundle: Bundle, precision: str, length: int, bytes_per_second: float) 
 
 
 def step_bytes(graph: Path) -> int:
-    """Bytes of a decoder's weights that one token reads: all of them but the tables of the rotary embedding."""
+    """Bytes of a decoder's weights that one token reads: all of them but the tables of the rotary embedding.
+
+    Weights of an fp32 graph that are stored in half count in full: ONNX Runtime widens them when it loads the graph.
+    """
     import onnx
 
+    from pixano_edge.export.half_weights import drop_casts
+
     model = onnx.load(str(graph), load_external_data=False)
+    halves = drop_casts(model)
     tables = {name for node in model.graph.node if node.op_type == "GroupQueryAttention" for name in node.input[7:9]}
     total = 0
     for tensor in model.graph.initializer:
         if tensor.name not in tables:
-            size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            size = 4 if tensor.name in halves else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             total += int(np.prod(tensor.dims, dtype=np.int64)) * size
     return total
 

@@ -16,6 +16,7 @@ from pixano_edge.benchmarks.describe_contenders import Answered
 from pixano_edge.benchmarks.segment import REFERENCE
 from pixano_edge.benchmarks.vlm_checkpoints import random_smolvlm
 from pixano_edge.engine.errors import EdgeError
+from pixano_edge.export.half_weights import narrow
 
 
 def test_memory_is_read() -> None:
@@ -63,6 +64,17 @@ def test_rows_are_medians_and_ratios() -> None:
     assert describe.table_rows(figures)[0][:3] == ("case", REFERENCE, "300")
     assert "540 MB of weights per token, 18.5 tokens/s" in bound_lines(figures)[1]
     assert describe.accuracy_rows(figures) == [("me", "64", "64", "1.0e-06")]
+
+
+def test_bytes_of_a_step_count_widened_weights_in_full(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64])
+    weights = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    model = helper.make_model(
+        helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [value], [value], [weights])
+    )
+    assert narrow(model)
+    onnx.save(model, tmp_path / "g.onnx")
+    assert step_bytes(tmp_path / "g.onnx") == 64 * 64 * 4
 
 
 def test_bytes_of_a_step_leave_out_rotary_tables(tmp_path: Path) -> None:
