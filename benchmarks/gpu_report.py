@@ -26,6 +26,7 @@ from pixano_edge.engine.cli.probe import compiled_providers
 from pixano_edge.engine.contracts.sam2 import FAMILY as SAM2
 from pixano_edge.engine.errors import EdgeError
 from pixano_edge.engine.models.decoder.opening import FAMILIES as LANGUAGE_MODELS
+from pixano_edge.engine.models.opening import TENSORRT, combinations
 from pixano_edge.engine.provider.hardware import Hardware, read_hardware
 
 from .gpu_markdown import answers_text, to_markdown
@@ -81,21 +82,23 @@ def make_steps(
         try:
             opened = Bundle.open(resolve_bundle(name), verify=False)
             family, precisions = opened.manifest.family, [p for p in GPU_PRECISIONS if p in opened.variants()]
+            engines = [p for p in precisions if combinations(opened, "cuda", TENSORRT, p)]
             broken = ""
         except EdgeError as error:
             family, precisions, broken = SAM2, list(GPU_PRECISIONS[:1]), error.message
+            engines = precisions
         for precision in precisions:
             command = (*edge, "verify", name, "--backend", "onnxruntime", "--precision", precision, *where)
             label = f"verify {name}, ONNX Runtime {precision}"
             no_kernel = NO_FLOAT32_ATTENTION if family in LANGUAGE_MODELS and precision != "fp16" else ""
             steps.append(Step(label, command, 60, read_verify, skip=broken or no_ort or no_kernel))
         build = f"build {name}"
-        options = [text for p in precisions for text in ("--precision", p)]
+        options = [text for p in engines for text in ("--precision", p)]
         making = (*edge, "build", name, "--device", device, *options, "--json")
         steps.append(Step(build, making, 150, read_build, skip=broken or no_trt))
         if number == 0:  # now: TensorRT's tests need engines of the packaged bundle
             steps.append(_test_step(tests, scratch, has))
-        for precision in precisions:
+        for precision in engines:
             command = (*edge, "verify", name, "--backend", "tensorrt", "--precision", precision, *where)
             label = f"verify {name}, TensorRT {precision}"
             steps.append(Step(label, command, 60, read_verify, skip=broken or no_trt, after=build))

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pixano_edge.benchmarks import gpu_report
-from pixano_edge.benchmarks.gpu_markdown import to_markdown
+from pixano_edge.benchmarks.gpu_markdown import answers_text, to_markdown
 from pixano_edge.benchmarks.gpu_report import exit_status, make_steps, read_tests
 from pixano_edge.benchmarks.report import environment
 from pixano_edge.benchmarks.steps import Finished, Outcome, Reading, Step, run_command, run_steps
@@ -175,6 +175,31 @@ def test_with_a_gpu_everything_runs_and_tensorrt_only_where_it_is(tmp_path: Path
         for s in make_steps(ONE_GPU, ["no-such"], "cuda:0", None, tmp_path, has=lambda m: True, providers=lambda: ALL)
     }
     assert "no-such" in missing["bench no-such"].skip
+
+
+def test_each_family_gets_the_steps_that_it_can_take(tmp_path: Path) -> None:
+    names = ["grounding-dino-demo", "smolvlm-demo"]
+    steps = {
+        s.name: s
+        for s in make_steps(ONE_GPU, names, "cuda:0", None, tmp_path, has=lambda m: True, providers=lambda: ALL)
+    }
+    assert "measures SAM 2" in steps["bench grounding-dino-demo"].skip
+    assert not steps["verify grounding-dino-demo, ONNX Runtime fp32"].skip
+    assert "half precision" in steps["verify smolvlm-demo, ONNX Runtime fp32"].skip
+    assert not steps["verify smolvlm-demo, ONNX Runtime fp16"].skip
+    assert not steps["verify smolvlm-demo, TensorRT fp32"].skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"tokens": 64, "equal": 63, "ties": 1}, "63 of 64 tokens are PyTorch's, 1 more are ties"),
+        ({"boxes": 10, "unmatched": 1, "max_box": 0.5, "max_score": 0.01}, "10 boxes, 1 without a partner"),
+        ({"mean_iou": 0.99, "min_iou": 0.5}, "mean 0.9900, lowest 0.5000"),
+    ],
+)
+def test_answers_of_each_family_are_told(answer: dict[str, float], said: str) -> None:
+    assert said in answers_text(answer)
 
 
 def test_commands_exist(tmp_path: Path) -> None:
