@@ -57,8 +57,12 @@ def clicks_while_tracking(
     frames = [jpeg_uri(np.asarray(wide[:, i : i + 960], np.uint8), 75) for i in range(0, 128, 4)]
     # A click waits for a frame at most, and comes 1 to 2 frames after the one before; on a GPU it takes many frames.
     count = 12 + (4 if device == "cpu" else 40) * clicks
+    body_bytes = 1 << 30  # all frames of the clip are in one request
     rng = np.random.default_rng(0)
-    with served(bundle.root, threads, device) as server, Client(server.port) as client:
+    with (
+        served(bundle.root, threads, device, PIXANO_EDGE_MAX_REQUEST_BODY_BYTES=str(body_bytes)) as server,
+        Client(server.port) as client,
+    ):
         step("clicks without a job")
         # It loads all graphs, so that the clicks before and during the job meet one model; metrics go by its bundle.
         tracked = f"{NAME}-video"

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pixano_edge.engine.bundle import DEMO_NAMES, Bundle
+from pixano_edge.engine.bundle import DEMO_NAME, DEMO_NAMES, Bundle
 from pixano_edge.engine.cli.options import resolve_bundle
 from pixano_edge.engine.cli.output import make_folder, note, replacing
 from pixano_edge.engine.cli.probe import compiled_providers
@@ -68,7 +68,7 @@ def make_steps(
         device: ``cuda:N``.
         tests: The source tree's tests; None where only the package is installed.
         scratch: Folder for the steps' own files.
-        checkpoint: For the comparison with PyTorch, of the first bundle.
+        checkpoint: For the comparison with PyTorch, of the first SAM 2.
         has: Whether a module is installed.
         providers: Of the installed ONNX Runtime.
     """
@@ -77,7 +77,8 @@ def make_steps(
     no_ort = no_gpu or _no_cuda_provider(providers)
     no_trt = no_gpu or ("" if any(map(has, _TENSORRT_MODULES)) else "TensorRT is not installed.")
     steps = [Step("doctor", (*edge, "doctor", "--json"), 90, read_doctor)]
-    for number, name in enumerate(bundles):
+    tested = False
+    for name in bundles:
         where = ("--device", device, "--json")
         try:
             opened = Bundle.open(resolve_bundle(name), verify=False)
@@ -96,16 +97,20 @@ def make_steps(
         options = [text for p in engines for text in ("--precision", p)]
         making = (*edge, "build", name, "--device", device, *options, "--json")
         steps.append(Step(build, making, 150, read_build, skip=broken or no_trt))
-        if number == 0:  # now: TensorRT's tests need engines of the packaged bundle
+        first = family == SAM2 and not tested
+        if first:  # now: TensorRT's tests need engines of the packaged bundle
             steps.append(_test_step(tests, scratch, has))
+            tested = True
         for precision in engines:
             command = (*edge, "verify", name, "--backend", "tensorrt", "--precision", precision, *where)
             label = f"verify {name}, TensorRT {precision}"
             steps.append(Step(label, command, 60, read_verify, skip=broken or no_trt, after=build))
-        extra = ("--checkpoint", str(checkpoint)) if checkpoint is not None and number == 0 else ()
+        extra = ("--checkpoint", str(checkpoint)) if checkpoint is not None and first else ()
         bench = (*edge, "bench", "gpu", name, *where, "--rounds", "30", *extra)
         other = "" if family == SAM2 else f"'bench gpu' measures SAM 2, not {family}."
         steps.append(Step(f"bench {name}", bench, 180, read_bench, skip=broken or no_gpu or other))
+    if not tested:
+        steps.append(_test_step(tests, scratch, has))
     return steps
 
 
@@ -248,14 +253,16 @@ def main(
     out: Annotated[Path, typer.Option(help="Markdown file; the JSON goes beside it.")] = Path("gpu-report.md"),
     bundle: Annotated[list[str] | None, typer.Option(help="Bundles to check; default: the packaged demos.")] = None,
     device: Annotated[str, typer.Option(help="cuda:N.")] = "cuda:0",
-    checkpoint: Annotated[Path | None, typer.Option(help="Of the first bundle, for PyTorch beside it.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Of the first SAM 2, for PyTorch beside it.")] = None,
     tests: Annotated[Path | None, typer.Option(help="Folder of the tests; default: that of the source tree.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Wall-clock limit of everything.")] = TOTAL_SECONDS,
 ) -> None:
     """Run all GPU tests, golden samples and benchmarks of this box and write one report."""
     hardware = read_hardware()
     with tempfile.TemporaryDirectory(prefix="pixano-edge-report-") as scratch:
-        steps = make_steps(hardware, bundle or DEMO_NAMES, device, tests or _source_tests(), Path(scratch), checkpoint)
+        # SAM 2 first: what comes late may find no time left.
+        bundles = bundle or sorted(DEMO_NAMES, key=lambda name: name != DEMO_NAME)
+        steps = make_steps(hardware, bundles, device, tests or _source_tests(), Path(scratch), checkpoint)
         outcomes = run_steps(steps, seconds, say=note)
     status = exit_status(outcomes)
     content = {

@@ -257,17 +257,19 @@ class Work:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise CalibrationError(
-                f"The work folder '{self.folder.parent}' cannot be used: {error.strerror}.", "Give another one: --work."
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise
+        except BlockingIOError as error:
             raise CalibrationError(
                 f"Another calibration of this bundle with the same data is at work in '{self.folder}'.",
                 "Wait for its end: this one then goes on with what it measured. Or give another --work folder.",
+            ) from error
+        except OSError as error:
+            raise CalibrationError(
+                f"The work folder '{self.folder.parent}' cannot be used: {error.strerror}.", "Give another one: --work."
             ) from error
         try:
             if not self.request.resume:

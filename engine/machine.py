@@ -1,4 +1,4 @@
-"""What the system says about this machine: usable CPUs, memory, and whether it is a Jetson.
+"""What the system says about this machine: its CPUs and how many are usable, memory, and whether it is a Jetson.
 
 Reads ``/proc``, ``/sys`` and ``/etc``. The one place for these questions: the runtime, the provider's server info,
 `doctor` and the benchmarks ask here. `root` is the folder that stands for ``/``, another one in tests.
@@ -14,6 +14,21 @@ ROOT = Path("/")
 
 # Chip in the device tree -> compute capability of its integrated GPU.
 _TEGRA = {"nvidia,tegra194": "7.2", "nvidia,tegra234": "8.7", "nvidia,tegra264": "11.0"}
+# Name shown -> flag in /proc/cpuinfo (x86: "flags", Arm: "Features").
+_CPU_FLAGS = {
+    "AVX2": "avx2",
+    "AVX512": "avx512f",
+    "AVX512-VNNI": "avx512_vnni",
+    "AVX512-BF16": "avx512_bf16",
+    "AMX-BF16": "amx_bf16",
+    "AMX-INT8": "amx_int8",
+    "NEON": "asimd",
+    "FP16": "asimdhp",
+    "DOTPROD": "asimddp",
+    "BF16": "bf16",
+    "I8MM": "i8mm",
+    "SVE": "sve",
+}
 
 
 @dataclass(frozen=True)
@@ -96,3 +111,22 @@ def nvidia_driver(root: Path = ROOT) -> str | None:
             return next((word for word in line.split() if word[0].isdigit() and "." in word), None)
     board = jetson(root)
     return board.l4t.lstrip("# ") if board is not None and board.l4t else None
+
+
+def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
+    """Model name and the flags that matter from the text of ``/proc/cpuinfo`` (x86 or Arm)."""
+    model, flags = "", set[str]()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        key = key.strip()
+        if key in ("model name", "Model") and not model:
+            model = value.strip()
+        elif key in ("flags", "Features"):
+            flags.update(value.split())
+    return model, tuple(name for name, flag in _CPU_FLAGS.items() if flag in flags)
+
+
+def cpu_model(root: Path = ROOT) -> str:
+    """What a result computed on this CPU in reduced precision depends on: its model and instruction sets."""
+    model, flags = parse_cpuinfo(read_text(root / "proc/cpuinfo"))
+    return " ".join((model, *flags))

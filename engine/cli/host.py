@@ -7,23 +7,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..machine import affinity_cpus, cpu_quota, jetson, memory, read_text
-
-# Name shown -> flag in /proc/cpuinfo (x86: "flags", Arm: "Features").
-_CPU_FLAGS = {
-    "AVX2": "avx2",
-    "AVX512": "avx512f",
-    "AVX512-VNNI": "avx512_vnni",
-    "AVX512-BF16": "avx512_bf16",
-    "AMX-BF16": "amx_bf16",
-    "AMX-INT8": "amx_int8",
-    "NEON": "asimd",
-    "FP16": "asimdhp",
-    "DOTPROD": "asimddp",
-    "BF16": "bf16",
-    "I8MM": "i8mm",
-    "SVE": "sve",
-}
+from ..machine import affinity_cpus, cpu_quota, jetson, memory, parse_cpuinfo, read_text
 
 
 @dataclass(frozen=True)
@@ -64,19 +48,6 @@ def _os_name(root: Path) -> str:
         if line.startswith("PRETTY_NAME="):
             return line.partition("=")[2].strip('"')
     return f"{platform.system()} {platform.release()}"
-
-
-def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
-    """Model name and the flags that matter from the text of ``/proc/cpuinfo`` (x86 or Arm)."""
-    model, flags = "", set[str]()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        key = key.strip()
-        if key in ("model name", "Model") and not model:
-            model = value.strip()
-        elif key in ("flags", "Features"):
-            flags.update(value.split())
-    return model, tuple(name for name, flag in _CPU_FLAGS.items() if flag in flags)
 
 
 def read_host(root: Path = Path("/")) -> Host:

@@ -25,12 +25,13 @@ from ..bundle.manifest import PRECISIONS
 from ..contracts.base import GraphSpec
 from ..errors import BundleError, ContractError, DeviceError, DeviceMemoryError, EdgeError, MissingDependencyError
 from ..libraries import ORT_WHEELS, SYSTEM, module_version
+from ..machine import cpu_model
 from ..runtime.base import Device, DeviceInfo, Session
+from ..runtime.ort_providers import OPENVINO
 from .calibrated import calibration_text, calibrations_of
 from .verdicts import Verdict, VerdictKey, VerdictStore
 
 ONNXRUNTIME = "onnxruntime"
-OPENVINO = "onnxruntime-openvino"
 TENSORRT = "tensorrt"
 
 GPU_ORDER = (
@@ -43,6 +44,11 @@ GPU_ORDER = (
 )
 """Fastest first. int8 and int4 are not here, calibrated or not: they cost accuracy, so they run when asked for."""
 
+_PLUGINS = {
+    OPENVINO: ("onnxruntime_ep_openvino", ("onnxruntime-ep-openvino",)),
+    "onnxruntime-tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", ("onnxruntime-ep-nv-tensorrt-rtx-cu13",)),
+}
+"""Module and wheels of the plug-ins of ONNX Runtime."""
 _TENSORRT_WHEELS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings")
 _CANNOT_RUN = (BundleError, ContractError, DeviceError, MissingDependencyError)
 """Why a combination is passed over by ``auto``; anything else ends the opening."""
@@ -65,7 +71,8 @@ class Combination:
     """A back end and a precision, with the files that it runs by graph.
 
     Attributes:
-        engine: Name, size and time of files built on this machine; empty for the bundle's own files.
+        engine: Name, size and time of files built on this machine, or the CPU that OpenVINO compiles the bundle's own
+            files for; else empty.
     """
 
     backend: str
@@ -214,9 +221,9 @@ def locate(bundle: Bundle, backend: str, precision: str, info: DeviceInfo, graph
         MissingDependencyError: TensorRT is not installed.
     """
     if backend != TENSORRT:
-        return Combination(
-            backend, precision, {g: graph_file(bundle, g, backend, precision, info.kind) for g in graphs}
-        )
+        files = {g: graph_file(bundle, g, backend, precision, info.kind) for g in graphs}
+        # What it computes depends on the CPU, where a plain ONNX Runtime's figures are those of the export.
+        return Combination(backend, precision, files, cpu_model() if backend == OPENVINO else "")
     from ..build.locate import find_engine
 
     files = {g: Path(find_engine(bundle, g, precision, info)) for g in graphs}
@@ -260,9 +267,10 @@ def _through_openvino(bundle: Bundle) -> list[str]:
 
 def backend_version(backend: str) -> str:
     """Version of an installed back end; empty where it is absent or unknown."""
-    if backend == OPENVINO:
-        plugin = module_version("onnxruntime_ep_openvino", ("onnxruntime-ep-openvino",))
-        return f"{backend_version(ONNXRUNTIME)}, {plugin or 'unknown'}"
+    if backend in _PLUGINS:
+        return f"{backend_version(ONNXRUNTIME)}, {module_version(*_PLUGINS[backend]) or 'unknown'}"
+    if backend == "onnxruntime-tensorrt":
+        return f"{backend_version(ONNXRUNTIME)}, {backend_version(TENSORRT) or 'unknown'}"
     if backend == ONNXRUNTIME:
         version = module_version("onnxruntime", ORT_WHEELS)
         if version == SYSTEM:  # a build without a wheel tells its version itself

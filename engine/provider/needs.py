@@ -33,6 +33,7 @@ from ..errors import BundleError, ContractError
 from ..models.detection.text_cache import TEXT_BYTES
 from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
 from ..runtime.memory import MemoryUse
+from ..runtime.ort_providers import OPENVINO, OWN
 from .families import IMAGES
 from .settings import LoadOptions
 from .text_needs import with_conversations, without_caches
@@ -191,7 +192,7 @@ def manifest_needs(
 def _own_on_cpu(manifest: Manifest, options: LoadOptions) -> MemoryUse:
     """The graphs that only ONNX Runtime on a CPU loads, beside those that they stand for: their weights, and what they
     prepare of an image. What they prepare of more images comes out of the cache."""
-    if options.device != "cpu" or options.precision not in ("auto", FULL):
+    if options.device != "cpu" or options.precision not in ("auto", FULL) or options.backend not in ("auto", OWN):
         return MemoryUse()
     own = {name: entry for name, entry in manifest.cpu_graphs.items() if name not in manifest.graphs}
     prepared = 0
@@ -237,7 +238,10 @@ def _graph(manifest: Manifest, name: str, options: LoadOptions, bundled: Engines
     """Largest of the variants that these settings may load, external weights and built engines included."""
     # Not by target: a TensorRT variant may have its weights in the file of the plain one.
     variants = manifest.graphs[name].variants
-    wanted = {k: v for k, v in variants.items() if options.precision in (k, v.precision, "auto")}
+    asked = options.precision
+    if (options.backend, asked) == (OPENVINO, "bf16") and all(v.precision != asked for v in variants.values()):
+        asked = FULL  # it computes these files in bf16
+    wanted = {k: v for k, v in variants.items() if asked in (k, v.precision, "auto")}
     measured = [m for m in manifest.memory if m.graph == name and m.variant in wanted]
     if options.device == "cpu" and options.precision == "auto":  # what `combinations` takes there
         measured = [m for m in measured if m.variant == FULL] or measured

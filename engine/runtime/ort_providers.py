@@ -60,16 +60,14 @@ PROVIDERS = (
 )
 """The first one of a device kind is its default."""
 
+OWN, OPENVINO = "onnxruntime", "onnxruntime-openvino"
 BACKENDS = {
-    "onnxruntime": None,
+    OWN: None,
     "onnxruntime-tensorrt": "tensorrt",
     "onnxruntime-tensorrt-rtx": "tensorrt-rtx",
-    "onnxruntime-openvino": "openvino",
+    OPENVINO: "openvino",
 }
 """Names that `open_session(backend=...)` takes for ONNX Runtime -> provider; None is the device's own."""
-
-OWN = "onnxruntime"
-"""Of `BACKENDS`: the device's own provider."""
 
 _REDUCED = ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "fp16_enable", "prefer_bf16")
 _registering = threading.Lock()

@@ -72,7 +72,7 @@ def test_work_is_taken_up_again_only_for_the_same_data(tmp_path: Path) -> None:
     assert key() == keys[0] == key(budget=Budget("mask_iou", 0.5), precision="auto")
 
 
-def test_two_calibrations_of_the_same_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_two_calibrations_of_the_same_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(demo_path("sam2-demo"))
     task: Any = SimpleNamespace(graphs=("image_encoder",), options=TaskOptions())
 
@@ -88,6 +88,9 @@ def test_two_calibrations_of_the_same_do_not_share_a_folder(tmp_path: Path) -> N
         assert first.folder.is_dir()
     with second.alone():
         assert not first.folder.exists()
+    monkeypatch.setattr("fcntl.flock", lambda *args: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with pytest.raises(CalibrationError, match="No locks available"), work().alone():
+        raise AssertionError("without a lock")
     (tmp_path / "file").touch()
     with pytest.raises(CalibrationError, match="cannot be used"), work(work=tmp_path / "file").alone():
         raise AssertionError("no folder")

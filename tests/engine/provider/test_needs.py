@@ -90,6 +90,17 @@ def test_what_clicks_on_a_cpu_prepare_of_an_image_counts() -> None:
     assert bindings[0] - bindings[1] == prepared
 
 
+def test_openvino_takes_the_files_of_fp32_for_bf16_and_no_graphs_for_cpus() -> None:
+    demo = BundleStore().path("sam2-demo")
+
+    def weights(backend: str, precision: str) -> int:
+        return declared(demo, LoadOptions(device="cpu", backend=backend, precision=precision)).use.weights
+
+    plain, through = weights("onnxruntime", "fp32"), weights("onnxruntime-openvino", "fp32")
+    assert 0 < through < plain
+    assert weights("onnxruntime-openvino", "bf16") == through
+
+
 @pytest.mark.parametrize("name", ["grounding-dino-demo", "owlv2-demo", "smolvlm-demo"])
 def test_features_that_lie_in_ram_are_no_memory_of_a_gpu(name: str) -> None:
     path, features = BundleStore().path(name), 3 * MIB

@@ -23,6 +23,7 @@ from pixano_edge.engine.errors import (
     DeviceMemoryError,
     MissingDependencyError,
 )
+from pixano_edge.engine.machine import cpu_model
 from pixano_edge.engine.models import opening
 from pixano_edge.engine.models.opening import GPU_ORDER, OPENVINO, combinations
 from pixano_edge.engine.models.sam2 import verify as verify_module
@@ -388,6 +389,8 @@ def test_openvino_computes_fp32_graphs_in_bf16_and_is_checked_on_this_cpu(world:
     assert world.options == [{"precision": "bf16"}] * 2
     found = opening.locate(world.bundle, OPENVINO, "bf16", runtime.CpuDevice().info(), IMAGE_GRAPHS)
     assert all("fp32" in path.name for path in found.files.values())
+    assert found.engine == cpu_model()  # bf16 is computed otherwise elsewhere
+    assert opening.locate(world.bundle, "onnxruntime", "fp32", runtime.CpuDevice().info(), IMAGE_GRAPHS).engine == ""
     world.failed = {f"{OPENVINO} fp32"}
     with pytest.raises(DeviceError, match="failed"):
         world.open(device="cpu", backend=OPENVINO, warm_up=False)
