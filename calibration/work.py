@@ -254,11 +254,14 @@ class Work:
         Raises:
             CalibrationError: Another process works there, or nothing can be written there.
         """
+        path = self.folder.with_suffix(".lock")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not path.exists() or os.fstat(lock).st_ino != path.stat().st_ino:
+                    raise BlockingIOError  # whoever held it has just removed it
             except OSError:
                 os.close(lock)
                 raise
@@ -276,6 +279,7 @@ class Work:
                 self.clear()
             yield
         finally:
+            path.unlink(missing_ok=True)
             os.close(lock)
 
     def clear(self) -> None:
