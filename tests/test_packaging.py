@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.once import once
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -79,11 +80,13 @@ def test_import_does_no_work() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(out), str(ROOT)], check=True, timeout=300
-    )
-    return next(out.glob("pixano_edge-*.whl"))
+    """Made once for all workers: two builds at a time would write into one `build` folder of the source tree."""
+
+    def make(out: Path) -> None:
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(out), str(ROOT)]
+        subprocess.run(command, check=True, timeout=300)
+
+    return next(once(tmp_path_factory, "wheel", make).glob("pixano_edge-*.whl"))
 
 
 def test_wheel_holds_the_mapping(wheel: Path) -> None:
