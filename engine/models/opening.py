@@ -27,7 +27,7 @@ from ..errors import BundleError, ContractError, DeviceError, DeviceMemoryError,
 from ..libraries import ORT_WHEELS, SYSTEM, module_version
 from ..machine import cpu_model
 from ..runtime.base import Device, DeviceInfo, Session
-from ..runtime.ort_providers import OPENVINO
+from ..runtime.ort_providers import OPENVINO, stored_precision
 from .calibrated import calibration_text, calibrations_of
 from .verdicts import Verdict, VerdictKey, VerdictStore
 
@@ -238,7 +238,7 @@ def graph_file(bundle: Bundle, graph: str, backend: str, precision: str, kind: s
     Raises:
         BundleError: The bundle has no such graph or precision.
     """
-    plain = bundle.graph_path(graph, stored_precision(bundle, backend, precision))
+    plain = bundle.graph_path(graph, stored_precision(backend, precision, bundle.variants()))
     fitted = bundle.cpu_graph(graph) if takes_cpu_graphs(backend, precision, kind) else None
     return plain if fitted is None else fitted[0]
 
@@ -248,16 +248,9 @@ def takes_cpu_graphs(backend: str, precision: str, kind: str) -> bool:
     return (backend, precision, kind) == (ONNXRUNTIME, "fp32", "cpu")
 
 
-def stored_precision(bundle: Bundle, backend: str, precision: str) -> str:
-    """Precision of the files that a combination runs: OpenVINO computes fp32's in bf16 where a bundle has no others."""
-    if (backend, precision) == (OPENVINO, "bf16") and precision not in bundle.variants():
-        return "fp32"
-    return precision
-
-
 def session_options(bundle: Bundle, backend: str, precision: str) -> dict[str, Any]:
     """What sessions of a combination are opened with, see `OrtOptions`."""
-    return {} if stored_precision(bundle, backend, precision) == precision else {"precision": precision}
+    return {} if stored_precision(backend, precision, bundle.variants()) == precision else {"precision": precision}
 
 
 def _through_openvino(bundle: Bundle) -> list[str]:
@@ -399,7 +392,7 @@ def spec_of(bundle: Bundle, graph: str, found: Combination, asked: GraphSpec) ->
     """The contract of a graph in a combination: `asked`, unless the family's graphs differ by precision and target."""
     if bundle.specs.get(graph) != asked:
         return asked
-    stored = stored_precision(bundle, found.backend, found.precision)
+    stored = stored_precision(found.backend, found.precision, bundle.variants())
     return bundle.spec(graph, stored, TENSORRT if found.backend == TENSORRT else "onnx")
 
 

@@ -33,7 +33,7 @@ from ..errors import BundleError, ContractError
 from ..models.detection.text_cache import TEXT_BYTES
 from ..runtime.engine_file import SUFFIX, EngineHeader, read_header
 from ..runtime.memory import MemoryUse
-from ..runtime.ort_providers import OPENVINO, OWN
+from ..runtime.ort_providers import OWN, stored_precision
 from .families import IMAGES
 from .settings import LoadOptions
 from .text_needs import with_conversations, without_caches
@@ -238,9 +238,7 @@ def _graph(manifest: Manifest, name: str, options: LoadOptions, bundled: Engines
     """Largest of the variants that these settings may load, external weights and built engines included."""
     # Not by target: a TensorRT variant may have its weights in the file of the plain one.
     variants = manifest.graphs[name].variants
-    asked = options.precision
-    if (options.backend, asked) == (OPENVINO, "bf16") and all(v.precision != asked for v in variants.values()):
-        asked = FULL  # it computes these files in bf16
+    asked = stored_precision(options.backend, options.precision, {v.precision for v in variants.values()})
     wanted = {k: v for k, v in variants.items() if asked in (k, v.precision, "auto")}
     measured = [m for m in manifest.memory if m.graph == name and m.variant in wanted]
     if options.device == "cpu" and options.precision == "auto":  # what `combinations` takes there

@@ -59,9 +59,9 @@ class OrtSession(Session):
     """One ONNX graph in ONNX Runtime. Open it with `open_session`.
 
     Inputs and outputs are bound once; a run neither copies them nor allocates for them, but for providers on the CPU
-    with memory of their own (OpenVINO), which warn. On a CPU the ``OrtValue`` of
-    a buffer is cached in ``buffer.handle``; on a GPU addresses are bound. Either way an output buffer of one session
-    bound as another's input is one and the same memory.
+    with memory of their own (OpenVINO), which warn. On a CPU the ``OrtValue`` of a buffer is cached in
+    ``buffer.handle``; on a GPU addresses are bound. Either way an output buffer of one session bound as another's input
+    is one and the same memory.
 
     After loading, the session is refused unless its provider really runs the graph: it must be the first one that
     loaded, have nodes, and leave the CPU nothing but shape computations (see `OrtOptions.allow_cpu_nodes`).

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +76,11 @@ _registering = threading.Lock()
 def backend_name(provider: Provider) -> str:
     """Of `BACKENDS`, the one that a provider is."""
     return next((name for name, each in BACKENDS.items() if each == provider.name), OWN)
+
+
+def stored_precision(backend: str, precision: str, held: Collection[str]) -> str:
+    """Precision of the files that are run for one: OpenVINO computes fp32's in bf16 where `held` has no others."""
+    return "fp32" if (backend, precision) == (OPENVINO, "bf16") and precision not in held else precision
 
 
 def find_provider(name: str | None, device: Device) -> Provider:

@@ -394,6 +394,7 @@ def test_openvino_never_chooses_a_precision_silently(
     path = box.path
     session = open_session(path, GRAPH, CpuDevice(), backend="onnxruntime-openvino", threads=2, options=options)
     assert session.info()["precision"] == said
+    assert session.backend == "onnxruntime-openvino"
     opened = box.ort.sessions[-1].options
     assert opened.devices == [cpu]
     wanted = {"INFERENCE_NUM_THREADS": "2", **({"INFERENCE_PRECISION_HINT": hint} if hint else {})}
@@ -401,6 +402,31 @@ def test_openvino_never_chooses_a_precision_silently(
     own = {"provider_options": {"load_config": "{}"}}
     session = open_session(path, GRAPH, CpuDevice(), backend="onnxruntime-openvino", options=own)
     assert session.info()["precision"] == "as the provider option load_config says"
+
+
+def test_inputs_in_memory_of_a_providers_own_are_bound_again_at_every_run(tmp_path: Path) -> None:
+    """ONNX Runtime copies such an input when it is bound, and only then; here without the plug-in that does so."""
+    path, graph = twice(tmp_path)
+    session = open_session(path, graph, CpuDevice(), threads=1)
+    assert isinstance(session, OrtSession)
+    binding: Any = session.prepare({"P": 2})
+    real, bound = binding.io, []
+
+    class Copying:
+        """Sees what was bound as it was at that time."""
+
+        def bind_ortvalue_input(self, name: str, value: Any) -> None:
+            bound.append((name, value.numpy().copy()))
+            real.bind_ortvalue_input(name, value)
+
+    session._session = types.SimpleNamespace(run_with_iobinding=lambda io, options: None)
+    binding.io = Copying()
+    for copied, count in (([], 0), (["x"], 1), (["x"], 2)):
+        session._copied = copied
+        binding.write("x", np.full((2, 4), count, np.float32))
+        binding.run()
+        assert [name for name, _ in bound] == ["x"] * count
+    assert [float(value[0, 0]) for _, value in bound] == [1.0, 2.0]
 
 
 def test_the_real_openvino_plugin(tmp_path: Path) -> None:
