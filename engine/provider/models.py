@@ -45,7 +45,7 @@ class ModelTable:
         depth: Requests that may wait per model.
         budget: The memory books; RAM with the default limit if not given.
         gpus: Names of the GPUs that device ``auto`` may take now.
-        needs: Reads what a bundle declares; runs on the slot's thread.
+        needs: Reads what a bundle declares, `needs.declared` if not given; runs on the slot's thread.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class ModelTable:
         depth: int = QUEUE_DEPTH,
         budget: MemoryBudget | None = None,
         gpus: Callable[[], Iterable[str]] = tuple,
-        needs: Needs = declared,
+        needs: Needs | None = None,
     ) -> None:
         self._opener = opener
         self._depth = depth
         self.budget = budget if budget is not None else MemoryBudget()
         self._watch = MemoryWatch(self.budget)
         self._gpus = gpus
-        self._needs = needs
+        self._needs = needs or declared
         self._found = Found()
         self.observer: Observer | None = None
         self._lock = threading.Lock()
