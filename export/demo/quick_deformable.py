@@ -31,25 +31,22 @@ def sample(value: Tensor, sizes: list[tuple[int, int]], locations: Tensor, atten
     """
     batch, places, heads, channels = value.shape
     queries = locations.shape[1]
-    locations, attention = locations.transpose(1, 2), attention.transpose(1, 2)
+    height, width = (torch.tensor(side, dtype=torch.float32)[:, None] for side in zip(*sizes, strict=True))
+    first = (height * width).cumsum(0) - height * width
+    locations, attention = locations.float().transpose(1, 2), attention.transpose(1, 2)  # bfloat16 ends at 256 places
+    x, y = locations[..., 0] * width - 0.5, locations[..., 1] * height - 0.5
+    left, top = x.detach().floor(), y.detach().floor()
     index, weight = [], []
-    first = 0
-    for level, (height, width) in enumerate(sizes):
-        x = locations[:, :, :, level, :, 0] * width - 0.5
-        y = locations[:, :, :, level, :, 1] * height - 0.5
-        left, top = x.detach().floor(), y.detach().floor()
-        right_share, lower_share = x - left, y - top
-        share = attention[:, :, :, level]
-        for dx, along in ((0, 1 - right_share), (1, right_share)):
-            column = left + dx
-            for dy, down in ((0, 1 - lower_share), (1, lower_share)):
-                row = top + dy
-                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-                index.append(first + (row * width + column).masked_fill(~inside, 0).long())
-                weight.append(share * along * down * inside)
-        first += height * width
-    matrix = weight[0].new_zeros(batch, heads, queries, places)
-    matrix = matrix.scatter_add(-1, torch.cat(index, -1), torch.cat(weight, -1))
+    for row, down in ((top, 1 - (y - top)), (top + 1, y - top)):
+        share = down * ((row >= 0) & (row < height)) * attention
+        begin = row.clamp(min=0).minimum(height - 1) * width + first
+        for column, along in ((left, 1 - (x - left)), (left + 1, x - left)):
+            weight.append(along * ((column >= 0) & (column < width)) * share)
+            index.append(begin + column.clamp(min=0).minimum(width - 1))
+    row_start = torch.arange(batch * heads * queries).view(batch, heads, queries, 1, 1, 1) * places
+    matrix = weight[0].new_zeros(batch * heads * queries * places)
+    matrix.scatter_add_(0, (torch.stack(index, -1).long() + row_start).flatten(), torch.stack(weight, -1).flatten())
+    matrix = matrix.view(batch, heads, queries, places)
     read = matrix @ value.to(matrix.dtype).transpose(1, 2)
     return read.transpose(1, 2).reshape(batch, queries, heads * channels)
 

@@ -10,7 +10,7 @@ schedule follows the number of steps, so a run is reproducible from its seed up 
 Each scene of a step is asked for phrases of its own, in one caption: what is true of its objects, the same with one
 word exchanged, shapes, phrases at random, and words that name nothing. As in ``train_sam2``, a step is divided between
 processes of one thread whose gradients are averaged; matrices and convolutions are trained with Muon, the rest with
-AdamW.
+AdamW. Each process steps its share of the matrices.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from pixano_edge.export.demo.gdino_model import (
     tiny_config,
 )
 from pixano_edge.export.demo.quick_deformable import quick_deformable
+from pixano_edge.export.demo.quick_text import quick_text
 from pixano_edge.export.demo.scene_pool import EASY_SHARE, ScenePool, draw_pool, open_pool
 from pixano_edge.export.demo.scenes import SHAPES, SIZE
 from pixano_edge.export.demo.textures import COLORS, PATTERNS
@@ -271,10 +272,37 @@ class FlatParameters:
             flat.grad = None if whole.grad is None else whole.grad.contiguous().flatten(1)
 
 
+def divided(matrices: list[nn.Parameter], parts: int) -> list[list[nn.Parameter]]:
+    """Matrices in `parts` groups whose steps of Muon cost about the same."""
+    groups: list[list[nn.Parameter]] = [[] for _ in range(parts)]
+    costs = [0] * parts
+    for matrix in sorted(matrices, key=lambda m: -min(m.shape) * m.numel()):
+        least = costs.index(min(costs))
+        groups[least].append(matrix)
+        costs[least] += min(matrix.shape) * matrix.numel()
+    return groups
+
+
+@torch.no_grad()
+def share_matrices(groups: list[list[nn.Parameter]]) -> None:
+    """Gives every process the matrices that each has stepped: group i is that of process i."""
+    for owner, group in enumerate(groups):
+        flat = torch.cat([matrix.flatten() for matrix in group])
+        dist.broadcast(flat, owner)
+        for matrix, part in zip(group, flat.split([m.numel() for m in group]), strict=True):
+            matrix.copy_(part.view_as(matrix))
+
+
 def build_optimizers(
-    model: GroundingDinoForObjectDetection, here: WhatIsHere, lr: float, muon_lr: float
-) -> tuple[list[torch.optim.Optimizer], FlatParameters, list[nn.Parameter]]:
-    """Muon for convolutions behind the stem and for matrices of layers, AdamW for the rest; also all parameters."""
+    model: GroundingDinoForObjectDetection, here: WhatIsHere, args: argparse.Namespace, rank: int = 0
+) -> tuple[list[torch.optim.Optimizer], list[list[nn.Parameter]], FlatParameters, list[nn.Parameter]]:
+    """Muon for convolutions behind the stem and for matrices of layers, AdamW for the rest.
+
+    Muon costs as much as a fifth of a step's gradients, so each process steps its own share of the matrices.
+
+    Returns:
+        The optimizers of process `rank`, Muon first; the matrices of each process; the convolutions; all parameters.
+    """
     matrices: list[nn.Parameter] = []
     convolutions: list[nn.Parameter] = []
     rest: list[nn.Parameter] = [*here.parameters()]
@@ -288,12 +316,13 @@ def build_optimizers(
         else:
             rest.append(parameter)
     flat = FlatParameters(convolutions)
-    muon = torch.optim.Muon([*matrices, *flat.flat], lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    groups = divided([*matrices, *flat.flat], args.workers)
+    muon = torch.optim.Muon(groups[rank], lr=args.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return [muon, adamw], flat, [*matrices, *convolutions, *rest]
+    return [muon, adamw], groups, flat, [*matrices, *convolutions, *rest]
 
 
 @torch.no_grad()
@@ -331,22 +360,26 @@ def train(rank: int, args: argparse.Namespace) -> None:
     model.train()
     ema = copy.deepcopy(model).eval()
     here = WhatIsHere(CHANNELS)
-    optimizers, flat, trained = build_optimizers(model, here, args.lr, args.muon_lr)
+    optimizers, groups, flat, trained = build_optimizers(model, here, args, rank)
     step, spent = 0, 0.0
     if args.resume:
         state = torch.load(out / "last.pt", weights_only=True)
         for module, key in ((model, "model"), (here, "here"), (ema, "ema")):
             module.load_state_dict(state[key])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(optimizers, state["optimizers"][rank], strict=True):
             optimizer.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
     log.info("%s, %d trained parameters", args, sum(p.numel() for p in trained))
 
     def save() -> None:
-        part = out / "last.part"
-        weights = {"model": model.state_dict(), "here": here.state_dict(), "ema": ema.state_dict()}
-        torch.save({**weights, "step": step, "spent": spent, "optimizers": [o.state_dict() for o in optimizers]}, part)
-        part.replace(out / "last.pt")
+        """To be called by all processes: each has the state of its own share of Muon."""
+        states: list[Any] = [None] * args.workers
+        dist.all_gather_object(states, [optimizer.state_dict() for optimizer in optimizers])
+        if rank == 0:
+            part = out / "last.part"
+            weights = {"model": model.state_dict(), "here": here.state_dict(), "ema": ema.state_dict()}
+            torch.save({**weights, "step": step, "spent": spent, "optimizers": states}, part)
+            part.replace(out / "last.pt")
 
     start = time.monotonic() - spent
     logged_at = spent
@@ -363,7 +396,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         size = FIRST_SIZE if progress < SMALL_STEPS else IMAGE_SIZE
         images, ids, targets = make_step(pool, captions, rows[rank * share : (rank + 1) * share], rng, size)
         # SDPA's fused form costs more than the plain one at these lengths, above all in the way back.
-        with quick_deformable(), sdpa_kernel(SDPBackend.MATH):
+        with quick_deformable(), quick_text(model), sdpa_kernel(SDPBackend.MATH):
             losses, right = step_loss(model, here, images, ids, targets, progress)
             torch.stack([*losses.values()]).sum().backward()
         share_gradients(trained)
@@ -373,6 +406,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             optimizer.step()
+        share_matrices(groups)
         for parameter in trained:
             parameter.grad = None
         step += 1
@@ -391,16 +425,16 @@ def train(rank: int, args: argparse.Namespace) -> None:
             )
             sums, count, logged_at = {}, 0, spent
             rights.zero_()
-        if rank == 0 and step % args.save_every == 0:
+        if step % args.save_every == 0:
             save()
         if rank == 0 and step % args.judge_every == 0:
             log.info("step %d, held-out %s", step, line(measure(TorchDetector(ema, tokenizer), range(60))))
+    save()
     if rank != 0:
         return
-    save()
     write_folder(ema, out / "final")
     log.info("finished after %.1f min, %d steps", spent / 60, step)
-    log.info("held-out %s", line(measure(TorchDetector(ema, tokenizer), range(200))))
+    log.info("held-out %s", line(measure(TorchDetector(ema, tokenizer), range(args.judge_scenes))))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -419,6 +453,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decay-from", type=float, default=0.3, help="fraction of the run where the rate descends")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--judge-every", type=int, default=400, help="steps between judgements on 60 scenes")
+    parser.add_argument("--judge-scenes", type=int, default=200, help="scenes of the judgement at the end")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; --batch is shared by them")
     parser.add_argument("--port", type=int, default=29547, help="local port by which the processes find each other")
     return parser.parse_args(argv)

@@ -26,6 +26,7 @@ from pixano_edge.export.demo import train_gdino as training  # noqa: E402
 from pixano_edge.export.demo.calibrate_gdino import keep_boxes, shift_scores  # noqa: E402
 from pixano_edge.export.demo.detect_batches import ASKED, NOTHING, UNSURE  # noqa: E402
 from pixano_edge.export.demo.quick_deformable import quick_deformable  # noqa: E402
+from pixano_edge.export.demo.quick_text import pack, quick_text  # noqa: E402
 from pixano_edge.export.demo.scene_pool import ScenePool, draw_pool, open_pool  # noqa: E402
 from pixano_edge.export.demo.scenes import generate_scene  # noqa: E402
 
@@ -226,7 +227,8 @@ def test_scores_move_and_boxes_do_not(model: Any) -> None:
 def test_a_step_reaches_every_parameter_that_is_used(model: Any, pool: ScenePool, tokenizer: Any) -> None:
     trained = copy.deepcopy(model).train()
     here = losses.WhatIsHere(128)
-    optimizers, flat, parameters = training.build_optimizers(trained, here, 1e-3, 2e-3)
+    alone = training.parse(["--out", "-", "--workers", "1"])
+    optimizers, _, flat, parameters = training.build_optimizers(trained, here, alone)
     assert {id(p) for p in parameters} == {id(p) for p in (*trained.parameters(), *here.parameters())}
     images, ids, targets = step_of(pool, tokenizer)
     before = copy.deepcopy(trained.state_dict())
@@ -270,6 +272,91 @@ def test_quick_deformable_attention_is_the_stock_one(model: Any) -> None:
         results.append((out.query_logits.detach(), out.query_boxes.detach(), offsets))
     for stock, quick in zip(*results, strict=True):
         assert float((stock - quick).abs().max()) < 1e-4 * float(stock.abs().max())
+
+
+def test_texts_are_packed_phrase_by_phrase() -> None:
+    captions = np.array([[101, 7, 8, 1012, 9, 1012, 102, 0], [101, 9, 1012, 7, 8, 1012, 102, 0]])
+    captions = np.concatenate([captions, [[101, 8, 1012, *range(20, 24), 1012]]])  # ends without [SEP], as if cut
+    ids, numbers, positions, where = pack(captions, width=6)
+    assert np.array_equal(ids.ravel()[where], captions)
+    assert ids.shape == (3, 6)  # 14 tokens of 7 different phrases, none of them over two rows
+    assert sorted(numbers[numbers >= 0].tolist()) == [0, 1, 1, 1, 2, 2, 3, 4, 5, 5, 6, 6, 6, 6, 6]
+    assert positions.ravel()[where][0].tolist() == [0, 0, 1, 2, 0, 1, 0, 0]
+    assert where[0, 1:4].tolist() == where[1, 3:6].tolist()  # "7 8 ." is there once
+    assert pack(captions, width=2)[0].shape[1] == 5  # a row holds the longest
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_quick_texts_are_the_stock_ones(model: Any, tokenizer: Any, pool: ScenePool, trains: bool) -> None:
+    _, ids, _ = step_of(pool, tokenizer)
+    pixels = torch.randn(len(ids), 3, small.FIRST_SIZE, small.FIRST_SIZE)
+    both = copy.deepcopy(model)
+    text = both.model.text_backbone
+    seen: list[int] = []
+    text.embeddings.register_forward_hook(lambda *states: seen.append(states[-1][..., 0].numel()))
+    results = []
+    for how in (contextlib.nullcontext(), quick_text(both)):
+        both.zero_grad()
+        with how, torch.set_grad_enabled(trains):
+            out = small.predict(both, pixels, ids)
+        found = [out.query_logits, out.query_boxes]
+        if trains:
+            (out.query_boxes.sum() + out.query_logits.square().mean()).backward()
+            found += [text.embeddings.word_embeddings.weight.grad, text.encoder.layer[0].output.dense.weight.grad]
+        results.append([value.detach().clone() for value in found])
+    for stock, quick in zip(*results, strict=True):
+        assert float((stock - quick).abs().max()) < 1e-4 * float(stock.abs().max())
+    assert seen[1] < 0.8 * seen[0]  # of four pictures; a step has sixteen
+    assert "forward" not in vars(text)
+
+
+def test_matrices_are_divided_evenly(model: Any) -> None:
+    args = training.parse(["--out", "-"])
+    made = [training.build_optimizers(copy.deepcopy(model), losses.WhatIsHere(128), args, rank) for rank in range(2)]
+    groups = made[0][1]
+    costs = [sum(min(m.shape) * m.numel() for m in group) for group in groups]
+    assert max(costs) < 1.1 * min(costs)
+    assert not {id(m) for m in groups[0]} & {id(m) for m in groups[1]}
+    for rank, (optimizers, own, *_) in enumerate(made):  # every process divides them alike and steps its own
+        assert [[m.shape for m in group] for group in own] == [[m.shape for m in group] for group in groups]
+        assert [id(m) for m in optimizers[0].param_groups[0]["params"]] == [id(m) for m in own[rank]]
+
+
+def stopped_run(rank: int, args: Any) -> None:
+    """A process of a run that is killed in its third step."""
+    own, calls = training.average, [0]
+
+    def average(*given: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("killed")
+        own(*given)
+
+    training.average = average
+    training.train(rank, args)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Two processes, each with its share of Muon."""
+    from torch.multiprocessing.spawn import spawn
+
+    draw_pool(tmp_path / "pool", SCENES, 3, processes=1)
+    weights = []
+    for name in ("whole", "stopped"):
+        given = ["--out", str(tmp_path / name), "--pool", str(tmp_path / "pool"), "--judge-scenes", "1"]
+        args = training.parse([*given, "--steps", "4", "--batch", "4", "--save-every", "2"])
+        Path(args.out).mkdir()
+        if name == "stopped":
+            with pytest.raises(Exception, match="killed"):
+                spawn(stopped_run, args=(args,), nprocs=2)
+            assert not (tmp_path / name / "final").exists()
+            args.resume = True
+        spawn(training.train, args=(args,), nprocs=2)
+        kind: Any = GroundingDinoForObjectDetection
+        weights.append(kind.from_pretrained(tmp_path / name / "final").state_dict())
+    whole, stopped = weights
+    assert [key for key in whole if not torch.equal(whole[key], stopped[key])] == []
 
 
 def test_queries_keep_the_boxes_of_their_places(model: Any) -> None:
