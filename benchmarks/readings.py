@@ -178,9 +178,11 @@ def read_startup(out: Mapping[str, Any]) -> Read:
         _timed("serve until it answers at all", {"contender": OURS, "t": cold["healthy"]}, "t"),
     ]
     for request in out["requests"]:
+        kinds = {"first": "first", "steady": "later ones", "known_words": "later ones with known words"}
         figures += [
-            _timed(f"request: {request['task']}", {"contender": f"{OURS}: {name}", **request}, name)
-            for name in ("first", "steady")
+            _timed(f"request: {request['task']}", {"contender": f"{OURS}: {text}", **request}, name)
+            for name, text in kinds.items()
+            if name in request
         ]
     if memory["peak"] is not None:
         figures += [Figure("memory of the server", f"{OURS}: {name}", memory[name], "B") for name in ("peak", "idle")]

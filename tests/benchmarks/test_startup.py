@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ pytest.importorskip("skimage", reason="the photo needs pixano-edge[benchmarks]")
 from pixano_edge.benchmarks import startup
 from pixano_edge.benchmarks.readings import read_startup
 from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.bundle.store import demo_path
 from pixano_edge.engine.cli.main import app
 
 
@@ -80,10 +82,44 @@ def test_children_find_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_requests_that_differ_are_counted() -> None:
     found = [
-        {"first": 2.0, "steady": [1.0, 1.0], "different": 0},
-        {"first": 4.0, "steady": [1.0, 3.0], "different": 1},
+        {"first": 2.0, "steady": [1.0, 1.0], "known_words": [], "different": 0},
+        {"first": 4.0, "steady": [1.0, 3.0], "known_words": [], "different": 1},
     ]
     merged = startup.merge("m", found)
     assert merged["first"]["p50"] == 3
     assert merged["times_slower"] == 3
     assert merged["different"] == 1
+    assert "known_words" not in merged
+    found[0]["known_words"] = [0.5]
+    assert startup.merge("m", found)["known_words"]["p50"] == 0.5
+
+
+def test_a_detectors_first_request_is_held_against_its_like(monkeypatch: pytest.MonkeyPatch, demo_bundle: Path) -> None:
+    """Words that are new each time; repeats with the first ones apart."""
+    asked: list[dict[str, Any]] = []
+
+    class Recorder:
+        def __init__(self, port: int) -> None:
+            pass
+
+        def __enter__(self) -> Recorder:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def post(self, path: str, body: bytes) -> tuple[int, bytes, float]:
+            asked.append(json.loads(body))
+            return 200, b'{"data": {}}', float(len(asked))
+
+    monkeypatch.setattr(startup, "Client", Recorder)
+    found = startup.first_requests(1, {"d": Bundle.open(demo_path("owlv2-demo")), "s": Bundle.open(demo_bundle)}, 0)
+    assert found["d"] == {"first": 1, "steady": [2, 3, 4, 5, 6], "known_words": [7, 8, 9, 10, 11], "different": 0}
+    assert found["s"]["known_words"] == []
+    words = [tuple(body["classes"]) for body in asked[:12]]
+    assert len(set(words[:6])) == 6
+    assert len({word for pair in words[:6] for word in pair}) == 12
+    assert set(words[6:]) == {words[0]}
+    pictures = [body["image"] for body in asked[:12]]
+    assert len(set(pictures[:11])) == 11
+    assert pictures[11] == pictures[0]
