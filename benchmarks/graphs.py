@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -157,19 +157,25 @@ def measure(
         if len(set(files.values())) < len(files):
             missing[f"{precision}, {name}"] = "the variant runs fp32's file"
             files = {"fp32": files["fp32"]}
-        rows += _race(files, bundle.specs[name], inputs, rounds, threads, missing)
+        with ExitStack() as opened:
+            rows += _race(files, bundle.specs[name], inputs, rounds, threads, missing, opened)
     return rows, missing
 
 
 def _race(
-    files: dict[str, Path], spec: GraphSpec, inputs: Arrays, rounds: int, threads: int, missing: dict[str, str]
+    files: dict[str, Path],
+    spec: GraphSpec,
+    inputs: Arrays,
+    rounds: int,
+    threads: int,
+    missing: dict[str, str],
+    opened: ExitStack,
 ) -> list[Row]:
     sizes = sizes_of(spec, inputs)
     calls: dict[str, Callable[[], Arrays]] = {}
-    sessions = []
     for precision, path in files.items():
         session = open_session(path, spec, open_device("cpu"), threads=threads)
-        sessions.append(session)
+        opened.callback(session.close)
         calls[ENGINE if precision == "fp32" else f"pixano-edge {precision}"] = _bound(session, sizes, inputs)
         of_file = "" if precision == "fp32" else f", {precision} file"
         calls[BASELINE + of_file] = partial(OrtGraph(path, threads).run, inputs)
@@ -186,13 +192,10 @@ def _race(
     times = {who: latency(values) for who, values in interleave(calls, rounds).items()}
     want = calls[BASELINE]()
     title = spec.name + (f" ({', '.join(f'{k} {v}' for k, v in sizes.items())})" if sizes else "")
-    rows = [
+    return [
         Row(title, who, times[who], times[BASELINE].p50 / times[who].p50, worst(call(), want))
         for who, call in calls.items()
     ]
-    for session in sessions:
-        session.close()
-    return rows
 
 
 def _bound(session: Session, sizes: dict[str, int], inputs: Arrays) -> Callable[[], Arrays]:

@@ -115,9 +115,9 @@ def list_images(source: Path) -> list[Path]:
 
 
 def output_stems(files: Sequence[Path]) -> list[str]:
-    """Names without suffix for the output files; with suffix where two files share the rest."""
-    stems = [f.stem for f in files]
-    return [f.name if stems.count(f.stem) > 1 else f.stem for f in files]
+    """Names without suffix for the output files; with suffix where that is not unlike all other names."""
+    names, stems = {f.name for f in files}, [f.stem for f in files]
+    return [f.name if stems.count(f.stem) > 1 or f.stem in names else f.stem for f in files]
 
 
 def segment_file(

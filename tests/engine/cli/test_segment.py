@@ -228,6 +228,8 @@ def test_one_bad_image_ends_with_1(tiny_bundle: Path, tmp_path: Path):
 def test_equal_stems_get_their_suffix_back():
     files = [Path("a.jpg"), Path("a.png"), Path("b.png")]
     assert output_stems(files) == ["a.jpg", "a.png", "b"]
+    files.append(Path("a.jpg.png"))  # without suffix it would be another's name
+    assert output_stems(files) == ["a.jpg", "a.png", "b", "a.jpg.png"]
 
 
 @pytest.mark.parametrize(
