@@ -10,7 +10,7 @@ import pytest
 
 from pixano_edge.engine.provider import EdgeProvider
 from pixano_edge.engine.provider.errors import OutOfMemoryError
-from pixano_edge.engine.server import ServerSettings, create_app, schemas_out
+from pixano_edge.engine.server import ServerSettings, create_app, schemas_out, state
 from tests.engine.provider.fakes import FakeOpener, add_bundle, data_uri, make_provider, png
 from tests.engine.server.conftest import asgi
 
@@ -125,6 +125,40 @@ async def test_models_are_loaded_at_start(tmp_path: Path, opener: FakeOpener) ->
         assert loaded == {"alpha": True, "alpha-video": True}
         (warning,) = [w for w in (await client.get("/v1/info")).json()["warnings"] if "nobody" in w]
         assert "did not load at start" in warning
+    await provider.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "together"),
+    [("auto", (), 2), ("auto", ("cuda:0",), 1), ("cpu", ("cuda:0",), 2), ("cuda:0", (), 1)],
+)
+async def test_two_models_are_loaded_at_a_time_without_a_gpu(
+    tmp_path: Path,
+    opener: FakeOpener,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    gpus: tuple[str, ...],
+    together: int,
+) -> None:
+    names = ("alpha", "nobody", "beta", "gamma")
+    for name in ("alpha", "beta", "gamma"):
+        add_bundle(tmp_path, name)
+    monkeypatch.setattr(state, "auto_gpus", lambda: gpus)
+    provider = make_provider(tmp_path, opener)
+    app = create_app(ServerSettings(preload=names, device=device), provider)
+    opener.gate.clear()
+    async with app.router.lifespan_context(app), asgi(app) as client:
+        found: list[str] = []
+        for _ in range(100):  # longer than needed, so that one too many would show
+            found = [slot.name for slot in provider._table.slots()]
+            await asyncio.sleep(0.01)
+        assert found == ["alpha", "beta"][:together]
+        opener.gate.set()
+        for _ in range(200):
+            if (await client.get("/v1/ready")).status_code == 200:
+                break
+            await asyncio.sleep(0.01)
+        assert {slot.name for slot in provider._table.slots()} == {"alpha", "beta", "gamma"}
     await provider.close()
 
 
