@@ -196,17 +196,19 @@ def _in_onnxruntime_alone(bundle: Bundle, graph: str, precision: str) -> tuple[s
         return "", ""
     if held[0].precision == "int4":
         return (
-            "its decoder's 4-bit weights are multiplied by an operator of ONNX Runtime's own, MatMulNBits",
-            "Build fp16, or calibrate int8: pixano-edge calibrate <bundle> --precision int8.",
+            "the decoder's 4-bit weights are multiplied by an operator of ONNX Runtime's own, MatMulNBits",
+            "Build fp16, or calibrate int8: pixano-edge calibrate <bundle> --data <pictures> --precision int8 "
+            "--in-place.",
         )
-    known = bundle.manifest.graphs.values()
-    plain = all("fp32-tensorrt" in g.variants for g in known if "fp32" in g.variants)
-    first = "" if plain else "Export the bundle again, with a decoder for TensorRT. "
+    full = [g.variants for g in bundle.manifest.graphs.values() if "fp32" in g.variants]
+    lacking = any(variants["fp32"].onnxruntime_only and "fp32-tensorrt" not in variants for variants in full)
+    first = "Export the bundle again, with a decoder for TensorRT. " if lacking else ""
+    name = "" if precision == held[0].precision else f" --name {precision}"
     return (
-        "its decoder computes with operators of ONNX Runtime's own, such as GroupQueryAttention, and was calibrated "
+        "the decoder computes with operators of ONNX Runtime's own, such as GroupQueryAttention, and was calibrated "
         "without a form for TensorRT",
-        f"{first}Calibrate {precision} again, which makes one: pixano-edge calibrate <bundle> --precision "
-        f"{held[0].precision} --in-place.",
+        f"{first}Calibrate it again, which makes one: pixano-edge calibrate <bundle> --data <pictures> --precision "
+        f"{held[0].precision}{name} --in-place.",
     )
 
 
