@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import onnx
-
 from pixano_edge.engine.bundle.files import os_errors
 from pixano_edge.engine.errors import CalibrationError
 
@@ -153,7 +151,7 @@ def _make(
         graphs[graph] = NewGraph(path)
         if graph in forms and not broken:
             calls = Feeds([*seen.feeds(graph).files[:COMPARED], *held_out.feeds(graph).files[:COMPARED]])
-            file, compared = _for_tensorrt(work, source, forms[graph], names, model, calls)
+            file, compared = _for_tensorrt(work, source, forms[graph], names, path, calls)
             graphs[graph] = NewGraph(path, tensorrt=file)
             problems += [f"{graph} for TensorRT: {problem}" for problem in compared.problems]
             notes.append(f"{graph} for TensorRT: {compared}.")
@@ -177,10 +175,19 @@ def _for_tensorrt(
     source: Source,
     form: TensorrtForm,
     names: Collection[str],
-    theirs: onnx.ModelProto,
+    theirs: Path,
     feeds: Feeds,
 ) -> tuple[Path, Comparison]:
-    """Makes the form for TensorRT of a quantised decoder and compares the two: its file, and how near they are."""
+    """Makes the form for TensorRT of a quantised decoder and compares the two: its file, and how near they are.
+
+    Args:
+        work: The calibration.
+        source: ONNX Runtime's graph in fp32.
+        form: TensorRT's.
+        names: Blocks in int8.
+        theirs: File of ONNX Runtime's form with these.
+        feeds: Recorded inputs of that graph.
+    """
     graph = source.graph
     work.step(f"Comparing {graph} for TensorRT", 0, 0)
     ours, _ = quantise_form(form, source, names, work.request.method, work.request.smooth)
@@ -188,8 +195,9 @@ def _for_tensorrt(
     with os_errors(f"writing '{path}'"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(ours.SerializeToString())
+    del ours
     constants = decoder_constants(work.bundle)
-    return path, compare(ours, theirs, source.model, feeds, constants, work.request.options.threads)
+    return path, compare(path, theirs, source.path, feeds, constants, work.request.options.threads)
 
 
 def _clipping(found: Sequence[TensorRange]) -> list[str]:

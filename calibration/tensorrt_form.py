@@ -33,6 +33,7 @@ from pixano_edge.calibration.graph import LINEAR, Graph, digest, load_graph
 from pixano_edge.calibration.observe import open_graph
 from pixano_edge.calibration.qdq import QuantizationReport, quantize
 from pixano_edge.engine.bundle import Bundle
+from pixano_edge.engine.bundle.files import os_errors
 from pixano_edge.engine.contracts import decoder as decoders
 from pixano_edge.engine.contracts.decoder import DecoderConstants
 from pixano_edge.engine.errors import CalibrationError
@@ -175,9 +176,9 @@ def differing(ours: onnx.ModelProto, theirs: onnx.ModelProto) -> list[str]:
 
 
 def compare(
-    ours: onnx.ModelProto,
-    theirs: onnx.ModelProto,
-    full: onnx.ModelProto,
+    ours: Path,
+    theirs: Path,
+    full: Path,
     feeds: Sequence[Feed],
     constants: DecoderConstants,
     threads: int | None,
@@ -185,9 +186,9 @@ def compare(
     """Compares the form for TensorRT with ONNX Runtime's, product by product and by logits.
 
     Args:
-        ours: The form for TensorRT, int8.
-        theirs: ONNX Runtime's, int8.
-        full: ONNX Runtime's in fp32.
+        ours: File of the form for TensorRT, int8; graphs without rounding are written beside it for a while.
+        theirs: Of ONNX Runtime's, int8.
+        full: Of ONNX Runtime's in fp32.
         feeds: Recorded inputs of ONNX Runtime's form. Prompts are run as far as their last `STEPS` tokens, and these
             one by one.
         constants: Of the decoder.
@@ -195,17 +196,30 @@ def compare(
 
     Raises:
         CalibrationError: ONNX Runtime does not take a graph, or there are no feeds.
+        BundleError: The disk is full.
     """
-    problems = differing(ours, theirs)
     if not len(feeds):
         raise CalibrationError("The decoder never ran on these data.", "Give pictures and questions.")
 
-    def run(model: onnx.ModelProto, target: str) -> Floats:
-        return _logits(model, feeds, target, constants, threads)
+    def run(file: Path, target: str) -> Floats:
+        return _logits(file, feeds, target, constants, threads)
 
-    # One after another: each holds all weights of the decoder.
-    plain = run(without_rounding(ours), decoders.TENSORRT)
-    wanted = run(without_rounding(theirs), decoders.ONNX)
+    def run_unrounded(model: onnx.ModelProto, target: str) -> Floats:
+        wide = ours.with_name(f".{ours.name}.wide")
+        try:
+            with os_errors(f"writing '{wide}'"):
+                wide.write_bytes(without_rounding(model).SerializeToString())
+            return run(wide, target)
+        finally:
+            wide.unlink(missing_ok=True)
+
+    # From files and one after another: each holds all weights of the decoder.
+    held, other = onnx.load(ours), onnx.load(theirs)
+    problems = differing(held, other)
+    products = len(int8_products(held))
+    plain = run_unrounded(held, decoders.TENSORRT)
+    wanted = run_unrounded(other, decoders.ONNX)
+    del held, other
     unrounded = float((np.abs(plain - wanted).max(axis=1) / np.abs(wanted).max(axis=1)).max())
     int8 = run(theirs, decoders.ONNX)
     apart, cost = _rms(run(ours, decoders.TENSORRT) - int8), _rms(run(full, decoders.ONNX) - int8)
@@ -220,7 +234,7 @@ def compare(
             f"its logits are {rounded:.2f} times as far from those of ONNX Runtime's int8 form as these are from fp32, "
             f"{INT8_BAR:g} at most"
         )
-    return Comparison(len(int8_products(ours)), len(int8), unrounded, rounded, tuple(problems))
+    return Comparison(products, len(int8), unrounded, rounded, tuple(problems))
 
 
 def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -270,11 +284,9 @@ def _absent(source: Source, model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
-def _logits(
-    model: onnx.ModelProto, feeds: Sequence[Feed], target: str, constants: DecoderConstants, threads: int | None
-) -> Floats:
+def _logits(file: Path, feeds: Sequence[Feed], target: str, constants: DecoderConstants, threads: int | None) -> Floats:
     """Logits (runs, vocabulary) after every part of every feed, each on the cache that the parts before it left."""
-    session = open_graph(model, threads or 0)
+    session = open_graph(file, threads or 0)
     names = constants.cache_names
     outputs = [decoders.LOGITS, *(present for _, present in names)]
     found = []

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,19 @@ from onnx import numpy_helper
 
 from pixano_edge.calibration import make_int8, tensorrt_form
 from pixano_edge.calibration.data import open_data
-from pixano_edge.calibration.int4_variant import decoder_constants
 from pixano_edge.calibration.publish import publish
-from pixano_edge.calibration.qdq import tensors
 from pixano_edge.calibration.result import Budget
 from pixano_edge.calibration.run import Outcome, Request, calibrate
 from pixano_edge.calibration.search import Found
-from pixano_edge.calibration.spool import Spool
 from pixano_edge.calibration.tasks.base import TaskOptions
 from pixano_edge.calibration.tasks.text import TextTask
 from pixano_edge.calibration.tensorrt_form import (
-    Comparison,
-    compare,
     differing,
     int8_products,
     quantise_form,
     read_form,
 )
-from pixano_edge.calibration.variant import Source, VariantFiles, read_source
+from pixano_edge.calibration.variant import VariantFiles
 from pixano_edge.calibration.work import NewGraph
 from pixano_edge.engine.build.engines import report_layers
 from pixano_edge.engine.build.plan import choose, left_out
@@ -47,39 +42,11 @@ from pixano_edge.engine.models.text.messages import read_conversation
 from pixano_edge.engine.models.verify import verify_bundle
 from pixano_edge.engine.runtime import open_device, open_session
 from pixano_edge.export import tensorrt_rtx
+from tests.support.int8_form import Case, int8_forms
 
 DECODER = decoders.DECODER
 PLAIN = "graphs/decoder.fp32.tensorrt.onnx"
 QUESTIONS = ("What color is the star?", "Describe the image.")
-
-
-@dataclass
-class Case:
-    """A language model's decoder, observed while it answered, in int8 in both forms."""
-
-    bundle: Bundle
-    source: Source
-    feeds: Any
-    theirs: onnx.ModelProto
-    ours: onnx.ModelProto
-
-    def compare(self, ours: onnx.ModelProto) -> Comparison:
-        constants = decoder_constants(self.bundle)
-        return compare(ours, self.theirs, self.source.model, self.feeds, constants, 1)
-
-
-def _case(bundle: Bundle, folder: Path) -> Case:
-    task = TextTask(bundle, TaskOptions(threads=1, questions=QUESTIONS[:1], max_new_tokens=3))
-    samples = task.refer(list(open_data(bundle.root / "golden", allow_few=True).samples))
-    spool = Spool(folder / "spool", "key", limit=6, max_bytes=1 << 28)
-    task.collect(samples, spool)
-    source = read_source(DECODER, bundle.graph_path(DECODER, "fp32"), spool.feeds(DECODER), folder / "seen.npz", 1)
-    theirs, _ = VariantFiles({DECODER: source}, folder, "auto", "search").quantise(DECODER, source.blocks)
-    form = read_form(bundle, source)
-    assert form is not None
-    assert not form.absent
-    ours, _ = quantise_form(form, source, source.blocks, "auto", "search")
-    return Case(bundle, source, spool.feeds(DECODER), theirs, ours)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +56,7 @@ def demo() -> Bundle:
 
 @pytest.fixture(scope="module")
 def case(demo: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return _case(demo, tmp_path_factory.mktemp("form"))
+    return int8_forms(demo, tmp_path_factory.mktemp("form"))
 
 
 def changed(model: onnx.ModelProto, name: str, by: float) -> onnx.ModelProto:
@@ -116,7 +83,7 @@ def test_the_forms_of_the_demo_are_one_decoder(case: Case) -> None:
 
 def test_the_forms_of_a_qwen_are_one_decoder(qwen_bundle: Path, tmp_path: Path) -> None:
     """With biases behind its products, and positions of three rows."""
-    case = _case(Bundle.open(qwen_bundle), tmp_path)
+    case = int8_forms(Bundle.open(qwen_bundle), tmp_path)
     found = case.compare(case.ours)
     assert found.problems == ()
     assert found.products == len(case.source.blocks) == 9
@@ -165,10 +132,20 @@ def test_a_product_that_is_left_out_or_reads_something_else_is_told(case: Case) 
     assert "reads 'layers.1.mlp.gated' instead of 'layers.0.mlp.gated'" in told
 
 
-def test_both_forms_hold_the_same_weights(case: Case) -> None:
-    assert int8_products(case.ours) == int8_products(case.theirs)
-    assert tensors(case.source.model)
-    assert len(int8_products(case.theirs)) == 17
+def test_channels_are_rescaled_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained weights of the demo need no such place; here every product in front of which one can be gets it."""
+    monkeypatch.setattr("pixano_edge.calibration.smooth.MUL_GAIN", np.inf)
+    files = VariantFiles({DECODER: case.source}, Path(), "auto", 0.5)
+    theirs, told = files.quantise(DECODER, case.source.blocks)
+    form = read_form(case.bundle, case.source)
+    assert form is not None
+    ours, same = quantise_form(form, case.source, case.source.blocks, "auto", 0.5)
+    assert len(told.smoothed) == 17
+    assert (same.smoothed, same.ranges, same.blocks) == (told.smoothed, told.ranges, told.blocks)
+    assert len(int8_products(theirs)) == 17
+    assert replace(case, theirs=theirs).compare(ours).problems == ()
+    # Against the decisions of the search they differ.
+    assert len(differing(ours, case.theirs)) > 8
 
 
 def with_plain_graph(bundle: Bundle, folder: Path, change: Callable[[onnx.ModelProto], object]) -> Bundle:
