@@ -154,6 +154,8 @@ def _make(
             file, compared = _for_tensorrt(work, source, forms[graph], names, path, calls)
             graphs[graph] = NewGraph(path, tensorrt=file)
             problems += [f"{graph} for TensorRT: {problem}" for problem in compared.problems]
+            if compared.problems:
+                problems.append("neither data nor budget change that: export the bundle again, or report it")
             notes.append(f"{graph} for TensorRT: {compared}.")
         sizes.append(GraphSize(graph, path.stat().st_size, source.model.ByteSize(), len(names), len(source.blocks)))
     layers, of_layers = len(found.chosen), sum(len(s.blocks) for s in sources.values())

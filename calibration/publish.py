@@ -129,7 +129,9 @@ def publish(
         foreign = any(_lacks_form(variants, variant) for variants in held.values())
         for variants in held.values():
             _fall_back(variants, variant, precision, foreign)
-            if forms:
+        if not foreign and any(variant in v and v[variant].onnxruntime_only for v in held.values()):
+            # A graph of it has a form of its own for TensorRT; the others must say what they have for it, too.
+            for variants in held.values():
                 _serve_tensorrt(variants, variant)
         for path, content in reports.items():
             writer.add_file(path, content)
@@ -249,6 +251,8 @@ def _fall_back(variants: dict[str, GraphVariant], variant: str, precision: str, 
 
 def _serve_tensorrt(variants: dict[str, GraphVariant], variant: str) -> None:
     """Marks a changed graph as made for TensorRT where fp32's plain file serves there as it is."""
-    for_tensorrt = variants.get(FULL + SUFFIX)
-    if for_tensorrt is not None and for_tensorrt.file == variants[FULL].file and variant + SUFFIX not in variants:
-        variants[variant + SUFFIX] = variants[variant].model_copy(update={"target": "tensorrt"})
+    full, prepared, changed = variants.get(FULL), variants.get(FULL + SUFFIX), variants.get(variant)
+    if full is None or prepared is None or changed is None or variant + SUFFIX in variants:
+        return
+    if prepared.file == full.file and not changed.onnxruntime_only:
+        variants[variant + SUFFIX] = changed.model_copy(update={"target": "tensorrt"})

@@ -259,8 +259,7 @@ def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
             node.input[index] = instead.get(name, name)
     kept = [n for n in copy.graph.node if n.op_type != "QuantizeLinear" and n.output[0] not in instead]
     del copy.graph.node[:]
-    copy.graph.node.extend(kept)
-    Graph(copy).finish()
+    copy.graph.node.extend(kept)  # the int8 weights stay, unread: taking them out would copy the wide ones
     return copy
 
 

@@ -288,13 +288,14 @@ def test_what_is_not_calibrated_again_goes_with_both_forms(calibrated: Outcome, 
     bundle = _published(calibrated)
     vision = onnx.load(str(bundle.graph_path("vision_encoder", "fp32")))
     onnx.save(vision, str(tmp_path / "vision.onnx"))
+    new = {"vision_encoder": NewGraph(tmp_path / "vision.onnx")}
     (entry,) = bundle.manifest.calibrations
     made = publish(
         bundle,
         tmp_path / "made",
         "int8",
         "int8",
-        {"vision_encoder": NewGraph(tmp_path / "vision.onnx")},
+        new,
         entry.model_copy(update={"report": None}),
         {},
         considered=bundle.manifest.graphs,
@@ -302,6 +303,13 @@ def test_what_is_not_calibrated_again_goes_with_both_forms(calibrated: Outcome, 
     held = made.manifest.graphs[DECODER].variants
     assert (held["int8"].file, held["int8-tensorrt"].file) == (held["fp32"].file, PLAIN)
     assert not [f for f in made.manifest.files if f.startswith("graphs/decoder.int8")]
+    assert {c.variant for c in choose(made, precisions=["int8"])} == {"int8-tensorrt"}
+    # Not looked at, it stays as it is.
+    beside = publish(bundle, tmp_path / "beside", "int8", "int8", new, entry.model_copy(update={"report": None}), {})
+    assert beside.manifest.graphs[DECODER] == bundle.manifest.graphs[DECODER]
+    vision = beside.manifest.graphs["vision_encoder"].variants
+    assert vision["int8"].file == vision["int8-tensorrt"].file == "graphs/vision_encoder.int8.onnx"
+    assert {c.variant for c in choose(beside, precisions=["int8"])} == {"int8-tensorrt"}
 
 
 def _old(bundle: Bundle, folder: Path) -> Bundle:
@@ -346,6 +354,7 @@ def test_a_form_that_differs_is_not_published(
     assert not (tmp_path / "out").exists()
     (variant,) = outcome.result.variants
     (problem,) = [p for p in variant.problems if "for TensorRT" in p]
+    assert "export the bundle again, or report it" in variant.problems[-1]
     assert "decoder for TensorRT: the product 'node_layers.2.mlp.down.product' has other weights or scales" in problem
 
 
