@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from pixano_edge.engine.bundle.files import os_errors
 from pixano_edge.engine.errors import CalibrationError
 
+from .int4_variant import decoder_constants
 from .publish import check_scales
 from .result import BlockResult, GraphSize, TensorRange
 from .search import Found, Group, Scores, Unit, Units, search
-from .spool import Spool
+from .spool import Feeds, Spool
 from .tasks.base import key_of
+from .tensorrt_form import Comparison, TensorrtForm, compare, quantise_form, read_form
 from .variant import Source, VariantFiles, ranges, read_source, refused
 from .work import FEEDS, Made, NewGraph, Work
 
@@ -25,6 +28,8 @@ MAX_CLIPPED = 0.01
 """Mean share of the held-out values that may lie beyond the ranges, above what of the calibration values does."""
 MAX_ONE_CLIPPED = 0.05
 """The same of one tensor."""
+COMPARED = 4
+"""Recorded calls, of the calibration and of the held-out data each, that the form for TensorRT is compared on."""
 
 
 def make_int8(work: Work, variant: str) -> Made:
@@ -39,6 +44,9 @@ def make_int8(work: Work, variant: str) -> Made:
     cannot: dict[Unit, str] = {}
     for source in sources.values():
         cannot |= refused(source, files)
+    forms = _forms(work, sources)
+    for graph, form in forms.items():
+        cannot |= {Unit(graph, name): why for name, why in form.absent.items()}
     found = _search(work, sources, files, cannot, work.base(variant))
     if not found.chosen:
         best = max(found.alone.values(), default=0.0)
@@ -46,7 +54,7 @@ def make_int8(work: Work, variant: str) -> Made:
             f"No layer fits the budget {work.request.budget}: the best alone has {best:.4f}.",
             "Give a lower budget, or data like what the model sees.",
         )
-    return _make(work, sources, files, found, cannot)
+    return _make(work, sources, files, forms, found, cannot)
 
 
 def _sources(work: Work, spool: Spool) -> dict[str, Source]:
@@ -72,6 +80,19 @@ def _sources(work: Work, spool: Spool) -> dict[str, Source]:
     if not sources:
         raise CalibrationError("No graph has a layer that can be quantised.", "Choose other --graphs.")
     return sources
+
+
+def _forms(work: Work, sources: Mapping[str, Source]) -> dict[str, TensorrtForm]:
+    """The graphs for TensorRT of those that have operators of ONNX Runtime's own."""
+    forms = {graph: form for graph, source in sources.items() if (form := read_form(work.bundle, source)) is not None}
+    for graph, form in forms.items():
+        if form.absent:
+            shown = ", ".join(list(form.absent)[:3]) + (", ..." if len(form.absent) > 3 else "")
+            work.notes.append(
+                f"{len(form.absent)} layer(s) of {graph} stay in fp32, since its graph for TensorRT does not have them "
+                f"alike: {shown}. Export the bundle again to quantise them."
+            )
+    return forms
 
 
 def _search(
@@ -105,13 +126,19 @@ def _search(
 
 
 def _make(
-    work: Work, sources: Mapping[str, Source], files: VariantFiles, found: Found, cannot: Mapping[Unit, str]
+    work: Work,
+    sources: Mapping[str, Source],
+    files: VariantFiles,
+    forms: Mapping[str, TensorrtForm],
+    found: Found,
+    cannot: Mapping[Unit, str],
 ) -> Made:
     seen = work.spool("calibration", work.calibration, FEEDS)
     held_out = work.spool("held-out", work.held_out[:HELD_OUT_FEEDS], HELD_OUT_FEEDS)
     paths = files.files(found.chosen)
     taken: list[TensorRange] = []
-    sizes, problems = [], []
+    sizes, problems, notes = [], [], []
+    graphs: dict[str, NewGraph] = {}
     for graph, path in paths.items():
         source, names = sources[graph], {u.name for u in found.chosen if u.graph == graph}
         work.step(f"Looking at the ranges of {graph}", 0, 0)
@@ -121,18 +148,58 @@ def _make(
         else:
             feeds = seen.feeds(graph)[:HELD_OUT_FEEDS], held_out.feeds(graph)
             taken += ranges(source, model, report, *feeds, work.request.options.threads, GROUP_BYTES)
+        graphs[graph] = NewGraph(path)
+        if graph in forms and not broken:
+            calls = Feeds([*seen.feeds(graph).files[:COMPARED], *held_out.feeds(graph).files[:COMPARED]])
+            file, compared = _for_tensorrt(work, source, forms[graph], names, path, calls)
+            graphs[graph] = NewGraph(path, tensorrt=file)
+            problems += [f"{graph} for TensorRT: {problem}" for problem in compared.problems]
+            if compared.problems:
+                problems.append("neither data nor budget change that: export the bundle again, or report it")
+            notes.append(f"{graph} for TensorRT: {compared}.")
         sizes.append(GraphSize(graph, path.stat().st_size, source.model.ByteSize(), len(names), len(source.blocks)))
     layers, of_layers = len(found.chosen), sum(len(s.blocks) for s in sources.values())
     smooth = work.request.smooth
     return Made(
         "int8",
-        {graph: NewGraph(path) for graph, path in paths.items()},
+        graphs,
         tuple(sizes),
         _rows(sources, found, cannot),
         tuple(taken),
         problems + _clipping(taken),
+        notes,
         method=f"{work.request.method}, smoothing {smooth or 'off'}, {layers} of {of_layers} layers",
     )
+
+
+def _for_tensorrt(
+    work: Work,
+    source: Source,
+    form: TensorrtForm,
+    names: Collection[str],
+    theirs: Path,
+    feeds: Feeds,
+) -> tuple[Path, Comparison]:
+    """Makes the form for TensorRT of a quantised decoder and compares the two: its file, and how near they are.
+
+    Args:
+        work: The calibration.
+        source: ONNX Runtime's graph in fp32.
+        form: TensorRT's.
+        names: Blocks in int8.
+        theirs: File of ONNX Runtime's form with these.
+        feeds: Recorded inputs of that graph.
+    """
+    graph = source.graph
+    work.step(f"Comparing {graph} for TensorRT", 0, 0)
+    ours, _ = quantise_form(form, source, names, work.request.method, work.request.smooth)
+    path = work.folder / "graphs" / f"{graph}.tensorrt.onnx"
+    with os_errors(f"writing '{path}'"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ours.SerializeToString())
+    del ours
+    constants = decoder_constants(work.bundle)
+    return path, compare(path, theirs, source.path, feeds, constants, work.request.options.threads)
 
 
 def _clipping(found: Sequence[TensorRange]) -> list[str]:

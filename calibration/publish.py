@@ -80,7 +80,8 @@ def publish(
         BundleError: The disk is full, or `destination` is taken by something else. The old bundle is whole then.
     """
     models = {name: _read(graph) for name, graph in graphs.items()}
-    if problems := [p for name, model in models.items() for p in check_scales(name, model)]:
+    forms = {name: onnx.load(str(graph.tensorrt)) for name, graph in graphs.items() if graph.tensorrt is not None}
+    if problems := [p for name, model in (*models.items(), *forms.items()) for p in check_scales(name, model)]:
         raise CalibrationError(f"The variant is broken: {'; '.join(problems[:3])}.", "Calibrate on real data.")
     manifest = bundle.manifest
     if taken := name_taken(bundle, variant, replace):
@@ -95,12 +96,13 @@ def publish(
     free = {v.file for v in old} | _weights_of(bundle, (v.file for v in old))
     free -= needed
     files = {name: _file(name, variant, graph, set(manifest.files) - free) for name, graph in graphs.items()}
+    for_tensorrt = {name: _for_tensorrt(files[name]) for name in forms}
     beside = {f"graphs/{path.name}": path for graph in graphs.values() for path in graph.beside}
     if clash := sorted(needed.intersection(beside)):
         raise CalibrationError(f"Another variant of '{manifest.name}' needs '{clash[0]}'.", "Give another --name.")
     kept = [known for known in manifest.calibrations if not _outdated(known, entry, changed)]
     dropped = {known.report for known in manifest.calibrations if known not in kept} - {None}
-    gone = {*files.values(), *beside, *reports, *dropped, *free}
+    gone = {*files.values(), *for_tensorrt.values(), *beside, *reports, *dropped, *free}
     destination = destination.expanduser().resolve()
     with BundleWriter(destination, overwrite=destination == bundle.root.resolve()) as writer:
         for file in manifest.files:
@@ -117,9 +119,20 @@ def publish(
                 shared = share_weights(models[name], *(writer.root / file for file in holders if file not in gone))
                 writer.add_file(files[name], shared.model.SerializeToString(deterministic=True))
                 held[name][variant] = _entry(models[name], files[name], precision)
-        foreign = any(held[name][variant].onnxruntime_only for name in graphs)
+        for name, form in forms.items():
+            # Its int8 weights are those of the file above, byte by byte.
+            holders = dict.fromkeys((files[name], *(held[name][v].file for v in ("fp32", "fp16") if v in held[name])))
+            shared = share_weights(form, *(writer.root / file for file in holders if file not in gone - {files[name]}))
+            writer.add_file(for_tensorrt[name], shared.model.SerializeToString(deterministic=True))
+            entry_of = _entry(form, for_tensorrt[name], precision)
+            held[name][variant + SUFFIX] = entry_of.model_copy(update={"target": "tensorrt"})
+        foreign = any(_lacks_form(variants, variant) for variants in held.values())
         for variants in held.values():
             _fall_back(variants, variant, precision, foreign)
+        if not foreign and any(variant in v and v[variant].onnxruntime_only for v in held.values()):
+            # A graph of it has a form of its own for TensorRT; the others must say what they have for it, too.
+            for variants in held.values():
+                _serve_tensorrt(variants, variant)
         for path, content in reports.items():
             writer.add_file(path, content)
         fields = manifest.model_dump(exclude={"schema_version", "files"})
@@ -154,10 +167,15 @@ def was_exported(bundle: Bundle, variant: str) -> bool:
 def _file(graph: str, variant: str, new: NewGraph, taken: Collection[str]) -> str:
     """Where a graph goes: never over a file whose weights others use."""
     name, number = f"graphs/{graph}.{variant}.onnx", 1
-    while name in taken and not new.beside:
+    while (name in taken or (new.tensorrt is not None and _for_tensorrt(name) in taken)) and not new.beside:
         end = f"-{number}" if number > 1 else ""
         name, number = f"graphs/{graph}.{variant}.calibrated{end}.onnx", number + 1
     return name
+
+
+def _for_tensorrt(file: str) -> str:
+    """Where the form of a graph for TensorRT goes."""
+    return f"{file.removesuffix('.onnx')}.tensorrt.onnx"
 
 
 def _weights_of(bundle: Bundle, files: Iterable[str]) -> set[str]:
@@ -208,11 +226,33 @@ def _entry(model: onnx.ModelProto, file: str, precision: str) -> GraphVariant:
     )
 
 
+def _lacks_form(variants: Mapping[str, GraphVariant], variant: str) -> bool:
+    """Whether a changed graph has operators of ONNX Runtime's own and no other form: nothing of its variant is built
+    then, for its graphs run together."""
+    held = variants.get(variant)
+    if held is None or (FULL in variants and held.file == variants[FULL].file):
+        return False
+    return held.onnxruntime_only and variant + SUFFIX not in variants
+
+
 def _fall_back(variants: dict[str, GraphVariant], variant: str, precision: str, foreign: bool) -> None:
-    """Gives a graph that has no file of the variant the fp32 one, and for TensorRT the one that was changed for it."""
-    if variant in variants:
+    """Gives a graph that has no file of the variant the fp32 one, and for TensorRT the one that was changed for it.
+
+    One that runs fp32's since an earlier calibration is told anew whether it can be built.
+    """
+    if variant in variants and (FULL not in variants or variants[variant].file != variants[FULL].file):
         return
+    variants.pop(variant + SUFFIX, None)
     for source, name in ((FULL, variant), (FULL + SUFFIX, variant + SUFFIX)):
         if source in variants and not (foreign and name != variant):
             told = {"precision": precision, "onnxruntime_only": foreign or variants[source].onnxruntime_only}
             variants[name] = variants[source].model_copy(update=told)
+
+
+def _serve_tensorrt(variants: dict[str, GraphVariant], variant: str) -> None:
+    """Marks a changed graph as made for TensorRT where fp32's plain file serves there as it is."""
+    full, prepared, changed = variants.get(FULL), variants.get(FULL + SUFFIX), variants.get(variant)
+    if full is None or prepared is None or changed is None or variant + SUFFIX in variants:
+        return
+    if prepared.file == full.file and not changed.onnxruntime_only:
+        variants[variant + SUFFIX] = changed.model_copy(update={"target": "tensorrt"})

@@ -88,12 +88,14 @@ class NewGraph:
         beside: Files that must lie beside it under their names.
         entry: For the manifest; None: it is read off the file.
         judged: A graph to judge instead, which rounds as a GPU does and is run unoptimised; None: the file itself.
+        tensorrt: The same in operators that TensorRT has, complete, where the file has others.
     """
 
     path: Path
     beside: tuple[Path, ...] = ()
     entry: GraphVariant | None = None
     judged: Path | None = None
+    tensorrt: Path | None = None
 
 
 @dataclass

@@ -160,14 +160,56 @@ def choose(bundle: Bundle, graphs: Sequence[str] = (), precisions: Sequence[str]
             found = choices(bundle, graph, precision)
             if not found:
                 known = ", ".join(sorted(f"{name} ({v.precision})" for name, v in held.items()))
-                others = precision in bundle.variants()
+                why, action = _in_onnxruntime_alone(bundle, graph, precision)
                 raise BundleError(
                     f"Graph '{graph}' of bundle '{bundle.manifest.name}' has no variant '{precision}'"
-                    f"{' for TensorRT: that precision runs in ONNX Runtime alone' if others else ''}.",
-                    f"Known: {known}.",
+                    f"{f' for TensorRT: {why}' if why else ''}.",
+                    f"{action} Known: {known}.".strip(),
                 )
             result[graph, found[0].variant] = found[0]
     return list(result.values())
+
+
+def left_out(bundle: Bundle, graphs: Sequence[str] = ()) -> list[str]:
+    """Precisions that `choose` passes over where none is named, since they run in ONNX Runtime alone, with the reason.
+
+    Raises:
+        BundleError: No such graph.
+    """
+    found = []
+    for graph in graphs or bundle.specs:
+        built = {v.precision for v in _variants(bundle, graph).values()}
+        for precision in PRECISIONS:
+            if precision not in built and any(
+                v.precision == precision for v in bundle.manifest.graphs[graph].variants.values()
+            ):
+                why, action = _in_onnxruntime_alone(bundle, graph, precision)
+                found.append(f"{graph} in {precision} is not built: {why}. {action}")
+    return found
+
+
+def _in_onnxruntime_alone(bundle: Bundle, graph: str, precision: str) -> tuple[str, str]:
+    """Why a graph has nothing to build an engine from in a precision (or a variant of that name), and what helps; both
+    empty where it has no such variant at all."""
+    held = [v for name, v in bundle.manifest.graphs[graph].variants.items() if precision in (name, v.precision)]
+    if not held:
+        return "", ""
+    if held[0].precision == "int4":
+        return (
+            "the decoder's 4-bit weights are multiplied by an operator of ONNX Runtime's own, MatMulNBits",
+            "Build fp16, or calibrate int8: pixano-edge calibrate <bundle> --data <pictures> --precision int8 "
+            "--in-place.",
+        )
+    full = [g.variants for g in bundle.manifest.graphs.values() if "fp32" in g.variants]
+    lacking = any(variants["fp32"].onnxruntime_only and "fp32-tensorrt" not in variants for variants in full)
+    first = "Export the bundle again, with a decoder for TensorRT. " if lacking else ""
+    name = "" if precision == held[0].precision else f" --name {precision}"
+    return (
+        "the decoder computes with operators of ONNX Runtime's own, such as GroupQueryAttention, and was calibrated "
+        "without a form for TensorRT",
+        f"{first}Calibrate it again, which makes one: pixano-edge calibrate <bundle> --data <pictures> --precision "
+        f"{held[0].precision}{name} --in-place.",
+    )
 
 
 def find_target(

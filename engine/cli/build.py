@@ -74,7 +74,7 @@ def build(
     from ..build.cache import EngineCache
     from ..build.engines import build_engines
     from ..build.pack import pack_engines
-    from ..build.plan import Options, choose, find_target
+    from ..build.plan import Options, choose, find_target, left_out
 
     if output is not None and not bundle_engines:
         raise BundleError("--output is for --bundle-engines.", "Give both, or neither: engines go to the cache.")
@@ -99,6 +99,8 @@ def build(
     reports = _reports(opened, wanted, chosen, as_json) if report else []
     folder = pack_engines(opened, [b.path for b in built], output) if bundle_engines else None
     warnings = [*cache.warnings, *_warnings(built)]
+    if not precision:
+        warnings += left_out(opened, graph or ())
     if as_json:
         print_json(_result(chosen, built, reports, folder, warnings))
         return

@@ -16,6 +16,12 @@ from typing import Any
 from ..errors import DeviceError
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+ATTENTION = "GroupQueryAttention"
+HALF_ATTENTION = (
+    f"That provider has {ATTENTION} in half precision alone: of a language model it runs fp16; the others run on the "
+    "CPU, and fp32 and int8 as engines of TensorRT (pixano-edge build)."
+)
 RECORD = ("session.record_ep_graph_assignment_info", "1")
 """Session config entry without which there is nothing to tell."""
 NO_CPU = ("session.disable_cpu_ep_fallback", "1")
@@ -91,8 +97,9 @@ def check_placement(placement: Placement, provider: str, graph: str, *, allow_cp
             "Use another provider for this graph.",
         )
     if work and not allow_cpu_nodes:
+        why = f" {HALF_ATTENTION}" if ATTENTION in work and provider == CUDA else ""
         raise DeviceError(
-            f"{sum(work.values())} nodes of graph '{graph}' would run on the CPU instead of {provider}: {work}.",
+            f"{sum(work.values())} nodes of graph '{graph}' would run on the CPU instead of {provider}: {work}.{why}",
             "Use another --precision or --backend; or allow it with the session's option allow_cpu_nodes.",
         )
     warnings = []

@@ -15,7 +15,7 @@ from pixano_edge.engine.build.cache import EngineCache
 from pixano_edge.engine.build.engines import build_engines
 from pixano_edge.engine.build.key import Box, EngineKey
 from pixano_edge.engine.build.locate import find_engine
-from pixano_edge.engine.build.plan import Options, Target, choices, choose, find_target, make_key
+from pixano_edge.engine.build.plan import Options, Target, choices, choose, find_target, left_out, make_key
 from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.errors import BuildError, BundleError, CancelledError, DeviceError, MissingDependencyError
 from pixano_edge.engine.runtime.base import DeviceInfo
@@ -104,6 +104,45 @@ def test_every_graph_in_every_precision_unless_named(bundle: Bundle) -> None:
 def test_what_is_not_there_is_an_error(bundle: Bundle, graphs: list[str], precisions: list[str], words: str) -> None:
     with pytest.raises(BundleError, match=words):
         choose(bundle, graphs, precisions)
+
+
+def with_variants(bundle: Bundle, **variants: tuple[str, str, bool]) -> Bundle:
+    """The bundle with more variants of its decoder: precision, target, and whether ONNX Runtime alone runs them."""
+    held = bundle.manifest.graphs["mask_decoder"]
+    plain = held.variants["fp32"]
+    more = {
+        name.replace("_", "-"): plain.model_copy(update={"precision": p, "target": t, "onnxruntime_only": alone})
+        for name, (p, t, alone) in variants.items()
+    }
+    graph = held.model_copy(update={"variants": {**held.variants, **more}})
+    graphs = {**bundle.manifest.graphs, "mask_decoder": graph}
+    manifest = bundle.manifest.model_copy(update={"graphs": graphs})
+    return Bundle(bundle.root, manifest, bundle.hash, bundle.specs)
+
+
+def test_what_runs_in_onnx_runtime_alone_says_why_and_what_helps(bundle: Bundle) -> None:
+    old = with_variants(bundle, int8=("int8", "onnx", True), int4=("int4", "onnx", True))
+    words = "has no variant 'int8' for TensorRT: the decoder computes with operators of ONNX Runtime's own"
+    with pytest.raises(BundleError, match=words) as caught:
+        choose(old, ["mask_decoder"], ["int8"])
+    assert caught.value.action.startswith("Calibrate it again, which makes one: pixano-edge calibrate <bundle>")
+    with pytest.raises(BundleError, match=r"for TensorRT: the decoder's 4-bit weights .* MatMulNBits") as caught:
+        choose(old, ["mask_decoder"], ["int4"])
+    assert "Build fp16, or calibrate int8" in caught.value.action
+    older = with_variants(bundle, fp32=("fp32", "onnx", True), mine=("int8", "onnx", True))
+    with pytest.raises(BundleError, match="without a form for TensorRT") as caught:
+        choose(older, ["mask_decoder"], ["mine"])
+    assert caught.value.action.startswith("Export the bundle again, with a decoder for TensorRT. Calibrate it again")
+    assert "--precision int8 --name mine --in-place" in caught.value.action
+    told = left_out(old)
+    assert [text.partition(" is not built")[0] for text in told] == ["mask_decoder in int8", "mask_decoder in int4"]
+    assert {c.precision for c in choose(old)} == {"fp32", "fp16"}
+
+
+def test_the_form_for_tensorrt_is_built_where_there_is_one(bundle: Bundle) -> None:
+    new = with_variants(bundle, int8=("int8", "onnx", True), int8_tensorrt=("int8", "tensorrt", False))
+    assert [c.variant for c in choose(new, ["mask_decoder"], ["int8"])] == ["int8-tensorrt"]
+    assert left_out(new) == left_out(bundle) == []
 
 
 def test_listed_gpus_are_for_tensorrt_for_rtx(jobs: list[Mapping[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from pixano_edge.export import tensorrt_rtx
 from pixano_edge.export.photos import default_photos
 from pixano_edge.export.smolvlm import export_smolvlm
 from tests.support import vlm
+from tests.support.int8_form import int8_forms
 
 pytestmark = pytest.mark.slow
 
@@ -60,3 +61,12 @@ def test_tensorrt_builds_ahead_of_time(bundle: Path, precision: str) -> None:
     for choice in choose(Bundle.open(bundle), ("vision_encoder", "decoder"), (precision,)):
         build = tensorrt_rtx.check_build(bundle / choice.file, choice.spec, ("SM89",))
         assert build.engine_bytes > 50e6
+
+
+def test_both_forms_of_an_int8_decoder_are_one(bundle: Path, tmp_path: Path) -> None:
+    """With 30 layers far more activations lie next to the border of two codes than in the demo's four."""
+    case = int8_forms(Bundle.open(bundle), tmp_path, "Describe this image in detail.", 6)
+    found = case.compare(case.ours)
+    print(found)  # noqa: T201 (pytest -s shows it)
+    assert found.problems == ()
+    assert found.products == 121
