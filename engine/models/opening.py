@@ -23,6 +23,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..bundle.manifest import PRECISIONS
 from ..contracts.base import GraphSpec
+from ..contracts.decoder import DECODER
 from ..errors import BundleError, ContractError, DeviceError, DeviceMemoryError, EdgeError, MissingDependencyError
 from ..libraries import ORT_WHEELS, SYSTEM, module_version
 from ..machine import cpu_model
@@ -238,9 +239,27 @@ def graph_file(bundle: Bundle, graph: str, backend: str, precision: str, kind: s
     Raises:
         BundleError: The bundle has no such graph or precision.
     """
-    plain = bundle.graph_path(graph, stored_precision(backend, precision, bundle.variants()))
+    stored = stored_precision(backend, precision, bundle.variants())
+    plain = bundle.graph_path(graph, stored, target_of(bundle, graph, backend, precision, kind))
     fitted = bundle.cpu_graph(graph) if takes_cpu_graphs(backend, precision, kind) else None
     return plain if fitted is None else fitted[0]
+
+
+def target_of(bundle: Bundle, graph: str, backend: str, precision: str, kind: str) -> str:
+    """The target of the variant that a combination runs on a kind of device: ``onnx`` or ``tensorrt``.
+
+    A decoder's attention for ONNX Runtime is an operator that its CUDA provider has in half precision alone, and
+    OpenVINO not at all. There they run the decoder of plain operators, which is in the bundle for TensorRT.
+    """
+    if backend == TENSORRT:
+        return TENSORRT
+    if graph != DECODER or not (backend == OPENVINO or (backend == ONNXRUNTIME and kind == "cuda")):
+        return "onnx"
+    stored = stored_precision(backend, precision, bundle.variants())
+    if stored == "fp16" and backend == ONNXRUNTIME:
+        return "onnx"
+    variants = bundle.manifest.graphs[graph].variants.items()
+    return TENSORRT if any(v.target == TENSORRT and stored in (name, v.precision) for name, v in variants) else "onnx"
 
 
 def takes_cpu_graphs(backend: str, precision: str, kind: str) -> bool:
@@ -372,7 +391,7 @@ def _open_sessions(
     with contextlib.ExitStack() as own:
         for name in attempt.specs:
             attempt.check()
-            spec = spec_of(attempt.bundle, name, found, attempt.specs[name])
+            spec = spec_of(attempt.bundle, name, found, attempt.specs[name], on.kind)
             file = found.files[name]
             sessions[name] = open_session(
                 file,
@@ -388,12 +407,13 @@ def _open_sessions(
     return sessions
 
 
-def spec_of(bundle: Bundle, graph: str, found: Combination, asked: GraphSpec) -> GraphSpec:
-    """The contract of a graph in a combination: `asked`, unless the family's graphs differ by precision and target."""
+def spec_of(bundle: Bundle, graph: str, found: Combination, asked: GraphSpec, kind: str) -> GraphSpec:
+    """The contract of a graph in a combination on a kind of device: `asked`, unless the family's graphs differ by
+    precision and target."""
     if bundle.specs.get(graph) != asked:
         return asked
     stored = stored_precision(found.backend, found.precision, bundle.variants())
-    return bundle.spec(graph, stored, TENSORRT if found.backend == TENSORRT else "onnx")
+    return bundle.spec(graph, stored, target_of(bundle, graph, found.backend, found.precision, kind))
 
 
 def _precisions(bundle: Bundle) -> list[str]:

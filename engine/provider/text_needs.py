@@ -10,6 +10,7 @@ from ..contracts.base import GraphSpec
 from ..contracts.decoder import DecoderConstants
 from ..models.decoder.base import DEFAULT_CONTEXT, DEFAULT_CONVERSATIONS
 from ..runtime.memory import MemoryUse
+from ..runtime.ort_providers import OPENVINO
 from .families import TEXT_FAMILIES
 from .settings import LoadOptions
 
@@ -42,8 +43,11 @@ def with_conversations(needs: MemoryUse, manifest: Manifest, options: LoadOption
     constants = DecoderConstants.from_dict(manifest.constants["decoder"])
     slots = min(options.context or DEFAULT_CONTEXT, constants.max_length)
     dtype = decoders.CACHE_DTYPES.get(options.precision, "float32")
-    # TensorRT without aliasing has two of each.
-    copies = 2 if options.backend == "tensorrt" else 1
+    # The decoder of plain operators writes another cache than it reads (see `target_of`).
+    plain = options.backend in ("tensorrt", OPENVINO) or (
+        options.device != "cpu" and options.precision not in ("auto", "fp16")
+    )
+    copies = 2 if plain else 1
     return replace(
         needs,
         caches=(needs.caches or 0) + copies * DEFAULT_CONVERSATIONS * constants.cache_bytes(slots, dtype),

@@ -19,8 +19,9 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 ATTENTION = "GroupQueryAttention"
 HALF_ATTENTION = (
-    f"That provider has {ATTENTION} in half precision alone: of a language model it runs fp16; the others run on the "
-    "CPU, and fp32 and int8 as engines of TensorRT (pixano-edge build)."
+    f"That provider has {ATTENTION} in half precision alone: of a language model it runs fp16, and fp32 and int8 by "
+    "the decoder that is made for TensorRT, which this bundle lacks (export it again, or calibrate int8 again; int4 "
+    "has none)."
 )
 RECORD = ("session.record_ep_graph_assignment_info", "1")
 """Session config entry without which there is nothing to tell."""
