@@ -23,10 +23,11 @@ from pixano_edge.engine.bundle import DEMO_NAME, DEMO_NAMES, Bundle
 from pixano_edge.engine.cli.options import resolve_bundle
 from pixano_edge.engine.cli.output import make_folder, note, replacing
 from pixano_edge.engine.cli.probe import compiled_providers
+from pixano_edge.engine.contracts.decoder import DECODER
 from pixano_edge.engine.contracts.sam2 import FAMILY as SAM2
 from pixano_edge.engine.errors import EdgeError
 from pixano_edge.engine.models.decoder.opening import FAMILIES as LANGUAGE_MODELS
-from pixano_edge.engine.models.opening import TENSORRT, combinations
+from pixano_edge.engine.models.opening import ONNXRUNTIME, TENSORRT, combinations, target_of
 from pixano_edge.engine.provider.hardware import Hardware, read_hardware
 
 from .gpu_markdown import answers_text, to_markdown
@@ -39,7 +40,8 @@ NOT_ON_A_GPU = 3
 """Exit status when nothing failed and nothing ran on a GPU."""
 GPU_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 NO_FLOAT32_ATTENTION = "ONNX Runtime's CUDA provider has GroupQueryAttention in half precision alone."
-"""Why the decoder of a language model runs there in fp16 only: the other variants compute in float32 around it."""
+"""Why the decoder of a language model does not run there in a precision for which there is no graph of plain operators:
+but fp16 they compute in float32 around that one."""
 _TENSORRT_MODULES = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
 app = typer.Typer(add_completion=False)
@@ -48,6 +50,10 @@ app = typer.Typer(add_completion=False)
 def gpu_tests(tests: Path) -> list[str]:
     """Files below `tests` that have GPU tests, so that the others' needs (torch) do not matter on the box."""
     return sorted(str(f) for f in tests.rglob("test_*.py") if "mark.gpu" in f.read_text(encoding="utf-8"))
+
+
+def _in_onnxruntime_alone(bundle: Bundle, precision: str) -> bool:
+    return precision != "fp16" and target_of(bundle, DECODER, ONNXRUNTIME, precision, "cuda") == "onnx"
 
 
 def make_steps(
@@ -84,14 +90,15 @@ def make_steps(
             opened = Bundle.open(resolve_bundle(name), verify=False)
             family, precisions = opened.manifest.family, [p for p in GPU_PRECISIONS if p in opened.variants()]
             engines = [p for p in precisions if combinations(opened, "cuda", TENSORRT, p)]
+            fused = [p for p in precisions if family in LANGUAGE_MODELS and _in_onnxruntime_alone(opened, p)]
             broken = ""
         except EdgeError as error:
             family, precisions, broken = SAM2, list(GPU_PRECISIONS[:1]), error.message
-            engines = precisions
+            engines, fused = precisions, []
         for precision in precisions:
             command = (*edge, "verify", name, "--backend", "onnxruntime", "--precision", precision, *where)
             label = f"verify {name}, ONNX Runtime {precision}"
-            no_kernel = NO_FLOAT32_ATTENTION if family in LANGUAGE_MODELS and precision != "fp16" else ""
+            no_kernel = NO_FLOAT32_ATTENTION if precision in fused else ""
             steps.append(Step(label, command, 60, read_verify, skip=broken or no_ort or no_kernel))
         build = f"build {name}"
         options = [text for p in engines for text in ("--precision", p)]

@@ -177,7 +177,7 @@ def test_with_a_gpu_everything_runs_and_tensorrt_only_where_it_is(tmp_path: Path
     assert "no-such" in missing["bench no-such"].skip
 
 
-def test_each_family_gets_the_steps_that_it_can_take(tmp_path: Path) -> None:
+def test_each_family_gets_the_steps_that_it_can_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["grounding-dino-demo", "smolvlm-demo"]
     steps = {
         s.name: s
@@ -185,9 +185,16 @@ def test_each_family_gets_the_steps_that_it_can_take(tmp_path: Path) -> None:
     }
     assert "measures SAM 2" in steps["bench grounding-dino-demo"].skip
     assert not steps["verify grounding-dino-demo, ONNX Runtime fp32"].skip
-    assert "half precision" in steps["verify smolvlm-demo, ONNX Runtime fp32"].skip
+    assert not steps["verify smolvlm-demo, ONNX Runtime fp32"].skip  # its decoder has a form of plain operators
     assert not steps["verify smolvlm-demo, ONNX Runtime fp16"].skip
     assert not steps["verify smolvlm-demo, TensorRT fp32"].skip
+    monkeypatch.setattr(gpu_report, "target_of", lambda *_: "onnx")
+    steps = {
+        s.name: s
+        for s in make_steps(ONE_GPU, names, "cuda:0", None, tmp_path, has=lambda m: True, providers=lambda: ALL)
+    }
+    assert "half precision" in steps["verify smolvlm-demo, ONNX Runtime fp32"].skip
+    assert not steps["verify smolvlm-demo, ONNX Runtime fp16"].skip
 
 
 @pytest.mark.parametrize(
