@@ -148,13 +148,14 @@ async def test_two_models_are_loaded_at_a_time_without_a_gpu(
     app = create_app(ServerSettings(preload=names, device=device), provider)
     opener.gate.clear()
     async with app.router.lifespan_context(app), asgi(app) as client:
-        found: list[str] = []
-        for _ in range(100):  # longer than needed, so that one too many would show
-            found = [slot.name for slot in provider._table.slots()]
+        for _ in range(2000):
+            if len(provider._table.slots()) >= together:
+                break
             await asyncio.sleep(0.01)
-        assert found == ["alpha", "beta"][:together]
+        await asyncio.sleep(0.3)  # in which one too many would show
+        assert [slot.name for slot in provider._table.slots()] == ["alpha", "beta"][:together]
         opener.gate.set()
-        for _ in range(200):
+        for _ in range(2000):
             if (await client.get("/v1/ready")).status_code == 200:
                 break
             await asyncio.sleep(0.01)
