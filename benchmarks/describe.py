@@ -24,6 +24,8 @@ from pixano_edge.engine.bundle import Bundle
 from pixano_edge.engine.contracts import decoder as contract
 from pixano_edge.engine.contracts.decoder import CACHE_DTYPES, DecoderConstants
 from pixano_edge.engine.errors import EdgeError
+from pixano_edge.engine.models.opening import ONNXRUNTIME
+from pixano_edge.engine.runtime.ort_providers import OPENVINO
 
 from .bandwidth import Bandwidth, measure_read
 from .describe_contenders import Answered, EngineAnswers, GenaiAnswers, TorchAnswers, build_genai
@@ -31,6 +33,10 @@ from .llama_cpp import KINDS as LLAMA_KINDS
 from .llama_cpp import LlamaCppAnswers, open_llama_cpp
 from .segment import REFERENCE, SETTLE_SECONDS
 from .torch_options import use_best_threads
+
+OPENED_BY = ", OpenVINO"
+OPENVINO_PRECISIONS = ("fp32", "bf16")
+"""Of the engine through OpenVINO, where its plug-in is installed and takes this CPU."""
 
 PICTURE = "picture, first question"
 AGAIN = "same picture, next question"
@@ -148,11 +154,7 @@ def measure(
     left_out: dict[str, str] = {}
     with ExitStack() as opened:
         step("loading")
-        engines: dict[str, EngineAnswers] = {}
-        for precision in precisions:
-            one = EngineAnswers(bundle, picture, tokens, threads, precision)
-            opened.callback(one.close)
-            engines[f"pixano-edge {one.precision}"] = one
+        engines = open_engines(bundle, picture, tokens, threads, precisions, opened, left_out)
         torches: dict[str, TorchAnswers] = {}
         if checkpoint is not None:
             for name, dtype in ((REFERENCE, "float32"), ("PyTorch bf16", "bfloat16")):
@@ -206,7 +208,11 @@ def measure(
         step("comparing")
         accuracy = compare(engines, torches, answers[TEXT])
         middle = length + tokens // 2
-        bounds = [bound(bundle, e.precision, middle, bandwidth.bytes_per_second) for e in engines.values()]
+        bounds = [
+            bound(bundle, e.precision, middle, bandwidth.bytes_per_second)
+            for n, e in engines.items()
+            if OPENED_BY not in n
+        ]
     of = {f"pixano-edge {b.variant}": b.rate for b in bounds}
     of[REFERENCE] = of.get("pixano-edge fp32", 0.0)
     of |= {name: bandwidth.bytes_per_second / llama.weight_bytes for name, llama in llamas.items()}
@@ -216,6 +222,33 @@ def measure(
         for name, found in group.items()
     ]
     return Figures(rows, accuracy, bounds, bandwidth, left_out)
+
+
+def open_engines(
+    bundle: Bundle,
+    picture: npt.NDArray[np.uint8],
+    tokens: int,
+    threads: int,
+    precisions: Sequence[str],
+    opened: ExitStack,
+    left_out: dict[str, str],
+) -> dict[str, EngineAnswers]:
+    """The engine in each precision, and through OpenVINO where that runs here, by name; closed by `opened`. Where it
+    does not, `left_out` gets the reason."""
+    wanted = [(precision, ONNXRUNTIME) for precision in precisions]
+    wanted += [(precision, OPENVINO) for precision in OPENVINO_PRECISIONS]
+    engines: dict[str, EngineAnswers] = {}
+    for precision, backend in wanted:
+        try:
+            one = EngineAnswers(bundle, picture, tokens, threads, precision, backend)
+        except EdgeError as error:
+            if backend != OPENVINO:
+                raise
+            left_out[f"pixano-edge {precision}{OPENED_BY}"] = error.message
+            continue
+        opened.callback(one.close)
+        engines[f"pixano-edge {one.precision}{OPENED_BY if backend == OPENVINO else ''}"] = one
+    return engines
 
 
 def _again(engine: EngineAnswers, questions: Iterator[str]) -> Answered:

@@ -55,10 +55,24 @@ class EngineAnswers:
         tokens: Of each answer.
         threads: CPU threads.
         precision: Variant.
+        backend: Of the engine; it is not checked before, since answers are compared in the run that times them.
+
+    Raises:
+        EdgeError: It does not run here.
     """
 
-    def __init__(self, bundle: Bundle, picture: Rgb, tokens: int, threads: int, precision: str) -> None:
-        self.model: Any = open_vlm(bundle, device="cpu", precision=precision, threads=threads, conversations=1)
+    def __init__(
+        self, bundle: Bundle, picture: Rgb, tokens: int, threads: int, precision: str, backend: str = "onnxruntime"
+    ) -> None:
+        self.model: Any = open_vlm(
+            bundle,
+            device="cpu",
+            backend=backend,
+            precision=precision,
+            threads=threads,
+            conversations=1,
+            prove=False,
+        )
         self.precision = str(self.model.info()["precision"])
         self._picture = picture
         self._options = GenerationOptions(tokens, go_on=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,8 @@ from pixano_edge.benchmarks.describe import Accuracy, Bound, Figures, bound_line
 from pixano_edge.benchmarks.describe_contenders import Answered
 from pixano_edge.benchmarks.segment import REFERENCE
 from pixano_edge.benchmarks.vlm_checkpoints import random_smolvlm
-from pixano_edge.engine.errors import EdgeError
+from pixano_edge.engine.errors import DeviceError, EdgeError
+from pixano_edge.engine.runtime.ort_providers import OPENVINO
 from pixano_edge.export.half_weights import narrow
 
 
@@ -93,3 +96,29 @@ def test_bytes_of_a_step_leave_out_rotary_tables(tmp_path: Path) -> None:
 def test_unknown_size() -> None:
     with pytest.raises(EdgeError, match="no random SmolVLM '9B'"):
         random_smolvlm("9B")
+
+
+def test_openvino_takes_part_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Engine:
+        def __init__(self, *given: Any) -> None:
+            *_, self.precision, backend = given
+            if (backend, self.precision) == (OPENVINO, "bf16"):
+                raise DeviceError("this CPU has no bf16", "")
+            if self.precision == "int3":
+                raise DeviceError("no such variant", "")
+
+        def close(self) -> None:
+            closed.append(self.precision)
+
+    monkeypatch.setattr(describe, "EngineAnswers", Engine)
+    left_out: dict[str, str] = {}
+    bundle: Any = None
+    with ExitStack() as opened:
+        found = describe.open_engines(bundle, np.zeros((1, 1, 3), np.uint8), 2, 1, ["fp32", "int4"], opened, left_out)
+        assert list(found) == ["pixano-edge fp32", "pixano-edge int4", "pixano-edge fp32, OpenVINO"]
+        assert left_out == {"pixano-edge bf16, OpenVINO": "this CPU has no bf16"}
+        with pytest.raises(DeviceError, match="no such variant"):  # what was asked for is not left out
+            describe.open_engines(bundle, np.zeros((1, 1, 3), np.uint8), 2, 1, ["int3"], opened, {})
+    assert sorted(closed) == ["fp32", "fp32", "int4"]
