@@ -13,7 +13,6 @@ OWL-ViT: the picture is resized to a square with Pillow's bicubic filter, which 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +86,21 @@ class SmoothedTaps:
         kernel = gaussian((scale - 1) / 2)
         reach = len(kernel) // 2
         around = np.arange(-reach, reach + 1)
-        taps: Taps = []
-        for position in range(out_size):
-            place = scale * (position + 0.5) - 0.5
-            low = math.floor(place)
-            part = place - low
-            # Two samples, each the centre of a smoothed neighbourhood, all of them mirrored at the border.
-            index = np.concatenate([mirror(mirror(np.array([low + i]), self.side) + around, self.side) for i in (0, 1)])
-            weight = np.concatenate([(1 - part) * kernel, part * kernel])
-            first = int(index.min())
-            dense: npt.NDArray[Any] = np.bincount(index - first, weight)[: max(in_size - first, 0)]
-            taps.append((first, dense) if len(dense) else (in_size - 1, np.zeros(1)))
-        return taps
+        place = scale * (np.arange(out_size) + 0.5) - 0.5
+        low = np.floor(place)
+        part = (place - low)[:, None, None]
+        # Two samples, each the centre of a smoothed neighbourhood, all of them mirrored at the border.
+        centre = mirror(low.astype(np.int64)[:, None] + np.arange(2), self.side)
+        index = mirror(centre[:, :, None] + around, self.side)  # (out_size, 2, taps)
+        weight = np.concatenate([1 - part, part], 1) * kernel
+        first = index.min((1, 2))
+        offset = index - first[:, None, None]
+        wide = int(offset.max()) + 1
+        cell = offset + wide * np.arange(out_size)[:, None, None]
+        flat: npt.NDArray[Any] = np.bincount(cell.ravel(), weight.ravel(), minlength=out_size * wide)
+        counts = np.minimum(offset.max((1, 2)) + 1, in_size - first)
+        rows = zip(first.tolist(), counts.tolist(), flat.reshape(out_size, wide))
+        return [(start, row[:count]) if count > 0 else (in_size - 1, np.zeros(1)) for start, count, row in rows]
 
 
 def gaussian(sigma: float) -> npt.NDArray[np.float64]:

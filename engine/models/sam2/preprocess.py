@@ -29,15 +29,14 @@ def antialias_taps(in_size: int, out_size: int) -> Taps:
     scale = in_size / out_size
     # Upscaling keeps the plain two-tap filter; downscaling widens it by the factor.
     support = max(scale, 1.0)
-    taps = []
-    for position in range(out_size):
-        center = scale * (position + 0.5)
-        first = max(int(center - support + 0.5), 0)
-        last = min(int(center + support + 0.5), in_size)
-        offsets = (np.arange(first, last) - center + 0.5) / support
-        weights = np.maximum(1.0 - np.abs(offsets), 0.0)
-        taps.append((first, weights / weights.sum()))
-    return taps
+    center = scale * (np.arange(out_size) + 0.5)
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((center + support + 0.5).astype(np.int64), in_size)
+    index = first[:, None] + np.arange(int((last - first).max()))
+    weights = np.maximum(1.0 - np.abs((index - center[:, None] + 0.5) / support), 0.0)
+    # Each divided by the sum of its own, not of a longer row with zeros, which numpy would add up in another order.
+    rows = zip(first.tolist(), (last - first).tolist(), weights)
+    return [(start, row[:count] / row[:count].sum()) for start, count, row in rows]
 
 
 def preprocess(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from pixano_edge.engine.contracts.owlv2 import OwlConstants
 from pixano_edge.engine.errors import ContractError, ImageError
 from pixano_edge.engine.models.images import decode_image
-from pixano_edge.engine.models.owlv2.preprocess import preprocess
+from pixano_edge.engine.models.owlv2.preprocess import SmoothedTaps, gaussian, mirror, preprocess
 from pixano_edge.engine.models.resampling import Scratch
 from tests.support.make_owl_reference import CASES, REFERENCE, SIZE, owl_reference
 from tests.support.make_preprocess_reference import procedural_image
@@ -99,3 +100,24 @@ def test_refuses_what_is_no_image(image: npt.NDArray[np.uint8]) -> None:
 def test_refuses_a_wrong_buffer() -> None:
     with pytest.raises(ContractError, match="float32"):
         preprocess(procedural_image(8, 8), OwlConstants(image_size=32), np.empty((1, 3, 32, 32), np.float64))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("side", "in_size", "out_size"), [(1, 1, 5), (2, 1, 4), (97, 60, 960), (333, 250, 64), (2000, 7, 33)]
+)
+def test_taps_are_those_of_one_position_after_the_other(side: int, in_size: int, out_size: int) -> None:
+    scale = side / out_size
+    kernel = gaussian((scale - 1) / 2)
+    around = np.arange(len(kernel)) - len(kernel) // 2
+    found = SmoothedTaps(side)(in_size, out_size)
+    assert len(found) == out_size
+    for position, (first, weights) in enumerate(found):
+        place = scale * (position + 0.5) - 0.5
+        wanted = np.zeros(side)
+        for i, share in ((0, 1 - place % 1), (1, place % 1)):
+            centre = mirror(np.array([math.floor(place) + i]), side)
+            np.add.at(wanted, mirror(centre + around, side), share * kernel)
+        got = np.zeros(side)
+        got[first : first + len(weights)] = weights
+        np.testing.assert_allclose(got[:in_size], wanted[:in_size], atol=1e-15)
+        assert not got[in_size:].any()

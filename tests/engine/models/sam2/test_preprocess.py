@@ -13,7 +13,7 @@ import pytest
 from pixano_edge.engine.contracts.sam2 import Sam2Constants
 from pixano_edge.engine.errors import ContractError, ImageError
 from pixano_edge.engine.models.images import decode_image
-from pixano_edge.engine.models.sam2.preprocess import Scratch, preprocess
+from pixano_edge.engine.models.sam2.preprocess import Scratch, antialias_taps, preprocess
 from tests.support.make_preprocess_reference import CASES, REFERENCE, procedural_image, torch_reference
 
 TOLERANCE = 1e-5
@@ -123,3 +123,20 @@ def test_wrong_output_is_refused() -> None:
     ):
         with pytest.raises(ContractError):
             preprocess(image, constants, out)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("in_size", "out_size"), [(1, 1), (1, 7), (7, 1), (2, 256), (257, 256), (1333, 1024), (4000, 33)]
+)
+def test_taps_are_those_of_one_position_after_the_other(in_size: int, out_size: int) -> None:
+    """To the last bit: as torch's loop computes them."""
+    scale = in_size / out_size
+    support = max(scale, 1.0)
+    found = antialias_taps(in_size, out_size)
+    assert len(found) == out_size
+    for position, (first, weights) in enumerate(found):
+        center = scale * (position + 0.5)
+        assert first == max(int(center - support + 0.5), 0)
+        last = min(int(center + support + 0.5), in_size)
+        wanted = np.maximum(1.0 - np.abs((np.arange(first, last) - center + 0.5) / support), 0.0)
+        assert np.array_equal(weights, wanted / wanted.sum())
