@@ -38,12 +38,12 @@ from pixano_edge.engine.contracts import decoder as decoders
 from pixano_edge.engine.contracts.decoder import DecoderConstants
 from pixano_edge.engine.errors import CalibrationError
 
+from .publish import FULL, SUFFIX
 from .variant import Source
 
 Floats = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[Any]]
 
-FULL, SUFFIX = "fp32", "-tensorrt"
 FLOAT_BAR = 1e-4
 """Largest difference without the rounding of activations, relative to the largest logit; export's own bar."""
 INT8_BAR = 1.0

@@ -147,11 +147,20 @@ class Server:
         Two at a time on a CPU, where most of a load is the work of one core. On a GPU one by one: what a load takes
         there is measured as memory that is gone after it.
         """
-        await self.on_thread(load_codecs)
+        try:
+            await self.on_thread(load_codecs)
+            places = asyncio.Semaphore(await self._loads_at_once())
+            await asyncio.gather(*(self._preload(name, places) for name in self.settings.preload))
+        except Exception as error:
+            # Nobody waits for this task: without a word the server would stay without its models.
+            self.warnings.append(f"Loading at start ended early: {type(error).__name__}: {error}")
+            log.exception("loading at start ended early")
+            self.starting.clear()  # as after any other failure: models load when they are asked for
+
+    async def _loads_at_once(self) -> int:
         device = self.settings.device
         gpu = device.startswith("cuda") or (device == "auto" and bool(await self.on_thread(auto_gpus)))
-        places = asyncio.Semaphore(1 if gpu else LOADS_ON_CPU)
-        await asyncio.gather(*(self._preload(name, places) for name in self.settings.preload))
+        return 1 if gpu else LOADS_ON_CPU
 
     async def _preload(self, name: str, places: asyncio.Semaphore) -> None:
         async with places:

@@ -163,6 +163,27 @@ async def test_two_models_are_loaded_at_a_time_without_a_gpu(
     await provider.close()
 
 
+async def test_a_start_that_fails_otherwise_is_told(
+    tmp_path: Path, opener: FakeOpener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise OSError("a library is gone")
+
+    monkeypatch.setattr(state, "load_codecs", broken)
+    provider = make_provider(tmp_path, opener)
+    app = create_app(ServerSettings(preload=("alpha",)), provider)
+    async with app.router.lifespan_context(app), asgi(app) as client:
+        for _ in range(2000):
+            told = [w for w in (await client.get("/v1/info")).json()["warnings"] if "a library is gone" in w]
+            if told:
+                break
+            await asyncio.sleep(0.01)
+        assert told == ["Loading at start ended early: OSError: a library is gone"]
+        assert (await client.get("/v1/ready")).status_code == 200
+    assert "loading at start ended early" in caplog.text
+    await provider.close()
+
+
 async def test_stats(client: Any) -> None:
     empty = (await client.get("/v1/models/alpha/stats")).json()
     assert (empty["request_count"], empty["avg_processing_time"]) == (0, 0.0)
